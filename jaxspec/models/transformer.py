@@ -1,0 +1,255 @@
+"""One decoder transformer for the Llama, Qwen2 and Qwen3 family, in linen.
+
+RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU. What sets the members apart is in ``Config``.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as kv
+from jaxspec.types import Array, Cache, LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's scaling of the rotary frequencies (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a transformer.
+
+    input_tables: rows of each input table; ids run through them one after the other. The first ids are the head's vocabulary.
+    vocab: V, the rows of the output head. Tied, the head is the first V rows of the first input table.
+    """
+
+    input_tables: tuple[int, ...]
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    head_bias: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"expected heads to be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if self.tied and self.vocab > self.input_tables[0]:
+            raise ValueError(f"expected a tied head within the {self.input_tables[0]} rows of the first table, got {self.vocab}")
+
+
+def rope_frequencies(config: Config) -> Array:
+    """Angular frequency of each pair of a head's dimensions, float32 [head_dim / 2]."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_position * frequency / (2 * math.pi)  # within the original context
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return frequency * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rotate(x: Array, position: Array, frequency: Array) -> Array:
+    """Rotary positions in the half-split layout: x [B T H D_head], position int32 [B T]."""
+    angle = position[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _matrix(axes: tuple[str, ...]) -> Any:
+    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [... D] -> [... D]."""
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias); the kernel is [in, out] and carries logical axis names."""
+
+    features: int
+    axes: tuple[str, str]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [... in] -> [... out]."""
+        kernel = self.param("kernel", _matrix(self.axes), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention over the cache, or over the block itself when there is none (training)."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None) -> tuple[Array, kv.KVCache | None]:
+        """x [B T D], position [B T], mask bool [B T S] -> ([B T D], cache)."""
+        c = self.config
+        batch, block, _ = x.shape
+        q = Linear(c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias, name="query")(x)
+        k = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, name="key")(x)
+        v = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, name="value")(x)
+        q, k, v = (y.reshape(batch, block, -1, c.head_dim) for y in (q, k, v))
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="query_norm")(q), RMSNorm(c.norm_eps, name="key_norm")(k)
+        frequency = rope_frequencies(c)
+        q, k = rotate(q, position, frequency), rotate(k, position, frequency)
+        if cache is not None:
+            cache = kv.write(cache, k, v, position[:, 0])
+            k, v = cache
+        weights = self._weights(q.reshape(batch, block, c.kv_heads, -1, c.head_dim), k, mask)
+        out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v).reshape(batch, block, -1)
+        return Linear(c.width, ("heads", "embed"), name="out")(out.astype(x.dtype)), cache
+
+    def _weights(self, q: Array, k: Array, mask: Array) -> Array:
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+        scores = scores / math.sqrt(self.config.head_dim)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1)
+        self.sow("intermediates", "attention", weights)
+        return weights
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [B T D] -> [B T D]."""
+        gate = Linear(self.config.mlp_width, ("embed", "mlp"), name="gate")(x)
+        up = Linear(self.config.mlp_width, ("embed", "mlp"), name="up")(x)
+        return Linear(self.config.width, ("mlp", "embed"), name="down")(jax.nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each on a normalised branch of the residual stream."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None) -> tuple[Array, kv.KVCache | None]:
+        """x [B T D] -> ([B T D], cache)."""
+        eps = self.config.norm_eps
+        y, cache = Attention(self.config, name="attention")(RMSNorm(eps, name="attention_norm")(x), position, mask, cache)
+        x = x + y
+        return x + SwiGLU(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), cache
+
+
+class Transformer(nn.Module):
+    """Tokens to logits over the head's vocabulary, and the final features."""
+
+    config: Config
+
+    def setup(self) -> None:
+        """Declares the input tables, the layers and the head."""
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed"))
+        self.tables = [self.param(f"table_{i}", init, (rows, c.width)) for i, rows in enumerate(c.input_tables)]
+        self.stack = [Layer(c, name=f"layer_{i}") for i in range(c.layers)]
+        self.norm = RMSNorm(c.norm_eps)
+        if not c.tied:
+            self.head = self.param("head", init, (c.vocab, c.width))
+        if c.head_bias:
+            self.bias = self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab,))
+
+    def embed(self, tokens: Array) -> Array:
+        """int32 [B T] -> [B T D]: each id from the table that it falls into."""
+        dtype = jnp.dtype(self.config.dtype)
+        x, first = self.tables[0].astype(dtype)[jnp.clip(tokens, 0, self.config.input_tables[0] - 1)], 0
+        for table, rows in zip(self.tables[1:], self.config.input_tables, strict=False):
+            first += rows
+            row = jnp.clip(tokens - first, 0, table.shape[0] - 1)
+            x = jnp.where((tokens >= first)[:, :, None], table.astype(dtype)[row], x)
+        return x
+
+    def logits(self, x: Array) -> Array:
+        """Features [B T D] -> float32 [B T V]."""
+        head = self.tables[0][: self.config.vocab] if self.config.tied else self.head
+        y = jnp.einsum("btd,vd->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return y + self.bias if self.config.head_bias else y
+
+    def __call__(
+        self, tokens: Array, cache: tuple[kv.KVCache, ...] | None = None, length: Array | None = None
+    ) -> tuple[Array, Array, tuple[kv.KVCache, ...] | None]:
+        """Scores a block: tokens int32 [B T] at positions length .. -> (logits float32 [B T V], features [B T D], cache).
+
+        Without a cache the block stands at position 0 and attends to itself alone, as in training.
+        """
+        batch, block = tokens.shape
+        length = jnp.zeros(batch, jnp.int32) if length is None else length
+        position = length[:, None] + jnp.arange(block)
+        mask = kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
+        x, new = self.embed(tokens), []
+        for i, layer in enumerate(self.stack):
+            x, layer_cache = layer(x, position, mask, None if cache is None else cache[i])
+            new.append(layer_cache)
+        x = self.norm(x)
+        return self.logits(x), x, None if cache is None else tuple(new)
+
+
+@functools.lru_cache
+def language_model(config: Config) -> LanguageModel:
+    """The transformer as the pair of pure functions that the loop takes; the same object for the same config."""
+    model = Transformer(config)
+
+    def apply(params: Any, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array, Cache]:
+        return model.apply({"params": params}, tokens, cache, length)
+
+    def init_cache(batch: int, cells: int) -> Cache:
+        cell = functools.partial(kv.init, batch, cells, config.kv_heads, config.head_dim, jnp.dtype(config.dtype))
+        return tuple(cell() for _ in range(config.layers))
+
+    return LanguageModel(apply, init_cache)
+
+
+def init_params(key: Array, config: Config) -> Any:
+    """Random parameters, float32, as a plain tree (logical axis names removed; ``logical_axes`` gives them)."""
+    variables = jax.jit(Transformer(config).init)(key, jnp.zeros((1, 1), jnp.int32))
+    return nn.meta.unbox(variables["params"])
+
+
+def logical_axes(config: Config) -> Any:
+    """The logical axis names of every parameter, as a tree of PartitionSpec in the shape of the parameters."""
+    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return nn.get_partition_spec(variables["params"])
