@@ -1,0 +1,1 @@
+"""Measures of what is synthesised: word errors, speaker similarity, acceptance."""
