@@ -1,0 +1,105 @@
+"""The border of the loop: checks what a caller passes and turns it into one pytree of arrays."""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import sampling as laws
+from jaxspec.types import Array, SamplingRows
+
+
+class Request(NamedTuple):
+    """What a batch of rows asks for, as the compiled loop takes it."""
+
+    keys: Array  # keys [B]
+    prompt: Array  # int32 [B P], zero beyond each row's length
+    prompt_length: Array  # int32 [B]
+    limit: Array  # int32 [B], the most tokens that a row may emit
+    sampling: SamplingRows  # fields [B]
+
+
+def check(
+    key: Any,
+    prompt: Any,
+    prompt_length: Any,
+    max_new_tokens: int,
+    limit: Any,
+    stop_ids: tuple[int, ...],
+    sampling: Any,
+) -> Request:
+    """Checks a batch of requests; the arguments are those of ``jaxspec.generate``.
+
+    Values are checked where they are known: not under a caller's own ``jit``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, type or range.
+    """
+    if _whole(max_new_tokens, "max_new_tokens") < 1:
+        raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+    if any(_whole(i, "a stop id") < 0 for i in stop_ids):
+        raise ValueError(f"expected stop ids from 0 up, got {stop_ids}")
+    prompt = _integers(prompt, "prompt")
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ValueError(f"expected a prompt [B P] with B and P of at least 1, got shape {prompt.shape}")
+    batch, width = prompt.shape
+    prompt_length = _per_row(prompt_length, "prompt_length", batch, 1, width)
+    inside = np.arange(width) < prompt_length[:, None]
+    if _known(prompt, prompt_length) and (np.asarray(prompt)[np.asarray(inside)] < 0).any():
+        raise ValueError("expected prompt ids from 0 up within each prompt_length, got a negative id; is prompt_length right?")
+    return Request(
+        keys=_keys(key, batch),
+        prompt=jnp.where(inside, prompt, 0).astype(jnp.int32),
+        prompt_length=jnp.asarray(prompt_length, jnp.int32),
+        limit=jnp.asarray(_limit(limit, batch, max_new_tokens), jnp.int32),
+        sampling=laws.rows(sampling, batch),
+    )
+
+
+def _keys(key: Any, batch: int) -> Array:
+    """One key for each row: given, or folded from one key by the row's index."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"expected a key, as jax.random.key(0) gives, or {batch} keys, got {type(key).__name__}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim not in (1, 2):
+            raise ValueError(f"expected a key, as jax.random.key(0) gives, got an array {key.dtype} {key.shape}")
+        key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"expected one key or {batch} keys, one for each row of the prompt, got keys of shape {key.shape}")
+    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def _limit(limit: Any, batch: int, max_new_tokens: int) -> Any:
+    if limit is None or np.ndim(limit) == 0:
+        limit = np.full(batch, max_new_tokens if limit is None else _whole(limit, "limit"))
+    return _per_row(limit, "limit", batch, 0, max_new_tokens)
+
+
+def _per_row(value: Any, name: str, batch: int, low: int, high: int) -> Any:
+    """Integers [B] from ``low`` to ``high``."""
+    value = _integers(value, name)
+    if value.shape != (batch,):
+        raise ValueError(f"expected {name} of shape ({batch},), one for each row of the prompt, got {value.shape}")
+    if _known(value) and ((np.asarray(value) < low) | (np.asarray(value) > high)).any():
+        raise ValueError(f"expected {name} from {low} to {high}, got {np.asarray(value).tolist()}")
+    return value
+
+
+def _integers(value: Any, name: str) -> Any:
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"expected {name} to hold integers, got {value.dtype}")
+    return value
+
+
+def _whole(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"expected {name} to be a whole number, got {value!r}") from None
+
+
+def _known(*values: Any) -> bool:
+    return not any(isinstance(value, jax.core.Tracer) for value in values)

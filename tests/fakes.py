@@ -1,0 +1,90 @@
+"""Models, drafts and verifiers small enough to be solved by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import sampling as laws
+from jaxspec.types import Draft, History, LanguageModel, Proposal, Verdict
+
+HASHES = 97
+
+
+def table(seed, vocab, scale=1.5):
+    """Parameters of a hash model: a row of logits [V] for each hash of a prefix."""
+    return scale * jax.random.normal(jax.random.key(seed), (HASHES, vocab))
+
+
+def prefix_hash(tokens):
+    """The hash of a prefix, in numpy: every token and its place matter."""
+    return int(sum((int(token) + 1) * pow(5, place, HASHES) for place, token in enumerate(tokens)) % HASHES)
+
+
+def _apply(params, tokens, cache, length, trace=None):
+    if trace is not None:
+        trace.append(tokens.shape)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    cache = jax.vmap(put)(cache, tokens, length)
+    weight = jnp.array([pow(5, place, HASHES) for place in range(cache.shape[1])])
+    position = length[:, None] + jnp.arange(tokens.shape[1])
+    seen = jnp.arange(cache.shape[1]) <= position[:, :, None]
+    hashed = (jnp.where(seen, (cache[:, None] + 1) % HASHES, 0) * weight % HASHES).sum(-1) % HASHES
+    return params[hashed], jax.nn.one_hot(hashed, HASHES), cache
+
+
+@functools.lru_cache
+def hash_model(garbage=0):
+    """A model whose logits depend on the whole prefix through the tokens in its cache; cells start as ``garbage``."""
+    return LanguageModel(_apply, lambda batch, cells: jnp.full((batch, cells), garbage, jnp.int32))
+
+
+def counting_model(trace):
+    """The hash model that appends to ``trace`` the shape of the block at each tracing."""
+    return LanguageModel(functools.partial(_apply, trace=trace), hash_model().init_cache)
+
+
+def feature_heads(draft_length):
+    """Heads on the target's features, all drawn at once, each blind to what the others draw (like Medusa): params [K F V]."""
+
+    def propose(params, keys, context, state):
+        logits = jnp.einsum("bf,kfv->bkv", context.features, params)
+        return _independent(keys, logits, context), state
+
+    return Draft(draft_length, lambda params, prompt, prompt_length, cells: (), propose)
+
+
+def block_drafter(draft_length, vocab):
+    """A drafter that fills a block from its own state and the last token: params [V K V], state the number of rounds so far."""
+
+    def propose(params, keys, context, rounds):
+        logits = params[jnp.minimum(context.last, vocab - 1)] + 0.1 * rounds[:, None, None]
+        return _independent(keys, logits, context), rounds + 1
+
+    return Draft(draft_length, lambda params, prompt, prompt_length, cells: jnp.zeros(prompt.shape[0]), propose)
+
+
+def _independent(keys, logits, context):
+    def row(key, logits, tokens, start, length, sampling):
+        probs = jax.vmap(lambda one: laws.probabilities(one, sampling, History(tokens, start, length)))(logits)
+        return jax.vmap(laws.sample)(jax.random.split(key, logits.shape[0]), probs), probs
+
+    drawn = jax.vmap(row)(keys, logits, context.tokens, context.start, context.length, context.sampling)
+    return Proposal(*drawn)
+
+
+def accept_all(key, draft_tokens, draft_probs, target_probs):
+    """Takes every drafted token, and then the target's most probable one."""
+    return Verdict(jnp.int32(draft_tokens.shape[0]), jnp.argmax(target_probs[-1]).astype(jnp.int32))
+
+
+def reject_all(key, draft_tokens, draft_probs, target_probs):
+    """Takes no drafted token, and draws from the target's first law with the key as it is, as the plain loop does."""
+    return Verdict(jnp.int32(0), laws.sample(key, target_probs[0]))
+
+
+def prompts(seed, batch, width, vocab):
+    """Ragged prompts whose padding is garbage: (int32 [B P], int32 [B])."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, vocab, (batch, width)).astype(np.int32), rng.integers(1, width + 1, batch).astype(np.int32)
