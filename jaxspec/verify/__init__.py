@@ -1,0 +1,5 @@
+"""The rules of acceptance: each is one pure function over a proposal, see ``jaxspec.types.Verify``."""
+
+from jaxspec.verify.exact import exact
+
+__all__ = ["exact"]
