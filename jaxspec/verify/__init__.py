@@ -1,5 +1,7 @@
 """The rules of acceptance: each is one pure function over a proposal, see ``jaxspec.types.Verify``."""
 
+from jaxspec.verify.coarse_grained import coarse_grained
 from jaxspec.verify.exact import exact
+from jaxspec.verify.tolerance import tolerance
 
-__all__ = ["exact"]
+__all__ = ["coarse_grained", "exact", "tolerance"]

@@ -1,4 +1,8 @@
-"""Standard speculative sampling: exact per token."""
+"""Standard speculative sampling: exact per token.
+
+Every rule splits its key alike, and accepts with the same uniforms given the same key: so the limits of the others can be held
+against this one draw by draw, and ``num_exact`` says what this one would have accepted.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +24,11 @@ def exact() -> Verify:
 
 
 def _verify(key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
-    uniforms = jax.random.uniform(key, (draft_tokens.shape[0] + 2,))
+    accept_key, token_key = jax.random.split(key)
+    uniforms = jax.random.uniform(accept_key, draft_tokens.shape)
     drafted, wanted = of_drafted(draft_tokens, draft_probs, target_probs)
-    num_accepted = leading(uniforms[:-2] * drafted < wanted)
-    token = correct(uniforms[-2:], num_accepted, draft_probs, target_probs)
+    num_accepted = leading(uniforms * drafted < wanted)
+    token = correct(token_key, num_accepted, draft_probs, target_probs)
     return Verdict(num_accepted, token, num_exact=num_accepted)
 
 
@@ -42,6 +47,11 @@ def leading(stands: Array) -> Array:
     return jnp.cumprod(stands.astype(jnp.int32)).sum(dtype=jnp.int32)
 
 
+def exact_among(num_accepted: Array, stands: Array) -> Array:
+    """How many of the accepted tokens the exact rule takes too: int32 [] from its verdicts ``stands``, bool [K]."""
+    return (stands & (jnp.arange(stands.size) < num_accepted)).sum(dtype=jnp.int32)
+
+
 def laws_after(num_accepted: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
     """p and q [V] at the position after the accepted tokens; p is 0 everywhere after K of them, where nothing was drafted."""
     length = draft_probs.shape[0]
@@ -51,8 +61,8 @@ def laws_after(num_accepted: Array, draft_probs: Array, target_probs: Array) -> 
     return jnp.where(num_accepted < length, draft_probs[jnp.minimum(num_accepted, length - 1)], 0.0), target
 
 
-def correct(uniforms: Array, num_accepted: Array, draft_probs: Array, target_probs: Array) -> Array:
-    """The correction or the bonus token, int32 [], at two uniforms [2]."""
+def correct(key: Array, num_accepted: Array, draft_probs: Array, target_probs: Array) -> Array:
+    """The correction, drawn from norm([q - p]_+), or the bonus token, drawn from q: int32 []. The key is consumed."""
     draft, target = laws_after(num_accepted, draft_probs, target_probs)
     residual = jnp.maximum(target - draft, 0.0)
-    return sampling.invert(uniforms, jnp.where((residual > 0).any(), residual, target))
+    return sampling.sample(key, jnp.where((residual > 0).any(), residual, target))
