@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import spectrum
-from jaxspec.codec.voice import Config, VoiceCodec
-from jaxspec.train.corpus import Utterance, read_shard
+from jaxspec.codec.voice import Config, VoiceCodec, codec
+from jaxspec.train.corpus import Utterance, read_shard, write_shard
 from jaxspec.train.loop import Loss
 from jaxspec.types import Array, Params
 
@@ -86,15 +86,42 @@ def batches(corpus: Path, voices: list[str], config: Config, batch: int, crop: i
         shards = sorted(corpus.glob("*.npz"))
         utterances = [u for i in rng.choice(len(shards), 2, replace=False) for u in read_shard(shards[i])]
         pool = [
-            (u, phone_track(u, step / config.sample_rate_hz, len(u.wave) // step)) for u in utterances if len(u.wave) > length
+            (u, phone_track(u, step / config.sample_rate_hz, len(u.signal) // step)) for u in utterances if len(u.signal) > length
         ]
         for _ in range(2000 // batch):
             rows = []
             for index in rng.integers(len(pool), size=batch):
                 utterance, track = pool[index]
-                first = int(rng.integers((len(utterance.wave) - length) // step)) if len(utterance.wave) > length + step else 0
-                piece = utterance.wave[first * step :][:length].astype(np.float32) / 32768
+                first = (
+                    int(rng.integers((len(utterance.signal) - length) // step)) if len(utterance.signal) > length + step else 0
+                )
+                piece = utterance.signal[first * step :][:length].astype(np.float32) / 32768
                 gain = 10 ** rng.uniform(-0.3, 0.1)
                 rows.append((piece * gain, voices.index(utterance.voice), track[first:][: crop * PHONES_PER_CODE]))
             wave, voice, phone = zip(*rows, strict=True)
             yield np.stack(wave), np.array(voice, np.int32), np.stack(phone)
+
+
+def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> Iterator[str]:
+    """Writes each shard of recordings again with codes in place of samples; yields a line a shard. Shards that exist are kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    encode, span = codec(config, 0).encode, config.samples_per_code
+    for path in sorted(corpus.glob("*.npz")):
+        if (out / path.name).exists():
+            continue
+        utterances = read_shard(path)
+        counts = [-(-len(u.signal) // span) for u in utterances]
+        order = sorted(range(len(utterances)), key=counts.__getitem__)
+        encoded: dict[int, Utterance] = {}
+        for first in range(0, len(order), 32):
+            rows = order[first : first + 32]
+            # Silence up to a round length, so that few lengths are compiled.
+            length = -(-counts[rows[-1]] // 25) * 25 * span
+            wave = np.stack([np.pad(utterances[i].signal, (0, length - len(utterances[i].signal))) for i in rows])
+            codes = np.asarray(encode(params, wave.astype(np.float32) / 32768))
+            encoded |= {
+                i: utterances[i]._replace(signal=row[: counts[i], 0].astype(np.uint16))
+                for i, row in zip(rows, codes, strict=True)
+            }
+        write_shard(out / path.name, [encoded[i] for i in range(len(utterances))])
+        yield f"{path.name}: {len(encoded)} utterances"

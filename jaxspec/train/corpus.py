@@ -1,7 +1,8 @@
 """Recordings to learn from: flite speaks the sentences of the recipe, and tells which phone it speaks when.
 
-A corpus is a folder of shards. Each shard is one ``.npz``: ``wave`` int16 (all utterances, one after the other),
-``start`` int64 [N + 1] (their borders in samples) and ``meta`` (JSON: text, voice, phones with end times in seconds).
+A corpus is a folder of shards. Each shard is one ``.npz``: ``signal`` (all utterances, one after the other: int16
+samples, or uint16 codes), ``start`` int64 [N + 1] (their borders) and ``meta`` (JSON: text, voice, phones with
+end times in seconds).
 """
 
 import itertools
@@ -23,12 +24,12 @@ SAMPLE_RATE_HZ = 16_000
 
 
 class Utterance(NamedTuple):
-    """One recording: text, voice name, [(phone, end_s), ...] and the wave, int16 [N]."""
+    """One recording: text, voice name, [(phone, end_s), ...] and the wave int16 [N], or its codes uint16 [T] once encoded."""
 
     text: str
     voice: str
     phones: list[tuple[str, float]]
-    wave: np.ndarray
+    signal: np.ndarray
 
 
 def record(text: str, voice: str) -> Utterance:
@@ -51,18 +52,18 @@ def record(text: str, voice: str) -> Utterance:
 
 def write_shard(path: Path, utterances: list[Utterance]) -> None:
     """Writes one shard; the file appears whole or not at all."""
-    start = np.cumsum([0] + [len(u.wave) for u in utterances])
+    start = np.cumsum([0] + [len(u.signal) for u in utterances])
     meta = json.dumps([{"text": u.text, "voice": u.voice, "phones": u.phones} for u in utterances])
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez(file, wave=np.concatenate([u.wave for u in utterances]), start=start, meta=np.array(meta))
+        np.savez(file, signal=np.concatenate([u.signal for u in utterances]), start=start, meta=np.array(meta))
     os.replace(partial, path)
 
 
 def read_shard(path: Path) -> list[Utterance]:
     """Reads one shard back."""
     with np.load(path, allow_pickle=False) as data:
-        samples, start, meta = data["wave"], data["start"], json.loads(str(data["meta"]))
+        samples, start, meta = data["signal"], data["start"], json.loads(str(data["meta"]))
     borders = itertools.pairwise(start)
     return [Utterance(m["text"], m["voice"], m["phones"], samples[a:b]) for m, (a, b) in zip(meta, borders, strict=True)]
 

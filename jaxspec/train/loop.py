@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +21,12 @@ Loss = Callable[[Params, Any, Array], tuple[Array, dict[str, Array]]]  # (params
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to learn. The rate warms up, stays, and falls to a twentieth along a cosine."""
+    """How long and how fast to learn. The rate warms up, stays, and in the last part of the steps falls along a cosine."""
 
     steps: int
     learning_rate: float
     warmup: int = 200
+    fall: float = 0.4  # of the steps
     average: float = 0.999
     save_every: int = 500
     report_every: int = 50
@@ -41,9 +44,13 @@ class TrainState(NamedTuple):
 
 
 def _optimizer(schedule: Schedule) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, schedule.learning_rate, schedule.warmup, schedule.steps, schedule.learning_rate / 20
-    )
+    fall = max(int(schedule.fall * schedule.steps), 1)
+    parts = [
+        optax.linear_schedule(0.0, schedule.learning_rate, schedule.warmup),
+        optax.constant_schedule(schedule.learning_rate),
+        optax.cosine_decay_schedule(schedule.learning_rate, fall, alpha=0.02),
+    ]
+    rate = optax.join_schedules(parts, [schedule.warmup, schedule.steps - fall])
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.98, weight_decay=schedule.weight_decay))
 
 
@@ -74,12 +81,12 @@ def fit(directory: Path, params: Params, loss: Loss, batches: Callable[[int], It
         schedule: steps and rates.
     """
     directory = directory.resolve()
-    state = TrainState(params, jax.tree.map(jnp.copy, params), _optimizer(schedule).init(params), jnp.int32(0))
+    state = _fresh(params, schedule)
     with ocp.CheckpointManager(directory / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
         if (newest := manager.latest_step()) is not None:
             state = manager.restore(newest, args=ocp.args.StandardRestore(jax.eval_shape(lambda: state)))
         step, first = _step(loss, schedule), int(state.step)
-        source, began, log = batches(first), time.monotonic(), (directory / "log.jsonl").open("a")
+        source, began, log = _ahead(batches(first)), time.monotonic(), (directory / "log.jsonl").open("a")
         for index in range(first, schedule.steps):
             state, measures = step(state, next(source))
             done = index + 1
@@ -89,6 +96,36 @@ def fit(directory: Path, params: Params, loss: Loss, batches: Callable[[int], It
                 manager.save(done, args=ocp.args.StandardSave(state))
                 plot(directory)
     return state.average
+
+
+def _ahead(source: Iterator[Any], depth: int = 8) -> Iterator[Any]:
+    """The same batches, made by a thread while the last ones are learnt from."""
+    ready: queue.Queue = queue.Queue(depth)
+
+    def fill() -> None:
+        for batch in source:
+            ready.put(batch)
+
+    threading.Thread(target=fill, daemon=True).start()
+    while True:
+        yield ready.get()
+
+
+def _fresh(params: Params, schedule: Schedule) -> TrainState:
+    return TrainState(params, jax.tree.map(jnp.copy, params), _optimizer(schedule).init(params), jnp.int32(0))
+
+
+def averaged(directory: Path, like: Params) -> Params:
+    """The averaged weights of the newest checkpoint in ``directory``, in the shape of ``like``.
+
+    Raises:
+        FileNotFoundError: when the stage has not been run.
+    """
+    with ocp.CheckpointManager(directory.resolve() / "checkpoints") as manager:
+        if manager.latest_step() is None:
+            raise FileNotFoundError(f"expected a checkpoint in {directory}: run that stage first")
+        state = jax.eval_shape(lambda: _fresh(like, Schedule(1000, 1.0)))  # the schedule leaves no trace in the shapes
+        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state)).average
 
 
 def _report(log: Any, done: int, steps: int, measures: dict[str, Array], step_s: float) -> None:

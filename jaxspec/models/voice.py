@@ -1,0 +1,91 @@
+"""The built-in voice: its ids, its prompt, and the file that holds target, draft and codec.
+
+prompt: voice | text symbols ... | speak          then codes ... | stop
+"""
+
+import dataclasses
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec import text, weights
+from jaxspec.codec import fsq
+from jaxspec.codec import voice as codecs
+from jaxspec.models import transformer
+from jaxspec.types import Params
+
+VOICES = ("slt", "rms")
+LEVELS = (7, 5, 5, 5, 5)
+CODES = fsq.codebook_size(LEVELS)
+STOP = CODES
+VOCAB = CODES + 1  # the head's vocabulary
+PROMPT_ROWS = len(text.SYMBOLS) + len(VOICES) + 1
+SPEAK = VOCAB + PROMPT_ROWS - 1
+MAX_SYMBOLS = 72  # the longest text that training saw
+MAX_CODES = 160
+BUILTIN = Path(str(resources.files("jaxspec"))) / "voice" / "builtin.safetensors"
+
+
+class Voice(NamedTuple):
+    """Everything that speaks: shapes, weights, and which codes training ever met (bool [V])."""
+
+    target: transformer.Config
+    draft: transformer.Config
+    codec: codecs.Config
+    target_params: Params
+    draft_params: Params
+    codec_params: Params
+    trained: np.ndarray
+
+    def code_vectors(self, matrix: str) -> np.ndarray:
+        """The embeddings that groups are made from, float32 [V D]: the "target"'s input rows, or the "codec"'s coordinates."""
+        if matrix == "target":
+            return np.asarray(self.target_params["table_0"])
+        vectors = np.asarray(fsq.vectors(np.arange(CODES), LEVELS))
+        return np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
+
+
+def voice_index(name: str) -> int:
+    """The number of a voice.
+
+    Raises:
+        ValueError: for a name that the model does not know.
+    """
+    if name not in VOICES:
+        raise ValueError(f"expected a voice among {', '.join(VOICES)}, got {name!r}")
+    return VOICES.index(name)
+
+
+def prompt(symbols: list[str], voice: str) -> np.ndarray:
+    """The prompt's ids, int32 [len(symbols) + 2]."""
+    speaker = VOCAB + len(text.SYMBOLS) + voice_index(voice)
+    return np.concatenate([[speaker], VOCAB + text.encode(symbols), [SPEAK]]).astype(np.int32)
+
+
+def save(path: str | os.PathLike, voice: Voice) -> None:
+    """Writes a voice, weights as float16."""
+    tree = {"target": voice.target_params, "draft": voice.draft_params, "codec": voice.codec_params, "trained": voice.trained}
+    shapes = {name: dataclasses.asdict(getattr(voice, name)) for name in ("target", "draft", "codec")}
+    weights.save(path, tree, shapes)
+
+
+def load(path: str | os.PathLike = BUILTIN) -> Voice:
+    """Reads a voice.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not a voice.
+    """
+    tree, shapes = weights.load(path)
+    try:
+        target, draft = (transformer.Config(**_tuples(shapes[name])) for name in ("target", "draft"))
+        codec = codecs.Config(**_tuples(shapes["codec"]))
+        return Voice(target, draft, codec, tree["target"], tree["draft"], tree["codec"], tree["trained"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected a voice of jaxspec in {path}, but it is not one ({error}): install it again") from error
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

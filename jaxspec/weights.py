@@ -1,0 +1,43 @@
+"""Trees of arrays in one safetensors file, with a JSON description in its header."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxspec.files import replacing
+
+
+def save(path: str | os.PathLike, tree: Any, description: dict[str, Any]) -> None:
+    """Writes a nested dict of arrays, those of floats as float16; the file appears whole or not at all."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    arrays = {name: np.ascontiguousarray(_half(np.asarray(value))) for name, value in flat.items()}
+    with replacing(path) as partial:
+        save_file(arrays, partial, {"description": json.dumps(description)})
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float16) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def load(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
+    """Reads (tree, description) back, floats as float32.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not written by ``save``, or a weight is not finite.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            description = json.loads(file.metadata()["description"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"expected a file of weights at {path}, but it cannot be read ({error}): install it again") from error
+    floats = {name: value.astype(np.float32) for name, value in arrays.items() if np.issubdtype(value.dtype, np.floating)}
+    for name, value in floats.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"expected finite weights in {path}, but {name} holds NaN or infinity: install it again")
+    return traverse_util.unflatten_dict({**arrays, **floats}, sep="/"), description
