@@ -1,7 +1,7 @@
 """Makes the built-in voice from nothing: python scripts/build_voice.py STAGE [--config FILE] [--work DIR]. Every stage resumes.
 
-Stages, in order: corpus (flite speaks), codec, encode (recordings to codes), target, draft, sample (the target speaks), distil
-(the draft learns from it), pack (writes jaxspec/voice/builtin.safetensors).
+Stages, in order: corpus (flite speaks), codec, encode (recordings to codes), target, sample (the target speaks), draft (learns
+from the target), pack (writes jaxspec/voice/builtin.safetensors).
 """
 
 import argparse
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxspec.codec import voice as codecs
 from jaxspec.models import transformer, voice
-from jaxspec.train import codec, corpus, language_model
+from jaxspec.sampling import Sampling
+from jaxspec.train import codec, corpus, distil, language_model
 from jaxspec.train.loop import Schedule, averaged, fit
 
 CODEC = codecs.Config(len(voice.VOICES), voice.LEVELS)
@@ -34,50 +36,109 @@ def shape(settings: dict[str, Any]) -> transformer.Config:
     return transformer.Config(tables, voice.VOCAB, **{name: settings[name] for name in names}, qk_norm=True)
 
 
-def learn_codes(name: str, config: dict[str, Any], work: Path) -> None:
-    """Trains the target or the draft on the encoded recordings."""
-    settings = config[name]
-    start = language_model.init_params(jax.random.key(0), shape(settings))
-    loss = language_model.loss(shape(settings), tuple(settings["guided_layers"]))
-    reading = language_model.Reading()
-    fit(work / name, start, loss, lambda step: language_model.batches(work / "codes", reading, FRAME_S, step), schedule(settings))
-
-
 def composed(name: str, config: dict[str, Any], work: Path) -> Any:
     """The trained weights of the target or the draft as the transformer's own."""
     start = language_model.init_params(jax.random.key(0), shape(config[name]))
     return language_model.compose(averaged(work / name, start), language_model.digit_features())
 
 
-def run(stage: str, config: dict[str, Any], work: Path) -> None:
-    """Runs one stage."""
-    if stage == "corpus":
-        settings = config["corpus"]
-        for hours in corpus.build(work / "corpus", settings["voices"], settings["hours"], settings["seed"]):
-            print(f"{hours:.2f} of {settings['hours']} h", flush=True)
-    elif stage == "codec":
-        settings, start = config["codec"], codec.init_params(jax.random.key(0), CODEC)
+def trained_codec(work: Path) -> Any:
+    """The trained weights of the codec."""
+    return averaged(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
 
-        def crops(step: int) -> Any:
-            return codec.batches(work / "corpus", list(voice.VOICES), CODEC, settings["batch"], settings["crop"], 1000 + step)
 
-        fit(work / "codec", start, codec.loss(CODEC), crops, schedule(settings))
-    elif stage == "encode":
-        params = averaged(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
-        for line in codec.encode_shards(work / "corpus", work / "codes", params, CODEC):
-            print(line, flush=True)
-    elif stage in ("target", "draft"):
-        learn_codes(stage, config, work)
+def run_corpus(config: dict[str, Any], work: Path) -> None:
+    """flite speaks."""
+    settings = config["corpus"]
+    for hours in corpus.build(work / "corpus", settings["voices"], settings["hours"], settings["seed"]):
+        print(f"{hours:.2f} of {settings['hours']} h", flush=True)
+
+
+def run_codec(config: dict[str, Any], work: Path) -> None:
+    """Trains the codec on crops of the recordings."""
+    settings, start = config["codec"], codec.init_params(jax.random.key(0), CODEC)
+
+    def crops(step: int) -> Any:
+        return codec.batches(work / "corpus", list(voice.VOICES), CODEC, settings["batch"], settings["crop"], 1000 + step)
+
+    fit(work / "codec", start, codec.loss(CODEC), crops, schedule(settings))
+
+
+def run_encode(config: dict[str, Any], work: Path) -> None:
+    """Recordings to codes."""
+    for line in codec.encode_shards(work / "corpus", work / "codes", trained_codec(work), CODEC):
+        print(line, flush=True)
+
+
+def run_target(config: dict[str, Any], work: Path) -> None:
+    """Trains the target on the encoded recordings."""
+    settings = config["target"]
+    start = language_model.init_params(jax.random.key(0), shape(settings))
+    loss = language_model.loss(shape(settings), tuple(settings["guided_layers"]))
+    reading = language_model.Reading()
+    fit(
+        work / "target",
+        start,
+        loss,
+        lambda step: language_model.batches([work / "codes"], reading, FRAME_S, step),
+        schedule(settings),
+    )
+
+
+def run_sample(config: dict[str, Any], work: Path) -> None:
+    """The target speaks, for the draft to learn from."""
+    settings, params = config["sample"], composed("target", config, work)
+    sampling = Sampling(temperature=settings["temperature"], top_p=settings["top_p"])
+    lines = distil.sample_shards(
+        work / "samples", shape(config["target"]), params, sampling, settings["utterances"], settings["seed"]
+    )
+    for line in lines:
+        print(line, flush=True)
+
+
+def run_draft(config: dict[str, Any], work: Path) -> None:
+    """Trains the draft on the target's laws."""
+    settings, temperature = config["draft"], config["sample"]["temperature"]
+    start = language_model.init_params(jax.random.key(1), shape(settings))
+    loss = distil.loss(
+        shape(settings), shape(config["target"]), composed("target", config, work), temperature, tuple(settings["guided_layers"])
+    )
+    reading, folders = language_model.Reading(), [work / "codes", work / "samples"]
+    fit(work / "draft", start, loss, lambda step: language_model.batches(folders, reading, FRAME_S, step), schedule(settings))
+
+
+def run_pack(config: dict[str, Any], work: Path) -> None:
+    """Writes the file that ships."""
+    met = np.zeros(voice.VOCAB, np.uint8)
+    for path in (work / "codes").glob("*.npz"):
+        for utterance in corpus.read_shard(path):
+            met[utterance.signal] = 1
+    shapes = shape(config["target"]), shape(config["draft"]), CODEC
+    params = composed("target", config, work), composed("draft", config, work), trained_codec(work)
+    voice.BUILTIN.parent.mkdir(exist_ok=True)
+    voice.save(voice.BUILTIN, voice.Voice(*shapes, *params, met))
+    print(f"{voice.BUILTIN}: {voice.BUILTIN.stat().st_size / 1e6:.1f} MB, {met.mean():.1%} of the codes occurred")
+
+
+STAGES = {
+    "corpus": run_corpus,
+    "codec": run_codec,
+    "encode": run_encode,
+    "target": run_target,
+    "sample": run_sample,
+    "draft": run_draft,
+    "pack": run_pack,
+}
 
 
 def main() -> None:
     """Reads the arguments and runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("corpus", "codec", "encode", "target", "draft", "sample", "distil", "pack"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "voice.toml")
     parser.add_argument("--work", type=Path, default=Path("build/voice"))
     arguments = parser.parse_args()
-    run(arguments.stage, tomllib.loads(arguments.config.read_text()), arguments.work)
+    STAGES[arguments.stage](tomllib.loads(arguments.config.read_text()), arguments.work)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,30 +84,37 @@ def loss(config: transformer.Config, guided_layers: tuple[int, ...], guidance: f
         counted = batch.target != IGNORE
         chosen = jnp.take_along_axis(logits, jnp.maximum(batch.target, 0)[..., None], axis=-1)[..., 0]
         nats = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0).sum() / counted.sum()
-        weights = [seen["intermediates"][f"layer_{i}"]["attention"]["attention"][0][:, 0, 0] for i in guided_layers]
-        guide = sum(_looking(w, batch.look) for w in weights) / len(weights)
+        guide = sum(looking(seen, layer, batch.look) for layer in guided_layers) / len(guided_layers)
         return nats + guidance * guide, {"nats": nats, "guide": guide}
 
     return value
 
 
-def _looking(weights: Array, look: Array) -> Array:
-    """-log of the attention [B T S] that falls on ``look`` [B T], where half of the two neighbours' counts too."""
+def looking(seen: Any, layer: int, look: Array) -> Array:
+    """-log of the attention that the first head of a layer pays to ``look`` int32 [B T]; half of the neighbours' counts too.
+
+    ``seen`` are the intermediates that the transformer gave. Where no place is known, nothing is asked.
+    """
+    weights = seen["intermediates"][f"layer_{layer}"]["attention"]["attention"][0][:, 0, 0]
     at = (jnp.take_along_axis(weights, jnp.maximum(look + shift, 0)[..., None], axis=-1)[..., 0] for shift in (-1, 0, 1))
     before, here, after = at
     counted = look != IGNORE
     missed = -jnp.log(here + 0.5 * (before + after) + 1e-6)
-    return jnp.where(counted, missed, 0).sum() / counted.sum()
+    return jnp.where(counted, missed, 0).sum() / jnp.maximum(counted.sum(), 1)
 
 
 def row(utterance: Utterance, reading: Reading, rng: np.random.Generator, frame_s: float) -> Batch:
     """One utterance as ids, targets and places to look, each int32 [S]; the prompt gives no loss."""
     symbols = text.symbols(utterance.text, lambda _: rng.random() < reading.spell)
     ids, codes = prompt(symbols, utterance.voice), utterance.signal.astype(np.int32)
+    ignored = np.full(len(ids) - 1, IGNORE, np.int32)
+    if not utterance.phones:  # the target's own speech, whose phones nobody knows
+        return Batch(
+            np.concatenate([ids, codes]), np.concatenate([ignored, codes, [STOP]]), np.full(len(ids) + len(codes), IGNORE)
+        )
     names, ends = [p for p, _ in utterance.phones], np.array([end for _, end in utterance.phones])
     place = align(names, ["<", *symbols, ">"])
     frame = np.minimum(np.searchsorted(ends, (np.arange(len(codes)) + 0.5) * frame_s), len(ends) - 1)
-    ignored = np.full(len(ids) - 1, IGNORE, np.int32)
     return Batch(
         np.concatenate([ids, _disturb(codes, reading.disturb, rng)]),
         np.concatenate([ignored, codes, [STOP]]),
@@ -124,10 +131,10 @@ def _disturb(codes: np.ndarray, share: float, rng: np.random.Generator) -> np.nd
     return codes + np.where(allowed, up * radix[which], 0)
 
 
-def batches(folder: Path, reading: Reading, frame_s: float, seed: int) -> Iterator[Batch]:
-    """Batches of rows of like length for ever, each utterance once a round, reading ``folder`` of encoded shards."""
+def batches(folders: list[Path], reading: Reading, frame_s: float, seed: int) -> Iterator[Batch]:
+    """Batches of rows of like length for ever, each utterance once a round, from folders of encoded shards."""
     rng = np.random.default_rng(seed)
-    utterances = [u for path in sorted(folder.glob("*.npz")) for u in read_shard(path)]
+    utterances = [u for folder in folders for path in sorted(folder.glob("*.npz")) for u in read_shard(path)]
     waiting: dict[int, list[Batch]] = {size: [] for size in reading.buckets}
     while True:
         for index in rng.permutation(len(utterances)):
