@@ -1,0 +1,35 @@
+"""Speculative decoding for speech-token language models: a draft proposes, a target verifies, the rule of acceptance is yours."""
+
+from jaxspec import draft, groups, sampling, types, verify
+from jaxspec.draft import model_draft, ngram_draft
+from jaxspec.groups import Groups, acoustic_similarity_groups
+from jaxspec.sampling import Sampling
+from jaxspec.speculate import autoregressive, generate
+from jaxspec.state import Generation, Info, State
+from jaxspec.types import Codec, Draft, LanguageModel, Proposal, Verdict, Verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Codec",
+    "Draft",
+    "Generation",
+    "Groups",
+    "Info",
+    "LanguageModel",
+    "Proposal",
+    "Sampling",
+    "State",
+    "Verdict",
+    "Verify",
+    "acoustic_similarity_groups",
+    "autoregressive",
+    "draft",
+    "generate",
+    "groups",
+    "model_draft",
+    "ngram_draft",
+    "sampling",
+    "types",
+    "verify",
+]

@@ -46,20 +46,23 @@ def check(
         raise ValueError(f"expected a prompt [B P] with B and P of at least 1, got shape {prompt.shape}")
     batch, width = prompt.shape
     prompt_length = _per_row(prompt_length, "prompt_length", batch, 1, width)
-    inside = np.arange(width) < prompt_length[:, None]
-    if _known(prompt, prompt_length) and (np.asarray(prompt)[np.asarray(inside)] < 0).any():
+    if _known(prompt, prompt_length) and (np.asarray(prompt)[np.arange(width) < np.asarray(prompt_length)[:, None]] < 0).any():
         raise ValueError("expected prompt ids from 0 up within each prompt_length, got a negative id; is prompt_length right?")
-    return Request(
-        keys=_keys(key, batch),
-        prompt=jnp.where(inside, prompt, 0).astype(jnp.int32),
-        prompt_length=jnp.asarray(prompt_length, jnp.int32),
-        limit=jnp.asarray(_limit(limit, batch, max_new_tokens), jnp.int32),
-        sampling=laws.rows(sampling, batch),
-    )
+    limit = _limit(limit, batch, max_new_tokens)
+    return _complete(_keys(key, batch), prompt, prompt_length, limit, laws.rows(sampling, batch))
+
+
+@jax.jit
+def _complete(key: Array, prompt: Array, prompt_length: Array, limit: Array, sampling: SamplingRows) -> Request:
+    """Folds one key by each row's index, and clears the padding."""
+    batch, width = prompt.shape
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    prompt = jnp.where(jnp.arange(width) < prompt_length[:, None], prompt, 0)
+    return Request(keys, prompt.astype(jnp.int32), prompt_length.astype(jnp.int32), limit.astype(jnp.int32), sampling)
 
 
 def _keys(key: Any, batch: int) -> Array:
-    """One key for each row: given, or folded from one key by the row's index."""
+    """One key for all rows or one for each, checked."""
     if not isinstance(key, jax.Array):
         raise ValueError(f"expected a key, as jax.random.key(0) gives, or {batch} keys, got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -68,7 +71,7 @@ def _keys(key: Any, batch: int) -> Array:
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (batch,)):
         raise ValueError(f"expected one key or {batch} keys, one for each row of the prompt, got keys of shape {key.shape}")
-    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    return key
 
 
 def _limit(limit: Any, batch: int, max_new_tokens: int) -> Any:

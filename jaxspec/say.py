@@ -73,8 +73,8 @@ def card(result: dict[str, Any], outs: Sequence[Path]) -> str:
     ]
     if result["drafted"]:
         lines.append(
-            f"{result['verify']}: {result['tokens']} codes in {result['rounds']} rounds, {result["tokens_per_round"]:.2f} each; "
-            f"{result['acceptance_rate']:.0%} of those drafted were accepted"
+            f"{result['verify']}: {result['tokens']} codes in {result['rounds']} rounds of {result['tokens_per_round']:.2f}, "
+            f"{result['acceptance_rate']:.0%} of those drafted accepted"
         )
     else:
         lines.append(f"{result['verify']}: {result['tokens']} codes, one at a time")

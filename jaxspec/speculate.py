@@ -33,7 +33,7 @@ from jaxspec.state import (
     Info,
     State,
 )
-from jaxspec.types import Array, Context, Draft, History, LanguageModel, Params, Proposal, SamplingRows, Verdict, Verify
+from jaxspec.types import Array, Context, Draft, History, LanguageModel, Params, Proposal, Verdict, Verify
 
 _DRAFT_STREAM = 2**31 - 1  # beyond every position, so that the draft's keys and the verifier's never meet
 _PLAIN = Sampling()
@@ -125,12 +125,12 @@ def _autoregressive(
 ) -> Generation:
     def advance(state: State) -> State:
         logits, features, cache = target.apply(target_params, _last(state)[:, None], state.cache, state.length - 1)
-        law, fine = _laws(logits, state.tokens, state.start, state.length[:, None], state.sampling)
+        law = laws.probabilities(logits, state.sampling, History(state.tokens, state.start, state.length))
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
         token = jax.vmap(laws.sample)(keys, law[:, 0])
         nothing = Proposal(jnp.zeros((token.shape[0], 0), jnp.int32), law[:, :0])
         verdict = Verdict(jnp.zeros_like(token), token)
-        return commit(state._replace(cache=cache), nothing, verdict, fine.astype(jnp.int32)[:, 0], features)
+        return commit(state._replace(cache=cache), nothing, verdict, _is_law(law)[:, 0].astype(jnp.int32), features)
 
     state = _prefill(target, target_params, request, capacity, stop_ids, draft_length=0)
     return finish(jax.lax.while_loop(is_running, advance, state), capacity)
@@ -185,10 +185,10 @@ def is_running(state: State) -> Array:
 def step(target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, verify: Verify, state: State) -> State:
     """One round for every row; rows that have ended are computed along and left as they are."""
     proposal, state = propose(draft, draft_params, state)
-    target_probs, features, fine, state = score(target, target_params, proposal, state)
+    target_probs, features, state = score(target, target_params, proposal, state)
     _check_proposal(proposal, draft.length, target_probs)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
-    proposal, target_probs, sound = _sound(proposal, target_probs, fine)
+    proposal, target_probs, sound = _sound(proposal, target_probs)
     verdict = jax.vmap(verify)(keys, proposal.tokens, proposal.probs, target_probs)
     return commit(state, proposal, verdict, sound, features)
 
@@ -201,8 +201,8 @@ def propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State
     return proposal, state._replace(draft=draft_state)
 
 
-def score(target: LanguageModel, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array | None, Array, State]:
-    """The target's laws float32 [B K+1 V] after the last token and each drafted one, its features, and which laws are finite.
+def score(target: LanguageModel, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array | None, State]:
+    """The target's laws float32 [B K+1 V] after the last token and each drafted one, and its features [B K+1 F].
 
     Each law sees the tokens drafted before it as its history, as it would had they been emitted.
     """
@@ -210,8 +210,8 @@ def score(target: LanguageModel, params: Params, proposal: Proposal, state: Stat
     logits, features, cache = target.apply(params, block, state.cache, state.length - 1)
     tokens = _write(state.tokens, proposal.tokens, state.length, jnp.full_like(state.length, proposal.tokens.shape[1]))
     lengths = state.length[:, None] + jnp.arange(block.shape[1])
-    probs, fine = _laws(logits, tokens, state.start, lengths, state.sampling)
-    return probs, features, fine, state._replace(cache=cache)
+    probs = laws.probabilities(logits, state.sampling, History(tokens, state.start, lengths))
+    return probs, features, state._replace(cache=cache)
 
 
 def commit(state: State, proposal: Proposal, verdict: Verdict, sound: Array, features: Array | None) -> State:
@@ -296,30 +296,22 @@ def _write(buffer: Array, block: Array, start: Array, count: Array) -> Array:
     return jax.vmap(put)(buffer, block, start, count)
 
 
-def _laws(logits: Array, tokens: Array, start: Array, lengths: Array, sampling: SamplingRows) -> tuple[Array, Array]:
-    """The laws of a block, [B T V], position i of a row having the history tokens[:lengths[i]]; and which are finite, [B T]."""
-
-    def row(logits: Array, tokens: Array, start: Array, lengths: Array, sampling: SamplingRows) -> Array:
-        one = lambda logits, length: laws.probabilities(logits, sampling, History(tokens, start, length))  # noqa: E731
-        return jax.vmap(one)(logits, lengths)
-
-    probs = jax.vmap(row)(logits, tokens, start, lengths, sampling)
-    # A one-hot law looks sound whatever it was made of, so the logits are asked too: one -inf forbids a token, NaN is an error.
-    return probs, jnp.isfinite(probs).all(-1) & jnp.isfinite(logits.max(-1))
-
-
-def _sound(proposal: Proposal, target_probs: Array, fine: Array) -> tuple[Proposal, Array, Array]:
+def _sound(proposal: Proposal, target_probs: Array) -> tuple[Proposal, Array, Array]:
     """Puts a uniform law in the place of those that are not finite, and says how many tokens of a block stand before the first.
 
     A verifier may loop until a draw succeeds, which under a law of NaN would be never.
     """
-    drafted = jnp.isfinite(proposal.probs).all(-1)
+    drafted, scored = _is_law(proposal.probs), _is_law(target_probs)
     uniform = 1.0 / target_probs.shape[-1]
     draft_probs = jnp.where(drafted[:, :, None], proposal.probs, uniform)
-    target_probs = jnp.where(fine[:, :, None], target_probs, uniform)
-    both = fine.at[:, : drafted.shape[1]].min(drafted)
-    sound = jnp.cumprod(both.astype(jnp.int32), axis=1).sum(1)
-    return proposal._replace(probs=draft_probs), target_probs, sound
+    target_probs = jnp.where(scored[:, :, None], target_probs, uniform)
+    both = scored.at[:, : drafted.shape[1]].min(drafted)
+    return proposal._replace(probs=draft_probs), target_probs, jnp.cumprod(both.astype(jnp.int32), axis=1).sum(1)
+
+
+def _is_law(probs: Array) -> Array:
+    """False where logits were not finite, which ``sampling.probabilities`` says by NaN: bool [...] from [... V]."""
+    return jnp.isfinite(probs).all(-1)
 
 
 def _features(old: Array | None, new: Array | None, emitted: Array) -> Array | None:

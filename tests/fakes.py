@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import sampling as laws
+from jaxspec import speculate
 from jaxspec.types import Draft, History, LanguageModel, Proposal, Verdict
 
 HASHES = 97
@@ -66,12 +67,9 @@ def block_drafter(draft_length, vocab):
 
 
 def _independent(keys, logits, context):
-    def row(key, logits, tokens, start, length, sampling):
-        probs = jax.vmap(lambda one: laws.probabilities(one, sampling, History(tokens, start, length)))(logits)
-        return jax.vmap(laws.sample)(jax.random.split(key, logits.shape[0]), probs), probs
-
-    drawn = jax.vmap(row)(keys, logits, context.tokens, context.start, context.length, context.sampling)
-    return Proposal(*drawn)
+    """Draws every token of a block by the row's law, each without sight of the others."""
+    probs = laws.probabilities(logits, context.sampling, History(context.tokens, context.start, context.length))
+    return Proposal(jax.vmap(laws.sample)(keys, probs), probs)
 
 
 def accept_all(key, draft_tokens, draft_probs, target_probs):
@@ -88,3 +86,16 @@ def prompts(seed, batch, width, vocab):
     """Ragged prompts whose padding is garbage: (int32 [B P], int32 [B])."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, vocab, (batch, width)).astype(np.int32), rng.integers(1, width + 1, batch).astype(np.int32)
+
+
+def assert_counted(generation):
+    """What is true of every Info."""
+    info, length = generation.info, np.asarray(generation.length)
+    assert (np.asarray(generation.tokens) != speculate.PAD).sum(1).tolist() == length.tolist()
+    by_origin = [(np.asarray(info.origin) == kind).sum(1) for kind in range(3)]
+    np.testing.assert_array_equal(sum(by_origin), length)
+    np.testing.assert_array_equal(by_origin[speculate.ACCEPTED], info.accepted)
+    np.testing.assert_array_equal(info.accepted_per_position.sum(1), info.accepted)
+    assert (info.accepted <= info.drafted).all()
+    assert (info.exact_matches <= info.accepted).all()
+    assert (info.stop_reason != speculate.RUNNING).all()

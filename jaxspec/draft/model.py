@@ -31,10 +31,10 @@ def model_draft(lm: LanguageModel, draft_length: int) -> Draft:
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int) -> Cache:
         return lm.apply(params, prompt, lm.init_cache(prompt.shape[0], cells), jnp.zeros_like(prompt_length))[2]
 
-    def propose(params: Params, keys: Array, context: Context, cache: Cache) -> tuple[Proposal, Cache]:
+    def propose(params: Params, keys: Array, context: Context, state: Cache) -> tuple[Proposal, Cache]:
         if draft_length == 0:
-            return _nothing(lm, params, context, cache), cache
-        logits, cache = _last_two(lm, params, context, cache)
+            return _nothing(lm, params, context, state), state
+        logits, cache = _last_two(lm, params, context, state)
 
         def advance(carry: tuple[Array, Array, Cache], i: Array) -> tuple[tuple[Array, Array, Cache], tuple[Array, Array]]:
             """Draws token i of the proposal, then asks for the logits of the next."""
@@ -71,9 +71,6 @@ def _last_two(lm: LanguageModel, params: Params, context: Context, cache: Cache)
 def _draw(keys: Array, logits: Array, tokens: Array, context: Context, i: Array) -> tuple[Array, Array, Array]:
     """Token i of every row's proposal, the law [B V] it was drawn from, and the buffer with the token in it."""
 
-    def row(key: Array, logits: Array, tokens: Array, start: Array, length: Array, sampling: Array) -> tuple[Array, Array, Array]:
-        probs = laws.probabilities(logits, sampling, History(tokens, start, length + i))
-        token = laws.sample(jax.random.fold_in(key, i), probs)
-        return token, probs, tokens.at[length + i].set(token)
-
-    return jax.vmap(row)(keys, logits, tokens, context.start, context.length, context.sampling)
+    probs = laws.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i))
+    token = jax.vmap(lambda key, law: laws.sample(jax.random.fold_in(key, i), law))(keys, probs)
+    return token, probs, tokens.at[jnp.arange(token.shape[0]), context.length + i].set(token)

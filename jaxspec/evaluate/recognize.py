@@ -16,6 +16,7 @@ import numpy as np
 from jaxspec.normalize import normalize
 
 _LISTENER = Path(__file__).with_name("listen.py")
+_SILENCE = 1e-3  # a wave that stays below this peak is not recognised at all: the recogniser hears words in digital silence
 _SHORTEST = 1600  # samples; the recogniser needs a few frames
 _PEAK = 0.5  # every wave is brought to this peak, as the recogniser's first estimate of the channel depends on the level
 
@@ -35,15 +36,17 @@ def plain(text: str) -> str:
 
 
 def _pcm(wave: np.ndarray) -> bytes:
-    """The wave as 16-bit samples at one level, after its length in bytes."""
+    """The wave as 16-bit samples at one level, after its length in bytes; nothing for silence."""
     wave = np.asarray(wave, np.float32)
     if wave.ndim != 1 or not np.isfinite(wave).all():
         raise ValueError(
             f"expected waves of finite samples [N], but one has shape {wave.shape} or holds NaN: check the synthesis"
         )
     peak = np.abs(wave).max(initial=0.0)
+    if peak < _SILENCE:
+        return b""
     wave = np.pad(wave, (0, max(0, _SHORTEST - len(wave))))
-    samples = (wave * (_PEAK / peak if peak > 0 else 0.0) * 32767).astype("<i2").tobytes()
+    samples = (wave * (_PEAK / peak) * 32767).astype("<i2").tobytes()
     return struct.pack("<I", len(samples)) + samples
 
 
@@ -70,10 +73,10 @@ def transcribe(waves: Sequence[np.ndarray], processes: int | None = None) -> lis
     if importlib.util.find_spec("pocketsphinx") is None:
         raise ImportError("expected pocketsphinx for word error rates: pip install 'jaxspec[eval]'")
     pcm = [_pcm(wave) for wave in waves]
-    count = max(1, min(processes or os.cpu_count() or 1, len(pcm)))
     # The longest come first and are dealt like cards, so that all recognisers end at about the same time.
-    order = sorted(range(len(pcm)), key=lambda index: -len(pcm[index]))
-    shares = [order[start::count] for start in range(count)]
+    order = sorted((index for index, samples in enumerate(pcm) if samples), key=lambda index: -len(pcm[index]))
+    count = max(1, min(processes or os.cpu_count() or 1, len(order)))
+    shares = [order[start::count] for start in range(count) if order]
     texts = [""] * len(pcm)
     with ThreadPoolExecutor(count) as pool:
         for share, lines in zip(shares, pool.map(_hear, ([pcm[index] for index in share] for share in shares)), strict=True):
