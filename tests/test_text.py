@@ -1,5 +1,6 @@
 """Text to symbols: what is said for numbers, signs and abbreviations, where long text is cut, and the held-out sentences."""
 
+import random
 import re
 from importlib.resources import files
 
@@ -66,10 +67,9 @@ def test_normalize_refuses_other_alphabets(text):
 
 
 def test_normalize_gives_words_and_punctuation_for_any_characters():
-    rng = np.random.default_rng(0)
-    alphabet = list("aA bBpmst .,'-$€%:0123456789/½°#&@\n\"()DrSt;!?")
-    for _ in range(2000):
-        text = "x" + "".join(rng.choice(alphabet, 25))
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "x" + "".join(rng.choices("aA bBpmst .,'-$€%:0123456789/½°#&@\n\"()DrSt;!?", k=25))
         assert re.fullmatch(r"[a-z']+[,.?!]?( [a-z']+[,.?!]?)*", normalize(text)), text
 
 

@@ -1,0 +1,177 @@
+"""Verifiers side by side on the held-out sentences: word errors, likeness of the voice, acceptance and speed, a row each."""
+
+import dataclasses
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec import groups, text
+from jaxspec.codec.voice import codec
+from jaxspec.evaluate.recognize import error_rates, transcribe
+from jaxspec.evaluate.similarity import embed, similarity
+from jaxspec.models.voice import MAX_CODES, VOICES, Voice, voice_index
+from jaxspec.synthesize import Settings, Speech, Spoken, acoustic_groups, builtin, decode_codes, speak
+from jaxspec.train.corpus import SAMPLE_RATE_HZ, record
+
+Waves = list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to compare. Sentence i is spoken by voice i modulo the number of voices."""
+
+    sentences: int = 200
+    seeds: int = 3
+    betas: tuple[float, ...] = (0.1, 0.2, 0.4)
+    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7)
+    base: Settings = dataclasses.field(default_factory=Settings)
+
+    def spoken(self) -> dict[str, Settings]:
+        """The rows that the models speak, by name."""
+        plain = dataclasses.replace(self.base, verify="autoregressive")
+        rows = {"autoregressive": plain, "draft alone": plain, "exact": dataclasses.replace(self.base, verify="exact")}
+        for beta in self.betas:
+            rows[f"tolerance {beta:g}"] = dataclasses.replace(self.base, verify="tolerance", beta=beta)
+        for threshold in self.thresholds:
+            name = f"coarse-grained {threshold:g}"
+            rows[name] = dataclasses.replace(self.base, verify="coarse-grained", threshold=threshold)
+        return rows
+
+
+def held_out() -> list[str]:
+    """The natural sentences that no training text contains."""
+    return resources.files("jaxspec.evaluate").joinpath("held_out.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures every row; ``say`` is told of each as it is done.
+
+    Returns:
+        {"rows": one dict a row, "sentences", "seeds", "device", ...}; rates are fractions, speed-ups ratios to autoregressive.
+
+    Raises:
+        ValueError: flite is missing, which speaks the recordings that all else is compared with.
+    """
+    sentences, voice = held_out()[: plan.sentences], builtin()
+    recordings = [record(text.normalize(s), _voice_of(i)).signal / np.float32(32768) for i, s in enumerate(sentences)]
+    faces = {name: _face(recordings[i :: len(VOICES)]) for i, name in enumerate(VOICES)}
+    rows = [_measures("recordings", sentences, recordings, recordings, faces)]
+    rows.append(_measures("codec's copy", sentences, _copies(recordings, voice), recordings, faces))
+    say(f"{rows[0]['row']}: wer {rows[0]['wer']:.1%}; {rows[1]['row']}: wer {rows[1]['wer']:.1%}")
+    for name, settings in plan.spoken().items():
+        speaker = _draft_alone(voice) if name == "draft alone" else voice
+        row, plain = _spoken_row(name, settings, speaker, sentences, recordings, faces, plan.seeds)
+        rows.append(row)
+        say(f"{name}: wer {row['wer']:.1%}, acceptance {row['acceptance_rate']:.1%}")
+        if name == "autoregressive":
+            waves = [w for speeches in plain for w in _swapped(speeches, voice, plan)]
+            rows.append(
+                _measures(f"swapped {plan.swap_threshold:g}", sentences * plan.seeds, waves, recordings * plan.seeds, faces)
+            )
+    _add_speed(rows, plan, voice, sentences)
+    versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    return {"rows": rows, "sentences": len(sentences), "seeds": plan.seeds, **versions}
+
+
+def _voice_of(index: int) -> str:
+    return VOICES[index % len(VOICES)]
+
+
+def _face(waves: Waves) -> np.ndarray:
+    """The mean embedding of a voice's recordings."""
+    return embed(waves, SAMPLE_RATE_HZ).mean(0)
+
+
+def _measures(
+    name: str, sentences: Sequence[str], waves: Waves, recordings: Waves, faces: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Error rates, likeness to the own voice and to the most alike of the others, and length against the recordings."""
+    rates = error_rates(sentences, transcribe(waves))
+    heard = [(embed([w], SAMPLE_RATE_HZ)[0], _voice_of(i)) for i, w in enumerate(waves) if len(w) > SAMPLE_RATE_HZ // 2]
+    own = [similarity(one, faces[name]) for one, name in heard]
+    other = [max(similarity(one, face) for n, face in faces.items() if n != name) for one, name in heard]
+    return {
+        "row": name,
+        **rates._asdict(),
+        "similarity": float(np.mean(own)),
+        "similarity_to_others": float(np.mean(other)),
+        "duration_ratio": sum(map(len, waves)) / sum(map(len, recordings)),
+    }
+
+
+def _copies(recordings: Waves, voice: Voice) -> Waves:
+    """The recordings through the codec and back."""
+    copies = []
+    for index, wave in enumerate(recordings):
+        one = codec(voice.codec, voice_index(_voice_of(index)))
+        padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE_HZ))[None]  # few lengths, so that few are compiled
+        copies.append(np.asarray(one.decode(voice.codec_params, one.encode(voice.codec_params, padded)))[0, : len(wave)])
+    return copies
+
+
+def _draft_alone(voice: Voice) -> Voice:
+    return voice._replace(target=voice.draft, target_params=voice.draft_params)
+
+
+def _speak_all(settings: Settings, voice: Voice, sentences: Sequence[str]) -> tuple[list[Speech], list[Spoken]]:
+    """Every sentence by its voice: the speeches in order, and what each voice's batch came to."""
+    parts = [
+        speak(sentences[i :: len(VOICES)], dataclasses.replace(settings, voice=name), voice) for i, name in enumerate(VOICES)
+    ]
+    return [parts[i % len(VOICES)].speeches[i // len(VOICES)] for i in range(len(sentences))], parts
+
+
+def _spoken_row(
+    name: str,
+    settings: Settings,
+    voice: Voice,
+    sentences: list[str],
+    recordings: Waves,
+    faces: dict[str, np.ndarray],
+    seeds: int,
+) -> tuple[dict[str, Any], list[list[Speech]]]:
+    speeches, totals = [], []
+    for seed in range(seeds):
+        some, parts = _speak_all(dataclasses.replace(settings, seed=seed), voice, sentences)
+        speeches.append(some)
+        totals += [part.counts for part in parts]
+    waves = [speech.wave for some in speeches for speech in some]
+    row = _measures(name, sentences * seeds, waves, recordings * seeds, faces)
+    accepted, drafted, rounds, tokens = (sum(t[key] for t in totals) for key in ("accepted", "drafted", "rounds", "tokens"))
+    exact = sum(t["exact_match_rate"] * t["accepted"] for t in totals)
+    row |= {
+        "acceptance_rate": accepted / drafted if drafted else 0.0,
+        "tokens_per_round": tokens / rounds,
+        "exact_match_rate": exact / accepted if accepted else 0.0,
+    }
+    return row, speeches
+
+
+def _swapped(speeches: list[Speech], voice: Voice, settings: Settings) -> Waves:
+    """The same codes, each replaced by a random member of a random one of its groups (PCG, Table 2)."""
+    members, waves = acoustic_groups(voice, settings), []
+    for index, speech in enumerate(speeches):
+        padded = np.pad(speech.codes, (0, MAX_CODES - len(speech.codes)))  # one length, so that one is compiled
+        other = np.asarray(groups.swap(jax.random.key(index), members, padded))[: len(speech.codes)]
+        waves += decode_codes([other], voice, _voice_of(index))
+    return waves
+
+
+def _add_speed(rows: list[dict[str, Any]], plan: Plan, voice: Voice, sentences: Sequence[str]) -> None:
+    """Codes a second of each row over those of autoregressive, one sentence at a time, the rows taking turns."""
+    rates: dict[str, list[float]] = {name: [] for name in plan.spoken()}
+    for turn, sentence in enumerate(["Warm up, please.", *sentences[:8]]):
+        for name, settings in plan.spoken().items():
+            speaker = _draft_alone(voice) if name == "draft alone" else voice
+            spoken = speak([sentence], dataclasses.replace(settings, seed=turn), speaker)
+            if turn:
+                rates[name].append(spoken.counts["tokens"] / spoken.seconds["lm"])
+    plain = statistics.median(rates["autoregressive"])
+    for row in rows:
+        if row["row"] in rates:
+            row["speed_up"] = statistics.median(rates[row["row"]]) / plain

@@ -1,0 +1,93 @@
+"""The measures: error rates by hand, recognition of silence, similarity of a voice to itself."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxspec.evaluate.recognize import error_rates, transcribe
+from jaxspec.evaluate.similarity import embed, similarity
+
+
+def buzz(pitch_hz, seconds=1.5, seed=0):
+    """A voice-like sound: a pulse train through slowly moving resonances, at 16 kHz."""
+    time = np.arange(int(16_000 * seconds)) / 16_000
+    harmonics = np.arange(1, 30)[:, None]
+    formant = 700 + 300 * np.sin(2 * np.pi * 3 * time)
+    weight = np.exp(-(((harmonics * pitch_hz - formant) / 400) ** 2)) + 0.2
+    noise = np.random.default_rng(seed).normal(0, 0.01, len(time))
+    return (0.1 * (weight * np.sin(2 * np.pi * harmonics * pitch_hz * time)).sum(0) + noise).astype(np.float32)
+
+
+def test_error_rates_by_hand():
+    rates = error_rates(["The cat sat down.", "a b"], ["the cat sit", "a b c"])
+    assert rates.wer == pytest.approx(3 / 6)  # one substitution, one deletion, one insertion
+    assert rates.cer == pytest.approx((1 + 5 + 2) / (16 + 3))
+    assert rates.wer_interval == pytest.approx((0.5, 0.5))  # both sentences have one half
+    assert rates.cer_interval[0] < rates.cer < rates.cer_interval[1]
+
+
+def test_error_rates_see_through_spelling_forms():
+    said = ["at ten thirty doctor lee paid five dollars", "well known ones"]
+    assert error_rates(["At 10:30, Dr. Lee paid $5!", "Well-known ones..."], said).wer == 0
+
+
+def test_error_rates_of_nothing_heard():
+    assert error_rates(["one two"], [""]).wer == 1
+
+
+def test_error_rates_interval_holds_the_truth():
+    rng = np.random.default_rng(1)
+    heard = ["a b c d " + ("x" if wrong else "e") for wrong in rng.random(400) < 0.5]
+    rates = error_rates(["a b c d e"] * 400, heard)
+    low, high = rates.wer_interval
+    assert low < rates.wer < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 / 20, rel=0.15)  # sd of a sentence's rate is .1, 400 sentences
+    assert error_rates(["a b c d e"] * 400, heard) == rates
+
+
+@pytest.mark.parametrize(("references", "hypotheses"), [([], []), (["a"], [])])
+def test_error_rates_refuse_unequal_lists(references, hypotheses):
+    with pytest.raises(ValueError, match="as many references"):
+        error_rates(references, hypotheses)
+
+
+def test_silence_is_heard_as_nothing():
+    assert transcribe([np.zeros(16_000, np.float32), np.zeros(0, np.float32)]) == ["", ""]
+    assert transcribe([]) == []
+
+
+def test_recognisers_keep_the_order_and_do_not_depend_on_the_level():
+    waves = [buzz(120), np.zeros(1600, np.float32), 0.1 * buzz(120), buzz(200, 0.05)]
+    texts = transcribe(waves, processes=2)
+    assert len(texts) == 4
+    assert texts[1] == ""
+    assert texts[0] == texts[2]
+
+
+def test_transcribe_refuses_nan():
+    with pytest.raises(ValueError, match="finite samples"):
+        transcribe([np.array([0.0, np.nan], np.float32)])
+
+
+def test_the_listener_loads_nothing_of_jax():
+    from jaxspec.evaluate import listen
+
+    code = f"import sys, runpy; sys.stdin = open('/dev/null'); runpy.run_path({listen.__file__!r}, run_name='__main__')"
+    code += "; assert 'pocketsphinx' in sys.modules and not {'jax', 'jaxspec'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_a_voice_is_like_itself_at_any_level():
+    low, high = buzz(100), buzz(230)
+    found = embed([low, 0.3 * low, high], 16_000)
+    assert found.shape == (3, 256)
+    np.testing.assert_allclose(similarity(found, found), 1, atol=1e-5)
+    assert similarity(found[0], found[1]) > 0.99 > similarity(found[0], found[2])
+
+
+@pytest.mark.parametrize("wave", [np.zeros(16_000, np.float32), np.full(16_000, np.nan, np.float32)])
+def test_embed_refuses_what_is_no_voice(wave):
+    with pytest.raises(ValueError, match="finite samples that are not all 0"):
+        embed([wave], 16_000)
