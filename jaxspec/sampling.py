@@ -165,11 +165,12 @@ def invert(uniforms: Array, probs: Array) -> Array:
         return invert(uniforms[..., None, :], probs)[..., 0]
     if probs.ndim > 1:
         return jax.vmap(invert)(uniforms, probs)
-    count = -(-probs.shape[0] // _BLOCK)
-    blocks = jnp.pad(probs, (0, count * _BLOCK - probs.shape[0])).reshape(count, _BLOCK)
+    vocab = probs.shape[0]
+    width = min(_BLOCK, vocab)
+    count = -(-vocab // width)
+    blocks = jnp.pad(probs, (0, count * width - vocab)).reshape(count, width)
     block = _locate(uniforms[:, 0], jnp.broadcast_to(blocks.sum(-1), (uniforms.shape[0], count)))
-    token = block * _BLOCK + _locate(uniforms[:, 1], blocks[block])
-    return jnp.minimum(token, probs.shape[0] - 1)
+    return jnp.minimum(block * width + _locate(uniforms[:, 1], blocks[block]), vocab - 1)
 
 
 def _locate(uniform: Array, mass: Array) -> Array:

@@ -1,0 +1,154 @@
+"""Acoustic similarity groups against brute force, their files, and the swap within groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import assert_law
+
+from jaxspec import groups
+
+CODES = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+
+
+def brute_force(embeddings, threshold, alone=()):
+    """G(t) of every token, as sets."""
+    unit = np.float64(embeddings) / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    similar = unit @ unit.T > threshold
+    similar[list(alone)] = False
+    similar[:, list(alone)] = False
+    return [frozenset(np.flatnonzero(row)) | {token} for token, row in enumerate(similar)]
+
+
+def as_sets(table):
+    vocab = len(table.token_start)
+    rows = [frozenset(row[row < vocab].tolist()) for row in np.asarray(table.members)]
+    np.testing.assert_array_equal(table.sizes, [len(row) for row in rows])
+    return rows
+
+
+def assert_index(table):
+    """The index from tokens to groups says what the members say."""
+    rows = as_sets(table)
+    for token, (start, count) in enumerate(zip(table.token_start, table.token_count, strict=True)):
+        listed = np.asarray(table.token_groups)[start : start + count].tolist()
+        assert listed == [k for k, row in enumerate(rows) if token in row]
+
+
+@pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.4, 0.9])
+@pytest.mark.parametrize("block", [7, 1024])
+def test_equals_brute_force(threshold, block):
+    expected = brute_force(CODES, threshold)
+    per_token = groups.acoustic_similarity_groups(CODES, threshold, distinct=False, block=block)
+    assert as_sets(per_token) == expected
+    assert_index(per_token)
+    distinct = groups.acoustic_similarity_groups(CODES, threshold, block=block)
+    assert as_sets(distinct) == list(dict.fromkeys(expected))
+    assert_index(distinct)
+
+
+def test_duplicates_are_one_group_unless_asked_for():
+    twins = np.repeat(np.eye(3), 2, axis=0)
+    assert as_sets(groups.acoustic_similarity_groups(twins, 0.5)) == [{0, 1}, {2, 3}, {4, 5}]
+    per_token = groups.acoustic_similarity_groups(twins, 0.5, distinct=False)
+    assert len(per_token.sizes) == 6
+    np.testing.assert_array_equal(per_token.token_count, [2] * 6)
+
+
+def test_stop_ids_untrained_and_zero_rows_stay_alone():
+    embeddings = np.ones((8, 4)) + 0.01 * np.random.default_rng(0).normal(size=(8, 4))
+    embeddings[2] = 0
+    trained = np.arange(8) != 4
+    table = groups.acoustic_similarity_groups(embeddings, 0.5, num_codes=6, trained=trained)
+    assert as_sets(table) == [{0, 1, 3, 5}, {2}, {4}, {6}, {7}]
+
+
+def test_groups_are_symmetric_and_no_cosine_passes_one():
+    rows = np.repeat(CODES[:20], 3, axis=0) * np.random.default_rng(1).uniform(0.1, 9, (60, 1)).astype(np.float32)
+    table = groups.acoustic_similarity_groups(rows, np.nextafter(1, 0), distinct=False, block=13)
+    sets = as_sets(table)
+    assert all(token in sets[other] for token, row in enumerate(sets) for other in row)
+    assert set(as_sets(groups.acoustic_similarity_groups(rows, 1.0))) == {frozenset([t]) for t in range(60)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threshold": -1.0}, "threshold is a cosine"),
+        ({"threshold": 1.01}, "threshold is a cosine"),
+        ({"threshold": float("nan")}, "threshold is a cosine"),
+        ({"embeddings": np.where(np.arange(50)[:, None] == 9, np.nan, CODES)}, "row 9 is not"),
+        ({"embeddings": CODES[0]}, "must be a matrix"),
+        ({"num_codes": 51}, "num_codes must be"),
+        ({"trained": np.ones(49, bool)}, "trained must have one flag"),
+        ({"block": 0}, "block must be"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        groups.acoustic_similarity_groups(**{"embeddings": CODES, "threshold": 0.4, **change})
+
+
+def test_giant_groups_are_refused(monkeypatch):
+    monkeypatch.setattr(groups, "_LIMIT_BYTES", 4 * 1000)
+    with pytest.raises(ValueError, match="raise the threshold"):
+        groups.acoustic_similarity_groups(CODES, -0.9)
+    star = np.concatenate([np.ones((30, 2)), np.eye(34)[:, :2] @ np.diag([0, 0])])
+    with pytest.raises(ValueError, match="largest of 35 groups has 30 tokens"):
+        groups.acoustic_similarity_groups(star, 0.5)
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "groups.npz"
+    for distinct in (True, False):
+        table = groups.acoustic_similarity_groups(CODES, 0.3, num_codes=45, distinct=distinct)
+        groups.save(path, table)
+        jax.tree.map(np.testing.assert_array_equal, groups.load(path), table)
+    assert [file.name for file in tmp_path.iterdir()] == ["groups.npz"]
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "groups.npz"
+    groups.save(path, groups.acoustic_similarity_groups(CODES, 0.3))
+    whole = path.read_bytes()
+    for bad in (b"", b"nonsense", whole[: len(whole) // 2], whole[:200] + bytes(20) + whole[220:]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="damaged"):
+            groups.load(path)
+    good = {"vocab": 3, "sizes": np.int32([2, 2]), "tokens": np.int32([0, 1, 1, 2])}
+    for change in ({"vocab": 4}, {"sizes": np.int32([2, 3])}, {"tokens": np.int32([0, 1, 1, 3])}, {"tokens": np.ones(4)}):
+        np.savez(path, **{**good, **change})
+        with pytest.raises(ValueError, match="whole vocabulary"):
+            groups.load(path)
+    with pytest.raises(FileNotFoundError):
+        groups.load(tmp_path / "none.npz")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "groups.npz"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(np, "savez_compressed", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        groups.save(path, groups.acoustic_similarity_groups(CODES, 0.3))
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_swap_has_its_law():
+    """Chi-square, fixed seed; with fresh ones a false alarm once in 10,000 runs."""
+    table = groups.acoustic_similarity_groups(CODES[:12], 0.2)
+    membership = (np.asarray(table.members)[:, :, None] == np.arange(12)).any(1)
+    for token in (0, 5):
+        groups_of = membership[:, token]
+        law = (membership[groups_of] / membership[groups_of].sum(1, keepdims=True)).mean(0)
+        drawn = groups.swap(jax.random.key(1), table, jnp.full((100, 200), token))
+        assert_law(drawn, law)
+
+
+def test_report_and_plot(tmp_path):
+    table = groups.acoustic_similarity_groups(np.repeat(np.eye(3), [3, 2, 1], axis=0), 0.5)
+    summary = groups.report(table)
+    assert (summary["groups"], summary["size_mean"], summary["size_max"], summary["singletons"]) == (3, 2.0, 3, 1)
+    assert summary["memory_bytes"] == 4 * (9 + 3 + 6 + 6 + 6)
+    groups.plot(table, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")

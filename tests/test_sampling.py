@@ -1,0 +1,260 @@
+"""The law of sampling, against transformers' processors and against CosyVoice's procedure, and the drawing from it.
+
+The statistical tests have fixed seeds; with fresh ones each would raise a false alarm once in 10,000 runs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from laws import assert_law
+
+from jaxspec import sampling as sampling_module
+from jaxspec.sampling import MAX_WINDOW, Sampling, invert, rows, sample
+from jaxspec.types import History
+
+VOCAB = 40
+LOGITS = np.random.default_rng(0).normal(0, 3, (16, VOCAB)).astype(np.float32)
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, (16, 12))
+
+
+compiled = jax.jit(sampling_module.probabilities)
+
+
+def probabilities(logits, sampling, history=None):
+    """One compilation for each shape, whatever the settings."""
+    if isinstance(sampling, Sampling):
+        sampling = jax.tree.map(lambda field: field[0], rows(sampling, 1))
+    return compiled(logits, sampling, history)
+
+
+def whole_history(tokens):
+    length = jnp.full(tokens.shape[:-1], tokens.shape[-1])
+    return History(jnp.asarray(tokens), jnp.zeros_like(length), length)
+
+
+def transformers_law(sampling, logits, tokens):
+    processors = transformers.LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(transformers.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(transformers.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(transformers.MinPLogitsWarper(sampling.min_p))
+    return torch.softmax(processors(torch.tensor(tokens), torch.tensor(logits)), -1).numpy()
+
+
+WARPERS = [
+    Sampling(),
+    Sampling(temperature=0.7),
+    Sampling(top_k=1),
+    Sampling(top_k=5, temperature=1.5),
+    Sampling(top_k=VOCAB + 9),
+    Sampling(top_p=0.8),
+    Sampling(top_p=0.01),
+    Sampling(min_p=0.2),
+    Sampling(temperature=2.0, top_k=10, top_p=0.9, min_p=0.1),
+    Sampling(repetition_penalty=1.3),
+    Sampling(repetition_penalty=0.8, temperature=0.6, top_k=7, top_p=0.95),
+]
+
+
+@pytest.mark.parametrize("sampling", WARPERS)
+def test_equals_transformers(sampling):
+    law = probabilities(jnp.asarray(LOGITS), sampling, whole_history(TOKENS))
+    np.testing.assert_allclose(law, transformers_law(sampling, LOGITS, TOKENS), atol=2e-6)
+
+
+def test_penalty_sees_the_prompt_and_nothing_beyond_the_length():
+    tokens = np.concatenate([TOKENS, np.full((16, 3), VOCAB + 5), np.full((16, 2), -1), TOKENS[::-1]], axis=1)
+    history = History(jnp.asarray(tokens), jnp.full(16, 4), jnp.full(16, 17))
+    law = probabilities(jnp.asarray(LOGITS), Sampling(repetition_penalty=1.5), history)
+    np.testing.assert_allclose(law, transformers_law(Sampling(repetition_penalty=1.5), LOGITS, TOKENS), atol=2e-6)
+
+
+def test_each_row_has_its_own_settings_and_greedy_rows_stay_greedy():
+    settings = [*WARPERS, Sampling(temperature=0), Sampling(temperature=0, top_p=0.5), Sampling(top_p=0.8, repetition_window=10)]
+    settings += [Sampling(temperature=0, repetition_penalty=1.3)] * (16 - len(settings))
+    history = whole_history(TOKENS)
+    together = probabilities(jnp.asarray(LOGITS), rows(settings, 16), history)
+    for row, sampling in enumerate(settings):
+        alone = probabilities(jnp.asarray(LOGITS[row]), sampling, jax.tree.map(lambda field, row=row: field[row], history))
+        np.testing.assert_allclose(together[row], alone, atol=1e-7)
+    np.testing.assert_array_equal(together[11], np.arange(VOCAB) == LOGITS[11].argmax())
+    assert together[15].max() == 1
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    law = probabilities(jnp.array([[1.0, 2.0, 2.0, -jnp.inf], [-jnp.inf] * 2 + [-5.0] * 2]), Sampling(temperature=0))
+    np.testing.assert_array_equal(law, [[0, 1, 0, 0], [0, 0, 1, 0]])
+
+
+def test_ties_at_a_threshold_are_all_kept():
+    logits = jnp.array([2.0, 1.0, 1.0, 1.0, 0.0])
+    for sampling in (Sampling(top_k=2), Sampling(top_p=0.5)):
+        np.testing.assert_array_equal(probabilities(logits, sampling) > 0, [True, True, True, True, False])
+
+
+def test_forbidden_tokens_have_no_mass_and_bad_logits_give_nan():
+    logits = jnp.array([[0.0, -jnp.inf, 1.0], [0.0, jnp.nan, 1.0], [0.0, -jnp.nan, 1.0], [jnp.inf, 0.0, 1.0], [-jnp.inf] * 3])
+    for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_k=1), Sampling(top_k=3, top_p=0.99, min_p=0.1)):
+        law = probabilities(logits, sampling)
+        assert law[0, 1] == 0
+        np.testing.assert_allclose(law[0].sum(), 1, rtol=1e-6)
+        assert jnp.isnan(law[1:]).all()
+
+
+def test_a_block_sees_the_history_of_each_position():
+    """Settings [B] and tokens [B S] with logits [B T V] and lengths [B T]."""
+    rng = np.random.default_rng(5)
+    logits, tokens = rng.normal(0, 2, (3, 4, 9)).astype(np.float32), rng.integers(0, 9, (3, 20))
+    start, length = np.array([2, 6, 0]), np.array([[3, 4, 5, 6], [6, 7, 8, 9], [16, 17, 18, 19]])
+    for variant in (False, True):
+        each = [
+            Sampling(top_k=w + 2, repetition_window=w, repetition_penalty=1.2, repetition_redraw_all=variant) for w in (1, 5, 9)
+        ]
+        law = probabilities(
+            jnp.asarray(logits), rows(each, 3), History(jnp.asarray(tokens), jnp.asarray(start), jnp.asarray(length))
+        )
+        for b in range(3):
+            for t in range(4):
+                history = History(jnp.asarray(tokens[b]), jnp.asarray(start[b]), jnp.asarray(length[b, t]))
+                np.testing.assert_allclose(law[b, t], probabilities(jnp.asarray(logits[b, t]), each[b], history), atol=1e-7)
+
+
+def cosyvoice_nucleus(probs, top_p, top_k):
+    """cosyvoice/utils/common.py: keep while the mass is below top_p and the count below top_k."""
+    kept, mass = [], 0.0
+    for token in np.argsort(-probs, kind="stable"):
+        if mass >= top_p or len(kept) >= top_k:
+            break
+        kept.append(token)
+        mass += probs[token]
+    law = np.zeros_like(probs)
+    law[kept] = probs[kept] / probs[kept].sum()
+    return law
+
+
+def cosyvoice_draw(rng, probs, decoded, top_p, top_k, window, redraw_all):
+    token = rng.choice(len(probs), p=cosyvoice_nucleus(probs, top_p, top_k))
+    if token in decoded[-window:]:
+        again = probs.copy()
+        if not redraw_all:
+            again[token] = 0
+        token = rng.choice(len(probs), p=again / again.sum())
+    return token
+
+
+def repetition_case(seed, redraw_all, scale=2.0, vocab=12):
+    """A law with prompt tokens before the window's start that must not count."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, scale, vocab).astype(np.float32)
+    best = np.argsort(-logits)
+    tokens = np.array([best[2], best[2], best[3], best[0], best[5], best[1], best[0], 0])
+    history = History(jnp.asarray(tokens), jnp.int32(2), jnp.int32(7))
+    sampling = Sampling(top_p=0.8, top_k=6, repetition_window=4, repetition_redraw_all=redraw_all)
+    probs = np.exp(logits.astype(np.float64))
+    return probs / probs.sum(), tokens[2:7], probabilities(jnp.asarray(logits), sampling, history)
+
+
+@pytest.mark.parametrize("redraw_all", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 2.0, 8.0, 30.0])
+def test_repetition_aware_law_equals_enumeration(redraw_all, scale):
+    for seed in range(8):
+        probs, decoded, law = repetition_case(seed, redraw_all, scale)
+        nucleus = cosyvoice_nucleus(probs, 0.8, 6)
+        expected = np.zeros_like(probs)
+        for x in range(len(probs)):
+            if x not in decoded[-4:]:
+                expected[x] += nucleus[x]
+                continue
+            again = np.where((np.arange(len(probs)) == x) & (not redraw_all), 0, probs)
+            expected += nucleus[x] * again / again.sum()
+        np.testing.assert_allclose(law, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("redraw_all", [False, True])
+def test_repetition_aware_law_equals_the_procedure(redraw_all):
+    rng = np.random.default_rng(7)
+    probs, decoded, law = repetition_case(3, redraw_all)
+    draws = [cosyvoice_draw(rng, probs, decoded, 0.8, 6, 4, redraw_all) for _ in range(6000)]
+    assert_law(draws, law)
+
+
+def test_repetition_aware_sampling_at_its_limits():
+    history = whole_history(np.array([1]))
+    greedy = Sampling(temperature=0, repetition_window=10)
+    np.testing.assert_array_equal(probabilities(jnp.array([1.0, 3.0, 2.0]), greedy, history), [0, 0, 1])
+    only = jnp.array([-jnp.inf, 3.0, -jnp.inf])
+    for sampling in (greedy, Sampling(repetition_window=10)):
+        np.testing.assert_array_equal(probabilities(only, sampling, history), [0, 1, 0])
+    # So sure that 1 - f(best) is 0 in float32: the others still share the redraw in their true proportion.
+    law = probabilities(jnp.array([0.0, 60.0, jnp.log(3.0)]), Sampling(repetition_window=10), history)
+    np.testing.assert_allclose(law, [0.25, 0, 0.75], rtol=1e-5)
+    assert jnp.isnan(probabilities(jnp.array([1.0, jnp.nan, 2.0]), Sampling(repetition_window=10), history)).all()
+
+
+def test_no_history_is_never_ignored_in_silence():
+    for sampling in (Sampling(repetition_window=1), Sampling(repetition_penalty=1.1)):
+        with pytest.raises(ValueError, match="need a history"):
+            sampling_module.probabilities(jnp.zeros(3), sampling)
+        law = probabilities(jnp.zeros((2, 3)), rows([sampling, Sampling()], 2))
+        assert jnp.isnan(law[0]).all()
+        assert law[1].sum() == 1
+
+
+def test_new_settings_compile_nothing():
+    traces = []
+
+    @jax.jit
+    def law(logits, settings, history):
+        traces.append(0)
+        return sampling_module.probabilities(logits, settings, history)
+
+    for sampling in (*WARPERS, Sampling(temperature=0), Sampling(repetition_window=3)):
+        law(LOGITS, rows(sampling, 16), whole_history(TOKENS))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_window": MAX_WINDOW + 1},
+    ],
+)
+def test_settings_out_of_range(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
+        Sampling(**setting)
+
+
+def test_one_sampling_for_each_row():
+    with pytest.raises(ValueError, match="each of the 3 rows, but got 2"):
+        rows([Sampling()] * 2, 3)
+
+
+@pytest.mark.parametrize("vocab", [7, 256, 900])
+def test_draws_have_the_law_and_never_a_forbidden_token(vocab):
+    weight = np.random.default_rng(2).gamma(0.3, size=vocab)
+    weight[[0, vocab // 2, vocab - 1]] = 0
+    draws = jax.jit(sample)(jax.random.key(4), jnp.broadcast_to(jnp.float32(weight), (20_000, vocab)))
+    assert_law(draws, weight)
+
+
+def test_draws_at_the_ends_of_the_unit_interval():
+    law = jnp.zeros(600).at[jnp.array([3, 300, 590])].set(jnp.array([1e-30, 0.1, 0.7]))
+    ends = jnp.array([[a, b] for a in (0.0, 1 - 2**-24) for b in (0.0, 1 - 2**-24)], jnp.float32)
+    assert set(invert(ends, law).tolist()) <= {3, 300, 590}
+    assert invert(jnp.float32([0.5, 0.5]), jnp.full(3, jnp.nan)) in (0, 1, 2)

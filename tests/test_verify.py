@@ -1,0 +1,267 @@
+"""Every rule of acceptance: its contract, its limits, and the law of what it emits.
+
+The statistical tests have fixed seeds; with fresh ones each chi-square would raise a false alarm once in 10,000 runs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import FALSE_ALARM, assert_law
+from scipy import stats
+
+from jaxspec.groups import acoustic_similarity_groups
+from jaxspec.sampling import Sampling, probabilities, rows, sample
+from jaxspec.types import History
+from jaxspec.verify import coarse_grained, exact, tolerance
+from jaxspec.verify.coarse_grained import _thin
+
+VOCAB = 8
+ROUNDS = 10_000
+
+
+def groups(distinct=True, threshold=0.5):
+    embeddings = np.random.default_rng(4).normal(size=(VOCAB, 3))
+    return acoustic_similarity_groups(embeddings, threshold, num_codes=VOCAB - 1, distinct=distinct)
+
+
+RULES = {
+    "exact": exact,
+    "tolerance": lambda: tolerance(0.4),
+    "coarse-grained": lambda: coarse_grained(groups()),
+    "coarse-grained per token": lambda: coarse_grained(groups(distinct=False)),
+}
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def random_laws(seed, positions, sharpness=1.5):
+    return jax.nn.softmax(sharpness * jax.random.normal(jax.random.key(seed), (positions, VOCAB)))
+
+
+@jax.jit
+def rounds(verify, key, draft, target):
+    """Many rounds of one proposal's laws: draft [K V] and target [K+1 V], or with a leading axis of rounds."""
+    draft_key, verify_key = jax.random.split(key)
+    axis = 0 if draft.ndim == 3 else None
+    number = len(draft) if draft.ndim == 3 else ROUNDS
+    tokens = jax.vmap(sample, (0, axis))(jax.random.split(draft_key, number), draft)
+    verdict = jax.vmap(verify, (0, 0, axis, axis))(jax.random.split(verify_key, number), tokens, draft, target)
+    return tokens, verdict
+
+
+def emitted_at(position, tokens, verdict):
+    """The tokens emitted at one position, by the rounds that reach it."""
+    reached = np.asarray(verdict.num_accepted) >= position
+    taken = np.asarray(verdict.num_accepted) > position
+    drafted = np.asarray(tokens)[:, min(position, tokens.shape[1] - 1)]
+    return np.where(taken, drafted, verdict.token)[reached]
+
+
+def weights(table):
+    """w[k, t] as a matrix [M V]."""
+    membership = (np.asarray(table.members)[:, :, None] == np.arange(VOCAB)).any(1)
+    return membership / membership.sum(0)
+
+
+def emitted_law(draft, target, keep, residual):
+    """The law [V] or [M V] of what is emitted: accepted with probability ``keep``, else drawn from the residual."""
+    accepted = draft * keep
+    rest = 1 - accepted.sum()
+    return accepted + (rest * residual / residual.sum() if residual.sum() else 0)
+
+
+WARPERS = [
+    Sampling(),
+    Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
+    Sampling(top_k=4, top_p=0.7, repetition_window=3),
+    Sampling(top_k=4, top_p=0.7, repetition_window=3, repetition_redraw_all=True),
+]
+
+
+@jax.jit
+def rounds_of_exact(settings):
+    """Rounds in which each law hangs on the tokens drafted before it: (draft tokens [N 3], target laws [N 4 V], verdict)."""
+    logits = jax.random.normal(jax.random.key(1), (2, 4, VOCAB)) * 1.5
+    start = jnp.full(ROUNDS, 1)
+
+    def laws(logits, tokens, length):
+        history = History(tokens, start, jnp.broadcast_to(length, (ROUNDS, len(logits))))
+        return probabilities(jnp.broadcast_to(logits, (ROUNDS, *logits.shape)), settings, history)
+
+    def draw(tokens, place):
+        law = laws(logits[0, place][None], tokens, place + 2)[:, 0]
+        return tokens.at[:, place + 2].set(sample(jax.random.fold_in(jax.random.key(10), place), law)), law
+
+    tokens = jnp.broadcast_to(jnp.array([1, 3, 0, 0, 0]), (ROUNDS, 5))
+    tokens, draft = jax.lax.scan(draw, tokens, jnp.arange(3))
+    target = laws(logits[1], tokens, jnp.arange(2, 6))
+    keys = jax.random.split(jax.random.key(20), ROUNDS)
+    return tokens[:, 2:], target, jax.vmap(exact())(keys, tokens[:, 2:], draft.swapaxes(0, 1), target)
+
+
+@pytest.mark.parametrize("sampling", WARPERS)
+def test_exact_emits_the_law_of_the_target(sampling):
+    """The first token's law, and the second's given each first."""
+    tokens, target, verdict = rounds_of_exact(rows(sampling, ROUNDS))
+    assert_law(emitted_at(0, tokens, verdict), target[0, 0])
+    for first in range(VOCAB):
+        chosen = np.asarray(tokens[:, 0]) == first
+        if chosen.any():
+            some = jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], verdict)
+            assert_law(emitted_at(1, np.asarray(tokens)[chosen], some), target[np.argmax(chosen), 1])
+
+
+def test_exact_emits_the_bonus_and_accepts_one_minus_tv():
+    draft, target = random_laws(0, 2), random_laws(1, 3)
+    tokens, verdict = rounds(exact(), jax.random.key(2), draft, target)
+    for position in range(3):
+        assert_law(emitted_at(position, tokens, verdict), target[position])
+    for position in range(2):
+        reached = np.asarray(verdict.num_accepted) >= position
+        accepted = (np.asarray(verdict.num_accepted) > position).sum()
+        rate = float(jnp.minimum(draft[position], target[position]).sum())
+        assert stats.binomtest(int(accepted), int(reached.sum()), rate).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.4, 1.0])
+def test_tolerance_is_as_far_from_the_target_as_it_says(beta):
+    draft, target = random_laws(0, 2), random_laws(1, 3)
+    tokens, verdict = rounds(tolerance(beta), jax.random.key(3), draft, target)
+    for position in range(2):
+        p, q = np.float64(draft[position]), np.float64(target[position])
+        keep = np.minimum(1, np.minimum(1, q / p) + beta)
+        law = emitted_law(p, q, keep, np.maximum(q - p, 0))
+        distance = np.minimum(np.maximum(p - q, 0), beta * p).sum()
+        np.testing.assert_allclose(np.abs(law - q).sum() / 2, distance, atol=1e-6)
+        np.testing.assert_allclose((p * keep).sum(), np.minimum(p, q).sum() + distance, atol=1e-6)
+        assert_law(emitted_at(position, tokens, verdict), law)
+    assert_law(emitted_at(2, tokens, verdict), target[2])
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+@pytest.mark.parametrize("threshold", [0.1, 0.6])
+def test_coarse_grained_emits_the_group_law_of_the_target(distinct, threshold):
+    table = groups(distinct, threshold)
+    weight = weights(table)
+    draft, target = random_laws(0, 2), random_laws(1, 3)
+    tokens, verdict = rounds(coarse_grained(table), jax.random.key(3), draft, target)
+    for position in range(2):
+        p, q = np.float64(draft[position]) * weight, np.float64(target[position]) * weight
+        coarse_p, coarse_q = p.sum(1, keepdims=True), q.sum(1, keepdims=True)
+        keep = np.minimum(1, coarse_q / coarse_p)
+        law = emitted_law(p, q, keep, q * np.maximum(0, 1 - coarse_p / coarse_q))
+        np.testing.assert_allclose(law.sum(1), coarse_q[:, 0], atol=1e-6)  # the proposition of the paper
+        assert_law(emitted_at(position, tokens, verdict), law.sum(0))
+        reached = np.asarray(verdict.num_accepted) >= position
+        accepted = (np.asarray(verdict.num_accepted) > position).sum()
+        assert stats.binomtest(int(accepted), int(reached.sum()), float((p * keep).sum())).pvalue > FALSE_ALARM
+    assert_law(emitted_at(2, tokens, verdict), target[2])
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda: tolerance(0.0), lambda: coarse_grained(singletons())], ids=["tolerance", "coarse-grained"]
+)
+def test_limits_are_exact(rule):
+    draft, target = random_laws(0, 2), random_laws(1, 3)
+    tokens, verdict = rounds(rule(), jax.random.key(5), draft, target)
+    _, reference = rounds(exact(), jax.random.key(5), draft, target)
+    np.testing.assert_array_equal(verdict.num_accepted, reference.num_accepted)
+    np.testing.assert_array_equal(verdict.num_exact, reference.num_exact)
+    for position in range(3):
+        assert_law(emitted_at(position, tokens, verdict), target[position])
+
+
+def singletons():
+    return acoustic_similarity_groups(np.eye(VOCAB), 0.5)
+
+
+@each_rule
+def test_num_exact_counts_what_the_exact_rule_takes(rule):
+    draft, target = random_laws(0, 2), random_laws(1, 3)
+    _, verdict = rounds(rule(), jax.random.key(5), draft, target)
+    _, reference = rounds(exact(), jax.random.key(5), draft, target)
+    assert (verdict.num_exact <= verdict.num_accepted).all()
+    # The exact rule's prefix is accepted by the others too, or cut where they stop.
+    assert (verdict.num_exact >= jnp.minimum(reference.num_accepted, verdict.num_accepted)).all()
+
+
+@each_rule
+def test_nothing_drafted_is_a_bonus_token(rule):
+    target = random_laws(1, 1)
+    keys = jax.random.split(jax.random.key(0), ROUNDS)
+    verdict = jax.jit(jax.vmap(rule(), (0, None, None, None)))(keys, jnp.zeros(0, jnp.int32), jnp.zeros((0, VOCAB)), target)
+    assert (verdict.num_accepted == 0).all()
+    assert (verdict.num_exact == 0).all()
+    assert_law(np.asarray(verdict.token), target[0])
+
+
+@each_rule
+def test_a_draft_like_its_target_is_always_accepted(rule):
+    laws = random_laws(0, 3)
+    _, verdict = rounds(rule(), jax.random.key(1), laws[:2], laws)
+    assert (verdict.num_accepted == 2).all()
+
+
+@pytest.mark.parametrize("rule", [exact, lambda: coarse_grained(groups())], ids=["exact", "coarse-grained"])
+def test_greedy_laws(rule):
+    """One-hot laws: the first agrees, the second is another token of another group."""
+    target = jax.nn.one_hot(jnp.array([2, VOCAB - 1, 0]), VOCAB)
+    draft = jax.nn.one_hot(jnp.array([2, 1]), VOCAB)
+    _, verdict = rounds(rule(), jax.random.key(1), draft, target)
+    assert (verdict.num_accepted == 1).all()
+    assert (verdict.token == VOCAB - 1).all()
+
+
+@each_rule
+def test_forbidden_tokens_are_not_emitted_as_corrections(rule):
+    target = probabilities(jnp.where(jnp.arange(VOCAB) % 2 == 0, -jnp.inf, jnp.zeros((3, VOCAB))), Sampling())
+    _, verdict = rounds(rule(), jax.random.key(1), random_laws(0, 2), target)
+    assert (verdict.token % 2 == 1).all()
+
+
+@each_rule
+def test_nan_laws_end_and_accept_nothing(rule):
+    target = random_laws(0, 3).at[0].set(jnp.nan)
+    verdict = jax.jit(lambda verify, *proposal: verify(*proposal))(
+        rule(), jax.random.key(0), jnp.array([1, 2]), random_laws(1, 2), target
+    )
+    assert verdict.num_accepted == 0
+    assert 0 <= verdict.token < VOCAB
+
+
+def test_an_empty_residual_emits_from_the_target():
+    law = random_laws(0, 1)[0].at[3].set(0)
+    drawn = jax.jit(jax.vmap(lambda key: _thin(key, groups(), law, law)))(jax.random.split(jax.random.key(0), 200))
+    assert (law[drawn] > 0).all()
+    assert len(set(drawn.tolist())) > 1
+
+
+def test_a_small_residual_is_still_exact():
+    """One rejection in 300 rounds, each of about 300 candidates: the trips of the loop do not end too early."""
+    target = jnp.array([0.25 + 1 / 300, 0.25 - 1 / 300, 0.25, 0.25, 0, 0, 0, 0])
+    draft = jnp.array([0.25, 0.25, 0.25, 0.25, 0, 0, 0, 0])
+    table = singletons()
+    tokens = jax.jit(jax.vmap(lambda key: _thin(key, table, draft, target)))(jax.random.split(jax.random.key(0), 500))
+    assert (tokens == 0).mean() > 0.99
+
+
+@pytest.mark.parametrize("rules", [[tolerance(0.1), tolerance(0.3)], [coarse_grained(groups()), coarse_grained(groups())]])
+def test_other_arrays_compile_nothing(rules):
+    traces = []
+
+    @jax.jit
+    def verify(rule, key):
+        traces.append(0)
+        return rule(key, jnp.array([1, 2]), random_laws(0, 2), random_laws(1, 3))
+
+    for rule in rules:
+        verify(rule, jax.random.key(0))
+    assert len(traces) == 1
+
+
+def test_bad_arguments():
+    for beta in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="beta must be"):
+            tolerance(beta)
+    with pytest.raises(ValueError, match="groups are of 8 tokens, but the laws are of 9"):
+        coarse_grained(groups())(jax.random.key(0), jnp.array([1]), jnp.ones((1, 9)) / 9, jnp.ones((2, 9)) / 9)
