@@ -59,7 +59,7 @@ def test_silence_is_heard_as_nothing():
 
 
 def test_recognisers_keep_the_order_and_do_not_depend_on_the_level():
-    waves = [buzz(120), np.zeros(1600, np.float32), 0.1 * buzz(120), buzz(200, 0.05)]
+    waves = [buzz(120, 0.5), np.zeros(1600, np.float32), 0.1 * buzz(120, 0.5), buzz(200, 0.05)]
     texts = transcribe(waves, processes=2)
     assert len(texts) == 4
     assert texts[1] == ""

@@ -55,7 +55,7 @@ def embed(waves: Sequence[np.ndarray], sample_rate_hz: int) -> np.ndarray:
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The cosine between embeddings [... D] and [... D], in -1 .. 1; float32 [...].
 
-    >>> float(similarity(np.array([3.0, 4.0]), np.array([4.0, 3.0])).round(2))
+    >>> round(float(similarity(np.array([3.0, 4.0]), np.array([4.0, 3.0]))), 2)
     0.96
     """
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
