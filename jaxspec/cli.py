@@ -75,6 +75,38 @@ class Say:
         return texts, [self.out_dir / f"{number:03d}.wav" for number in range(1, len(texts) + 1)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Compares verifiers on the held-out sentences: word errors, likeness of the voice, acceptance, speed."""
+
+    out_dir: Path = Path("evaluation")
+    """The folder for evaluation.json, evaluation.md and evaluation.png."""
+    sentences: int = 200
+    """How many of the 200 held-out sentences."""
+    seeds: int = 3
+    """How often each is spoken."""
+    betas: tuple[float, ...] = (0.1, 0.2, 0.4)
+    """The tolerances to compare."""
+    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7)
+    """The cosines to compare."""
+    matrix: Literal["target", "codec"] = Settings.matrix
+    """Whose vectors the groups are made from."""
+    draft_length: int = Settings.draft_length
+    """Codes that are drafted in a round."""
+    temperature: float = Settings.temperature
+    """0 is greedy."""
+
+    def run(self) -> None:
+        """Compares."""
+        from jaxspec.evaluate import compare, report
+
+        base = Settings(draft_length=self.draft_length, temperature=self.temperature, matrix=self.matrix)
+        plan = compare.Plan(self.sentences, self.seeds, self.betas, self.thresholds, base)
+        result = compare.compare(plan)
+        report.show(result["rows"])
+        report.save(self.out_dir, result)
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second run starts quickly."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxspec"
@@ -85,14 +117,14 @@ def use_compilation_cache() -> None:
 
 def main() -> None:
     """The entry point of the command ``jaxspec``; exits with 2 when the input is at fault."""
-    commands = {"say": Say}
+    commands = {"say": Say, "evaluate": Evaluate}
     parsed = tyro.extras.subcommand_cli_from_dict(
         commands, prog="jaxspec", description="Speculative decoding for speech-token models."
     )
     use_compilation_cache()
     try:
         parsed.run()
-    except ValueError as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         print(f"jaxspec: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import groups, text, verify
+from jaxspec import text, verify
 from jaxspec.codec.voice import codec
 from jaxspec.draft import model_draft
+from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import transformer
 from jaxspec.models import voice as voices
 from jaxspec.models.voice import MAX_CODES, MAX_SYMBOLS, STOP, Voice
@@ -125,12 +125,14 @@ def verifier(voice: Voice, settings: Settings) -> Verify:
     if settings.verify == "tolerance":
         return verify.tolerance(settings.beta)
     if settings.verify == "coarse-grained":
-        vectors = voice.code_vectors(settings.matrix)
-        trained = np.asarray(voice.trained, bool)
-        return verify.coarse_grained(
-            groups.acoustic_similarity_groups(vectors, settings.threshold, num_codes=STOP, trained=trained)
-        )
+        return verify.coarse_grained(acoustic_groups(voice, settings))
     return verify.exact()
+
+
+def acoustic_groups(voice: Voice, settings: Settings) -> Groups:
+    """The groups of the codes that sound alike; codes that training never met, and the stop id, are alone."""
+    vectors, trained = voice.code_vectors(settings.matrix), np.asarray(voice.trained, bool)
+    return acoustic_similarity_groups(vectors, settings.threshold, num_codes=STOP, trained=trained)
 
 
 def codes_of(sentences: Sequence[str], keys: jax.Array, voice: Voice, settings: Settings, rule: Verify) -> Generation:
@@ -142,7 +144,7 @@ def codes_of(sentences: Sequence[str], keys: jax.Array, voice: Voice, settings: 
     for row, ids in enumerate(prompts):
         padded[row, : len(ids)] = ids
         length[row], limit[row] = len(ids), min(MAX_CODES, 16 + 4 * len(ids))
-    keys = jnp.concatenate([keys, keys[:1].repeat(batch - len(sentences))])
+    keys = keys[np.arange(batch) % len(sentences)]  # the rows that fill the batch up say nothing
     target = transformer.language_model(voice.target)
     shared = {"max_new_tokens": MAX_CODES, "limit": limit, "stop_ids": (STOP,), "sampling": settings.sampling()}
     if settings.drafts():
@@ -158,18 +160,23 @@ def codes_of(sentences: Sequence[str], keys: jax.Array, voice: Voice, settings: 
 
 
 def decode(generation: Generation, voice: Voice, name: str) -> list[Speech]:
-    """Codes to waves; the stop id is dropped, and rows are padded with their last code up to a common round length."""
-    span = voice.codec.samples_per_code
+    """A batch of codes to waves; the stop id is dropped."""
     lengths = [int(n) - int(row[n - 1] == STOP) for row, n in zip(generation.tokens, generation.length, strict=True)]
-    width = -(-max(*lengths, 1) // 40) * 40
-    place = np.minimum(np.arange(width), np.maximum(lengths, 1)[:, None] - 1)
-    codes = np.minimum(np.take_along_axis(generation.tokens, place, axis=1), STOP - 1)
-    speaks = codec(voice.codec, voices.voice_index(name))
-    waves = np.asarray(speaks.decode(voice.codec_params, codes[..., None]))
-    return [
-        Speech(np.clip(wave[: n * span], -1, 1), tokens[:n], origin[:n], speaks.sample_rate_hz)
-        for wave, tokens, origin, n in zip(waves, generation.tokens, generation.info.origin, lengths, strict=True)
-    ]
+    codes = [row[:n] for row, n in zip(generation.tokens, lengths, strict=True)]
+    origins = [row[:n] for row, n in zip(generation.info.origin, lengths, strict=True)]
+    rate = voice.codec.sample_rate_hz
+    return [Speech(*parts, rate) for parts in zip(decode_codes(codes, voice, name), codes, origins, strict=True)]
+
+
+def decode_codes(codes: Sequence[np.ndarray], voice: Voice, name: str) -> list[np.ndarray]:
+    """Rows of codes int32 [T] to waves float32 [N], as one batch: each row is padded with its last code to a round length."""
+    speaks, span = codec(voice.codec, voices.voice_index(name)), voice.codec.samples_per_code
+    width = -(-max(map(len, codes)) // 40) * 40 or 40
+    padded = np.stack(
+        [np.pad(row, (0, width - len(row)), mode="edge") if len(row) else np.zeros(width, np.int32) for row in codes]
+    )
+    waves = np.asarray(speaks.decode(voice.codec_params, padded[..., None]))
+    return [np.clip(wave[: len(row) * span], -1, 1) for wave, row in zip(waves, codes, strict=True)]
 
 
 def _join(speeches: list[Speech]) -> Speech:

@@ -7,6 +7,7 @@ The decoder is given the voice, so that a code is left to say what is said and h
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -113,8 +114,12 @@ class VoiceCodec(nn.Module):
         return self.decoder(fsq.vectors(codes[..., 0], self.config.levels), voice)
 
 
+@functools.lru_cache
 def codec(config: Config, voice: int) -> Codec:
-    """The codec as the pair of pure functions of ``jaxspec.types``, with the voice that its decoder speaks in."""
+    """The codec as the pair of pure functions of ``jaxspec.types``, with the voice that its decoder speaks in.
+
+    The same arguments give the same object, so that nothing is compiled twice.
+    """
     model = VoiceCodec(config)
 
     def encode(params: Params, wave: Array) -> Array:
