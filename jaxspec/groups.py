@@ -103,17 +103,24 @@ def _similar_pairs(unit: np.ndarray, single: np.ndarray, threshold: float, block
     found = [np.arange(vocab, dtype=np.int64) * (vocab + 1)]
     count = vocab
     for start in range(0, vocab, block):
-        cosine = unit[start : start + block] @ unit[start:].T
-        # Cosines above 1 are rounding, and no cosine is above a threshold of 1.
-        similar = cosine > threshold if threshold < 1 else np.zeros(cosine.shape, bool)
-        similar[single[start : start + block]] = False
-        similar[:, single[start:]] = False
-        left, right = np.nonzero(np.triu(similar, 1))
+        left, right = _pairs_from(start, unit, single, threshold, block)
         count += 2 * len(left)
         if 4 * count > _LIMIT_BYTES:
             raise ValueError(f"more than {count:,} pairs of tokens have a cosine above {threshold}: raise the threshold")
-        found += [(left + start) * vocab + right + start, (right + start) * vocab + left + start]
+        found += [left * vocab + right, right * vocab + left]
     return np.sort(np.concatenate(found))
+
+
+def _pairs_from(start: int, unit: np.ndarray, single: np.ndarray, threshold: float, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The similar pairs t < t' with t in one block of rows."""
+    cosine = unit[start : start + block] @ unit[start:].T
+    # Cosines above 1 are rounding, and no cosine is above a threshold of 1.
+    similar = cosine > threshold if threshold < 1 else np.zeros(cosine.shape, bool)
+    similar[single[start : start + block]] = False
+    similar[:, single[start:]] = False
+    left, right = np.nonzero(similar)
+    above = left < right
+    return left[above] + start, right[above] + start
 
 
 def _tabulate(sets: list[np.ndarray], vocab: int) -> Groups:
