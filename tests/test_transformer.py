@@ -1,0 +1,177 @@
+"""The transformer against transformers' Llama, Qwen2 and Qwen3, and on its own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxspec import draft, verify
+from jaxspec.models.transformer import Config, RopeScaling, Transformer, init_params, language_model, logical_axes
+from jaxspec.sampling import Sampling
+from jaxspec.speculate import autoregressive, generate
+
+VOCAB, WIDTH = 97, 48
+SMALL = Config((VOCAB,), VOCAB, WIDTH, 2, 4, 2, 12, 80)
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+CASES = {
+    "llama": (transformers.LlamaForCausalLM, SMALL),
+    "llama one kv head, tied": (transformers.LlamaForCausalLM, dataclasses.replace(SMALL, kv_heads=1, tied=True)),
+    "llama scaled rope, wide heads": (
+        transformers.LlamaForCausalLM,
+        dataclasses.replace(SMALL, rope_theta=500_000.0, rope_scaling=SCALING, head_dim=32, norm_eps=1e-5),
+    ),
+    "qwen2 biases": (transformers.Qwen2ForCausalLM, dataclasses.replace(SMALL, qkv_bias=True, rope_theta=1e6)),
+    "qwen2 biases, tied, no groups": (
+        transformers.Qwen2ForCausalLM,
+        dataclasses.replace(SMALL, qkv_bias=True, tied=True, kv_heads=4),
+    ),
+    "qwen3 norms, odd heads": (
+        transformers.Qwen3ForCausalLM,
+        dataclasses.replace(SMALL, qk_norm=True, heads=6, kv_heads=3, head_dim=16),
+    ),
+}
+
+
+def reference(kind, config):
+    """A random model of transformers with the shape of ``config``, its weights large enough to matter."""
+    scaling = config.rope_scaling
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    settings = kind.config_class(
+        vocab_size=config.vocab,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=config.tied,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        pad_token_id=None,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = kind(settings).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                value += 0.1 * torch.randn_like(value)
+    return model
+
+
+def converted(model, config):
+    """The weights of a model of transformers as our parameters."""
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    params = {"table_0": state["model.embed_tokens.weight"], "norm": {"scale": state["model.norm.weight"]}}
+    if not config.tied:
+        params["head"] = state["lm_head.weight"]
+    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    for i in range(config.layers):
+        base = f"model.layers.{i}."
+
+        def linear(name, base=base):
+            bias = state.get(f"{base}{name}.bias")
+            kernel = {"kernel": state[f"{base}{name}.weight"].T}
+            return kernel if bias is None else {**kernel, "bias": bias}
+
+        attention = {ours: linear(f"self_attn.{theirs}") for ours, theirs in parts.items()}
+        if config.qk_norm:
+            for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                attention[ours] = {"scale": state[f"{base}self_attn.{theirs}.weight"]}
+        params[f"layer_{i}"] = {
+            "attention": attention,
+            "mlp": {name: linear(f"mlp.{name}_proj") for name in ("gate", "up", "down")},
+            "attention_norm": {"scale": state[f"{base}input_layernorm.weight"]},
+            "mlp_norm": {"scale": state[f"{base}post_attention_layernorm.weight"]},
+        }
+    return jax.tree.map(jnp.asarray, params)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_transformers(case):
+    kind, config = CASES[case]
+    model = reference(kind, config)
+    params = converted(model, config)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(lambda: init_params(jax.random.key(0), config)))
+    lm = language_model(config)
+    prompt = np.random.default_rng(1).integers(VOCAB, size=(1, 21))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(prompt)).logits.numpy()
+        spoken = model.generate(torch.from_numpy(prompt), max_new_tokens=64, do_sample=False).numpy()[:, 21:]
+    ours, _, _ = lm.apply(params, jnp.asarray(prompt, jnp.int32), lm.init_cache(1, 32), jnp.zeros(1, jnp.int32))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+    greedy = {"max_new_tokens": 64, "sampling": Sampling(temperature=0)}
+    plain = autoregressive(jax.random.key(0), lm, params, prompt.astype(np.int32), np.array([21], np.int32), **greedy)
+    assert plain.tokens.tolist() == spoken.tolist()
+    own = draft.model_draft(lm, 3)
+    fast = generate(
+        jax.random.key(0), lm, params, own, params, verify.exact(), prompt.astype(np.int32), np.array([21], np.int32), **greedy
+    )
+    assert fast.tokens.tolist() == spoken.tolist()
+    assert int(fast.info.rounds[0]) == 16
+
+
+def test_a_block_sees_no_later_token():
+    config = dataclasses.replace(SMALL, qk_norm=True)
+    params, tokens = init_params(jax.random.key(0), config), jnp.arange(9)[None]
+
+    def through(table, position):
+        logits, _, _ = Transformer(config).apply({"params": {**params, "table_0": table}}, tokens)
+        return logits[0, position].sum()
+
+    for position in (0, 4, 8):
+        moved = jnp.abs(jax.grad(through)(params["table_0"], position)).sum(-1)[:9] > 0
+        assert moved.tolist() == [i <= position for i in range(9)]
+
+
+def test_ids_run_through_the_input_tables_and_the_head_is_a_slice():
+    config = dataclasses.replace(SMALL, input_tables=(VOCAB, 5, 11), vocab=40, head_bias=True, tied=True)
+    params = init_params(jax.random.key(0), config)
+    tokens = jnp.array([[0, VOCAB - 1, VOCAB, VOCAB + 4, VOCAB + 5, VOCAB + 15]])
+    embedded = Transformer(config).apply({"params": params}, tokens, method="embed")[0]
+    rows = [params["table_0"][0], params["table_0"][-1], params["table_1"][0], params["table_1"][4], params["table_2"][0]]
+    np.testing.assert_array_equal(embedded, jnp.stack([*rows, params["table_2"][10]]))
+    logits, features, _ = Transformer(config).apply({"params": {**params, "head_bias": jnp.arange(40.0)}}, tokens)
+    np.testing.assert_allclose(logits, features @ params["table_0"][:40].T + jnp.arange(40.0), atol=1e-4)
+
+
+def test_bfloat16_keeps_laws_in_float32():
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    lm, params = language_model(config), init_params(jax.random.key(0), config)
+    cache = lm.init_cache(1, 8)
+    logits, features, cache = lm.apply(params, jnp.arange(6)[None], cache, jnp.zeros(1, jnp.int32))
+    assert (logits.dtype, features.dtype, cache[0].key.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    wide, _, _ = Transformer(SMALL).apply({"params": params}, jnp.arange(6)[None])
+    np.testing.assert_allclose(logits, wide, atol=0.1)
+
+
+def test_every_parameter_names_its_axes():
+    config = dataclasses.replace(SMALL, qkv_bias=True, qk_norm=True, head_bias=True)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    axes = logical_axes(config)
+    known = {"embed", "heads", "kv_heads", "mlp", "vocab"}
+    for (path, leaf), spec in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(axes), strict=True):
+        assert len(spec) == leaf.ndim, path
+        assert set(spec) <= known, path
+
+
+@pytest.mark.parametrize("change", [{"kv_heads": 3}, {"tied": True, "vocab": VOCAB + 1}])
+def test_an_impossible_shape_is_refused(change):
+    with pytest.raises(ValueError, match="expected"):
+        dataclasses.replace(SMALL, **change)
