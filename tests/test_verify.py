@@ -38,6 +38,12 @@ def random_laws(seed, positions, sharpness=1.5):
     return jax.nn.softmax(sharpness * jax.random.normal(jax.random.key(seed), (positions, VOCAB)))
 
 
+def proposal_laws():
+    """A draft [2 V] and a target [3 V] that agree in part, so that every branch is taken often."""
+    draft = random_laws(0, 2)
+    return draft, 0.5 * random_laws(1, 3) + 0.5 * jnp.concatenate([draft, draft[:1]])
+
+
 @jax.jit
 def rounds(verify, key, draft, target):
     """Many rounds of one proposal's laws: draft [K V] and target [K+1 V], or with a leading axis of rounds."""
@@ -112,7 +118,7 @@ def test_exact_emits_the_law_of_the_target(sampling):
 
 
 def test_exact_emits_the_bonus_and_accepts_one_minus_tv():
-    draft, target = random_laws(0, 2), random_laws(1, 3)
+    draft, target = proposal_laws()
     tokens, verdict = rounds(exact(), jax.random.key(2), draft, target)
     for position in range(3):
         assert_law(emitted_at(position, tokens, verdict), target[position])
@@ -125,7 +131,7 @@ def test_exact_emits_the_bonus_and_accepts_one_minus_tv():
 
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.4, 1.0])
 def test_tolerance_is_as_far_from_the_target_as_it_says(beta):
-    draft, target = random_laws(0, 2), random_laws(1, 3)
+    draft, target = proposal_laws()
     tokens, verdict = rounds(tolerance(beta), jax.random.key(3), draft, target)
     for position in range(2):
         p, q = np.float64(draft[position]), np.float64(target[position])
@@ -143,7 +149,7 @@ def test_tolerance_is_as_far_from_the_target_as_it_says(beta):
 def test_coarse_grained_emits_the_group_law_of_the_target(distinct, threshold):
     table = groups(distinct, threshold)
     weight = weights(table)
-    draft, target = random_laws(0, 2), random_laws(1, 3)
+    draft, target = proposal_laws()
     tokens, verdict = rounds(coarse_grained(table), jax.random.key(3), draft, target)
     for position in range(2):
         p, q = np.float64(draft[position]) * weight, np.float64(target[position]) * weight
@@ -162,7 +168,7 @@ def test_coarse_grained_emits_the_group_law_of_the_target(distinct, threshold):
     "rule", [lambda: tolerance(0.0), lambda: coarse_grained(singletons())], ids=["tolerance", "coarse-grained"]
 )
 def test_limits_are_exact(rule):
-    draft, target = random_laws(0, 2), random_laws(1, 3)
+    draft, target = proposal_laws()
     tokens, verdict = rounds(rule(), jax.random.key(5), draft, target)
     _, reference = rounds(exact(), jax.random.key(5), draft, target)
     np.testing.assert_array_equal(verdict.num_accepted, reference.num_accepted)
@@ -177,7 +183,7 @@ def singletons():
 
 @each_rule
 def test_num_exact_counts_what_the_exact_rule_takes(rule):
-    draft, target = random_laws(0, 2), random_laws(1, 3)
+    draft, target = proposal_laws()
     _, verdict = rounds(rule(), jax.random.key(5), draft, target)
     _, reference = rounds(exact(), jax.random.key(5), draft, target)
     assert (verdict.num_exact <= verdict.num_accepted).all()
@@ -252,7 +258,7 @@ def test_other_arrays_compile_nothing(rules):
     @jax.jit
     def verify(rule, key):
         traces.append(0)
-        return rule(key, jnp.array([1, 2]), random_laws(0, 2), random_laws(1, 3))
+        return rule(key, jnp.array([1, 2]), *proposal_laws())
 
     for rule in rules:
         verify(rule, jax.random.key(0))
