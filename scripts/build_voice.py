@@ -1,7 +1,7 @@
 """Makes the built-in voice from nothing: python scripts/build_voice.py STAGE [--config FILE] [--work DIR]. Every stage resumes.
 
-Stages, in order: corpus (flite speaks), codec, encode (recordings to codes), target, sample (the target speaks), draft (learns
-from the target), pack (writes jaxspec/voice/builtin.safetensors).
+Stages, in order: corpus (flite speaks), codec, encode (recordings to codes), decoder (learns on), target, sample (the target
+speaks), draft (learns from the target), pack (writes jaxspec/voice/builtin.safetensors).
 """
 
 import argparse
@@ -47,6 +47,12 @@ def trained_codec(work: Path) -> Any:
     return averaged(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
 
 
+def polished_codec(work: Path) -> Any:
+    """The same with the decoder that went on learning."""
+    params = trained_codec(work)
+    return {**params, "decoder": averaged(work / "decoder", params["decoder"])}
+
+
 def run_corpus(config: dict[str, Any], work: Path) -> None:
     """flite speaks."""
     settings = config["corpus"]
@@ -54,14 +60,23 @@ def run_corpus(config: dict[str, Any], work: Path) -> None:
         print(f"{hours:.2f} of {settings['hours']} h", flush=True)
 
 
+def crops(config: dict[str, Any], work: Path, seed: int) -> Any:
+    """Random crops of the recordings."""
+    settings = config["codec"]
+    return codec.batches(work / "corpus", list(voice.VOICES), CODEC, settings["batch"], settings["crop"], seed)
+
+
 def run_codec(config: dict[str, Any], work: Path) -> None:
     """Trains the codec on crops of the recordings."""
-    settings, start = config["codec"], codec.init_params(jax.random.key(0), CODEC)
+    start = codec.init_params(jax.random.key(0), CODEC)
+    fit(work / "codec", start, codec.loss(CODEC), lambda step: crops(config, work, 1000 + step), schedule(config["codec"]))
 
-    def crops(step: int) -> Any:
-        return codec.batches(work / "corpus", list(voice.VOICES), CODEC, settings["batch"], settings["crop"], 1000 + step)
 
-    fit(work / "codec", start, codec.loss(CODEC), crops, schedule(settings))
+def run_decoder(config: dict[str, Any], work: Path) -> None:
+    """Trains the codec's decoder further while the codes stay as they are."""
+    params = trained_codec(work)
+    loss = codec.decoder_loss(CODEC, params)
+    fit(work / "decoder", params["decoder"], loss, lambda step: crops(config, work, 100_000 + step), schedule(config["decoder"]))
 
 
 def run_encode(config: dict[str, Any], work: Path) -> None:
@@ -114,7 +129,7 @@ def run_pack(config: dict[str, Any], work: Path) -> None:
         for utterance in corpus.read_shard(path):
             met[utterance.signal] = 1
     shapes = shape(config["target"]), shape(config["draft"]), CODEC
-    params = composed("target", config, work), composed("draft", config, work), trained_codec(work)
+    params = composed("target", config, work), composed("draft", config, work), polished_codec(work)
     voice.BUILTIN.parent.mkdir(exist_ok=True)
     voice.save(voice.BUILTIN, voice.Voice(*shapes, *params, met))
     print(f"{voice.BUILTIN}: {voice.BUILTIN.stat().st_size / 1e6:.1f} MB, {met.mean():.1%} of the codes occurred")
@@ -124,6 +139,7 @@ STAGES = {
     "corpus": run_corpus,
     "codec": run_codec,
     "encode": run_encode,
+    "decoder": run_decoder,
     "target": run_target,
     "sample": run_sample,
     "draft": run_draft,

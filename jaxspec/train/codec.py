@@ -70,6 +70,18 @@ def loss(config: Config) -> Loss:
     return value
 
 
+def decoder_loss(config: Config, codec_params: Params) -> Loss:
+    """The spectral loss of the decoder alone: the codes stay as they are, so that models of them stay right."""
+
+    def value(decoder: Params, batch: tuple[Array, Array, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        wave, voice, _ = batch
+        again, _ = VoiceCodec(config).apply({"params": {**codec_params, "decoder": decoder}}, wave, voice)
+        spectral = spectral_loss(again, wave, config)
+        return spectral, {"spectral": spectral}
+
+    return value
+
+
 def phone_track(utterance: Utterance, step_s: float, count: int) -> np.ndarray:
     """The phone at the middle of each of ``count`` steps of ``step_s`` seconds: indices into ``PHONES``, int32 [count]."""
     ends = np.array([end for _, end in utterance.phones])

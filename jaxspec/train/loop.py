@@ -99,16 +99,23 @@ def fit(directory: Path, params: Params, loss: Loss, batches: Callable[[int], It
 
 
 def _ahead(source: Iterator[Any], depth: int = 8) -> Iterator[Any]:
-    """The same batches, made by a thread while the last ones are learnt from."""
+    """The same batches, made by a thread while the last ones are learnt from; what goes wrong there is raised here."""
     ready: queue.Queue = queue.Queue(depth)
 
     def fill() -> None:
-        for batch in source:
-            ready.put(batch)
+        try:
+            for batch in source:
+                ready.put(batch)
+            ready.put(RuntimeError("training ran out of batches: the source should have no end"))
+        except Exception as error:  # whatever it is, the one who waits must hear of it
+            ready.put(error)
 
     threading.Thread(target=fill, daemon=True).start()
     while True:
-        yield ready.get()
+        batch = ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _fresh(params: Params, schedule: Schedule) -> TrainState:
