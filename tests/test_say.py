@@ -1,0 +1,167 @@
+"""The command line with the built-in voice: what a person does first, and what a person gets wrong."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from jaxspec import cli, synthesize
+from jaxspec.models import voice as voices
+from jaxspec.synthesize import Settings, speak
+
+TEXT = "The rain has stopped, so we can go."
+KEYS = set(
+    "audio_seconds lm_seconds codec_seconds compile_seconds rtf tokens rounds drafted accepted acceptance_rate tokens_per_round "
+    "accepted_per_position verify seed".split()
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Compiled programs are kept for the tests of this run alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def jaxspec(monkeypatch, capsys, *arguments):
+    """Runs the command; (exit code, stdout, stderr)."""
+    monkeypatch.setattr("sys.argv", ["jaxspec", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_say_writes_a_wave_a_picture_and_the_figures(tmp_path, monkeypatch, capsys):
+    out, plot = tmp_path / "a.wav", tmp_path / "a.png"
+    code, printed, _ = jaxspec(monkeypatch, capsys, "say", TEXT, "--out", out, "--plot", plot, "--json")
+    assert code == 0
+    result = json.loads(printed.splitlines()[-1])
+    assert set(result) >= KEYS
+    wave, rate = soundfile.read(out)
+    assert rate == 16_000
+    assert len(wave) / rate == pytest.approx(result["audio_seconds"], abs=1e-3)
+    assert 1.2 < len(wave) / rate < 5
+    assert 0.01 < np.sqrt(np.mean(wave**2)) < 0.5
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert result["verify"] == "coarse-grained"
+    assert 0 < result["accepted"] <= result["drafted"]
+    assert result["acceptance_rate"] == pytest.approx(result["accepted"] / result["drafted"])
+    assert result["tokens_per_round"] == pytest.approx(result["tokens"] / result["rounds"])
+    assert sum(result["accepted_per_position"]) == pytest.approx(result["accepted"] / result["rounds"])
+    assert len(result["accepted_per_position"]) == 3
+
+
+def test_the_seed_decides_and_each_line_gets_a_file(tmp_path, monkeypatch, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text(f"{TEXT}\n\n{TEXT}\n")
+
+    def waves(folder, seed):
+        arguments = ["say", "--file", texts, "--out-dir", tmp_path / folder, "--seed", seed, "--verify", "exact"]
+        code, _, _ = jaxspec(monkeypatch, capsys, *arguments)
+        assert code == 0
+        return [path.read_bytes() for path in sorted((tmp_path / folder).iterdir())]
+
+    first, again, other = waves("a", 1), waves("b", 1), waves("c", 2)
+    assert len(first) == 2
+    assert first == again
+    assert first[0] != first[1]
+    assert first[0] != other[0]
+
+
+def test_long_text_is_cut_and_joined_and_voices_differ():
+    long = speak(["One day we met. " * 3], Settings(verify="autoregressive")).speeches[0]
+    short = speak(["One day we met."], Settings(verify="autoregressive")).speeches[0]
+    assert len(long.wave) > 2 * len(short.wave)
+    assert len(long.wave) == 640 * len(long.codes) == 640 * len(long.origin)
+    other = speak(["One day we met."], Settings(verify="autoregressive", voice="rms")).speeches[0]
+    assert not np.array_equal(short.codes, other.codes)
+
+
+def test_no_draft_length_is_autoregressive():
+    plain = speak([TEXT], Settings(verify="autoregressive"))
+    none = speak([TEXT], Settings(verify="exact", draft_length=0))
+    np.testing.assert_array_equal(plain.speeches[0].wave, none.speeches[0].wave)
+    assert none.counts["verify"] == "autoregressive"
+    assert none.counts["tokens_per_round"] == 1
+
+
+def test_coarse_graining_accepts_more_than_the_exact_rule():
+    texts = ["A cup of tea would be nice.", "They never told us why.", "The old clock fell off the wall."] * 2
+    exact = speak(texts, Settings(verify="exact")).counts
+    coarse = speak(texts, Settings(verify="coarse-grained")).counts
+    assert exact["exact_match_rate"] == 1
+    assert coarse["acceptance_rate"] > exact["acceptance_rate"]
+    assert coarse["exact_match_rate"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", "--out", "a.wav"], "text"),
+        (["?!", "--out", "a.wav"], "?!"),
+        (["x" * 300, "--out", "a.wav"], "symbols"),
+        ([TEXT, "--out", "a.wav", "--voice", "nobody"], "slt, rms"),
+        ([TEXT, "--out", "missing/a.wav"], "missing"),
+        ([TEXT, "--out", "a.mp4"], ".wav"),
+        ([TEXT], "--out"),
+        ([TEXT, "--out", "a.wav", "--draft-length", "-1"], "-1"),
+        ([TEXT, "--out", "a.wav", "--threshold", "1.5"], "1.5"),
+        ([TEXT, "--out", "a.wav", "--threshold", "-1"], "-1"),
+        ([TEXT, "--out", "a.wav", "--beta", "-0.1"], "-0.1"),
+        ([TEXT, "--out", "a.wav", "--temperature", "-1"], "temperature"),
+        ([TEXT, "--out", "a.wav", "--verify", "maybe"], "maybe"),
+        (["--file", "none.txt", "--out-dir", "out"], "none.txt"),
+        (["--file", "none.txt"], "--out-dir"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").write_bytes(b"old")
+    code, _, err = jaxspec(monkeypatch, capsys, "say", *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert (tmp_path / "a.wav").read_bytes() == b"old"
+    assert not any(path.name.startswith(".a-") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "missing", "other"])
+def test_a_damaged_voice_file_is_said_to_be_one(tmp_path, damage):
+    path = tmp_path / "voice.safetensors"
+    shutil.copy(voices.BUILTIN, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif damage == "noise":
+        path.write_bytes(bytes(range(256)) * 100)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        voices.weights.save(path, {"a": np.ones(3)}, {"not": "a voice"})
+    with pytest.raises(ValueError, match=r"voice\.safetensors"):
+        voices.load(path)
+
+
+def test_weights_that_are_not_finite_are_refused_when_read_and_when_met(tmp_path):
+    voice = synthesize.builtin()
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, voice.target_params)
+    with pytest.raises(ValueError, match="finite logits"):
+        speak([TEXT], Settings(verify="autoregressive"), voice._replace(target_params=broken))
+    voices.save(tmp_path / "voice.safetensors", voice._replace(target_params=broken))
+    with pytest.raises(ValueError, match="finite weights"):
+        voices.load(tmp_path / "voice.safetensors")
+
+
+def test_a_voice_comes_back_as_it_was_saved(tmp_path):
+    voice = synthesize.builtin()
+    voices.save(tmp_path / "voice.safetensors", voice)
+    again = voices.load(tmp_path / "voice.safetensors")
+    assert dataclasses.astuple(again.target) == dataclasses.astuple(voice.target)
+    jax.tree.map(np.testing.assert_array_equal, voice.target_params, again.target_params)
+    assert voices.BUILTIN.stat().st_size < 32e6
