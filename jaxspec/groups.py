@@ -1,14 +1,13 @@
 """Acoustic similarity groups: which speech tokens sound alike, from the cosine of their embeddings."""
 
 import os
-import pathlib
-import tempfile
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.files import replacing
 from jaxspec.types import Array
 
 _LIMIT_BYTES = 4 << 30  # of the table of members, and of the list of pairs that it is made from
@@ -161,17 +160,9 @@ def swap(key: Array, groups: Groups, tokens: Array) -> Array:
 
 def save(path: str | os.PathLike, groups: Groups) -> None:
     """Writes groups as .npz; a file of that name is replaced at once or, on an error, left as it was."""
-    path = pathlib.Path(path)
     vocab, sizes, members = len(groups.token_start), np.asarray(groups.sizes), np.asarray(groups.members)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, vocab=vocab, sizes=sizes, tokens=members[members < vocab])
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, vocab=vocab, sizes=sizes, tokens=members[members < vocab])
 
 
 def load(path: str | os.PathLike) -> Groups:

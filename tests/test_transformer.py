@@ -17,6 +17,7 @@ from jaxspec.speculate import autoregressive, generate
 VOCAB, WIDTH = 97, 48
 SMALL = Config((VOCAB,), VOCAB, WIDTH, 2, 4, 2, 12, 80)
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+GREEDY = {"max_new_tokens": 64, "sampling": Sampling(temperature=0)}
 CASES = {
     "llama": (transformers.LlamaForCausalLM, SMALL),
     "llama one kv head, tied": (transformers.LlamaForCausalLM, dataclasses.replace(SMALL, kv_heads=1, tied=True)),
@@ -116,15 +117,19 @@ def test_agrees_with_transformers(case):
     ours, _, _ = lm.apply(params, jnp.asarray(prompt, jnp.int32), lm.init_cache(1, 32), jnp.zeros(1, jnp.int32))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
-    greedy = {"max_new_tokens": 64, "sampling": Sampling(temperature=0)}
-    plain = autoregressive(jax.random.key(0), lm, params, prompt.astype(np.int32), np.array([21], np.int32), **greedy)
+    plain = autoregressive(jax.random.key(0), lm, params, prompt.astype(np.int32), np.array([21], np.int32), **GREEDY)
     assert plain.tokens.tolist() == spoken.tolist()
+
+
+def test_a_model_that_drafts_for_itself_is_always_right():
+    config = dataclasses.replace(SMALL, qk_norm=True, qkv_bias=True)
+    lm, params = language_model(config), init_params(jax.random.key(3), config)
+    prompts, lengths = np.arange(24, dtype=np.int32).reshape(2, 12), np.array([12, 5], np.int32)
+    plain = autoregressive(jax.random.key(0), lm, params, prompts, lengths, **GREEDY)
     own = draft.model_draft(lm, 3)
-    fast = generate(
-        jax.random.key(0), lm, params, own, params, verify.exact(), prompt.astype(np.int32), np.array([21], np.int32), **greedy
-    )
-    assert fast.tokens.tolist() == spoken.tolist()
-    assert int(fast.info.rounds[0]) == 16
+    fast = generate(jax.random.key(0), lm, params, own, params, verify.exact(), prompts, lengths, **GREEDY)
+    assert fast.tokens.tolist() == plain.tokens.tolist()
+    assert fast.info.rounds.tolist() == [16, 16]
 
 
 def test_a_block_sees_no_later_token():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxspec.files import replacing
 from jaxspec.train.sentences import sentences
 
 SAMPLE_RATE_HZ = 16_000
@@ -54,10 +55,8 @@ def write_shard(path: Path, utterances: list[Utterance]) -> None:
     """Writes one shard; the file appears whole or not at all."""
     start = np.cumsum([0] + [len(u.signal) for u in utterances])
     meta = json.dumps([{"text": u.text, "voice": u.voice, "phones": u.phones} for u in utterances])
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, signal=np.concatenate([u.signal for u in utterances]), start=start, meta=np.array(meta))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        np.savez(partial, signal=np.concatenate([u.signal for u in utterances]), start=start, meta=np.array(meta))
 
 
 def read_shard(path: Path) -> list[Utterance]:
