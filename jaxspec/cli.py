@@ -87,7 +87,7 @@ class Evaluate:
     """How often each is spoken."""
     betas: tuple[float, ...] = (0.1, 0.2, 0.4)
     """The tolerances to compare."""
-    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7)
+    thresholds: tuple[float, ...] = (0.7, 0.75, 0.8)
     """The cosines to compare."""
     matrix: Literal["target", "codec"] = Settings.matrix
     """Whose vectors the groups are made from."""

@@ -59,9 +59,9 @@ def feature_heads(draft_length):
 def block_drafter(draft_length, vocab):
     """A drafter that fills a block from its own state and the last token: params [V K V], state the number of rounds so far."""
 
-    def propose(params, keys, context, rounds):
-        logits = params[jnp.minimum(context.last, vocab - 1)] + 0.1 * rounds[:, None, None]
-        return _independent(keys, logits, context), rounds + 1
+    def propose(params, keys, context, state):
+        logits = params[jnp.minimum(context.last, vocab - 1)] / (1 + state[:, None, None])
+        return _independent(keys, logits, context), state + 1
 
     return Draft(draft_length, lambda params, prompt, prompt_length, cells: jnp.zeros(prompt.shape[0]), propose)
 

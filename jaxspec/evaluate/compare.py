@@ -28,7 +28,7 @@ class Plan:
     sentences: int = 200
     seeds: int = 3
     betas: tuple[float, ...] = (0.1, 0.2, 0.4)
-    thresholds: tuple[float, ...] = (0.5, 0.6, 0.7)
+    thresholds: tuple[float, ...] = (0.7, 0.75, 0.8)
     base: Settings = dataclasses.field(default_factory=Settings)
 
     def spoken(self) -> dict[str, Settings]:
@@ -69,10 +69,9 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         rows.append(row)
         say(f"{name}: wer {row['wer']:.1%}, acceptance {row['acceptance_rate']:.1%}")
         if name == "autoregressive":
-            waves = [w for speeches in plain for w in _swapped(speeches, voice, plan)]
-            rows.append(
-                _measures(f"swapped {plan.swap_threshold:g}", sentences * plan.seeds, waves, recordings * plan.seeds, faces)
-            )
+            for threshold in plan.thresholds:
+                waves = _swapped(plain[0], voice, dataclasses.replace(plan.base, threshold=threshold))
+                rows.append(_measures(f"swapped {threshold:g}", sentences, waves, recordings, faces))
     _add_speed(rows, plan, voice, sentences)
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     return {"rows": rows, "sentences": len(sentences), "seeds": plan.seeds, **versions}
@@ -90,9 +89,13 @@ def _face(waves: Waves) -> np.ndarray:
 def _measures(
     name: str, sentences: Sequence[str], waves: Waves, recordings: Waves, faces: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Error rates, likeness to the own voice and to the most alike of the others, and length against the recordings."""
-    rates = error_rates(sentences, transcribe(waves))
-    heard = [(embed([w], SAMPLE_RATE_HZ)[0], _voice_of(i)) for i, w in enumerate(waves) if len(w) > SAMPLE_RATE_HZ // 2]
+    """Error rates, likeness to the own voice and to the most alike of the others, and length against the recordings.
+
+    ``waves`` may hold several rounds of the sentences, one after the other; likeness is of the first.
+    """
+    rates = error_rates(list(sentences) * (len(waves) // len(sentences)), transcribe(waves))
+    first = [(wave, _voice_of(i)) for i, wave in enumerate(waves[: len(sentences)]) if len(wave) > SAMPLE_RATE_HZ // 2]
+    heard = [(embed([wave], SAMPLE_RATE_HZ)[0], name) for wave, name in first]
     own = [similarity(one, faces[name]) for one, name in heard]
     other = [max(similarity(one, face) for n, face in faces.items() if n != name) for one, name in heard]
     return {
@@ -100,7 +103,7 @@ def _measures(
         **rates._asdict(),
         "similarity": float(np.mean(own)),
         "similarity_to_others": float(np.mean(other)),
-        "duration_ratio": sum(map(len, waves)) / sum(map(len, recordings)),
+        "duration_ratio": sum(map(len, waves)) / sum(map(len, recordings)) * len(recordings) / len(waves),
     }
 
 
@@ -141,7 +144,7 @@ def _spoken_row(
         speeches.append(some)
         totals += [part.counts for part in parts]
     waves = [speech.wave for some in speeches for speech in some]
-    row = _measures(name, sentences * seeds, waves, recordings * seeds, faces)
+    row = _measures(name, sentences, waves, recordings, faces)
     accepted, drafted, rounds, tokens = (sum(t[key] for t in totals) for key in ("accepted", "drafted", "rounds", "tokens"))
     exact = sum(t["exact_match_rate"] * t["accepted"] for t in totals)
     row |= {
