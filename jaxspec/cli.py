@@ -102,6 +102,7 @@ class Evaluate:
 
         base = Settings(draft_length=self.draft_length, temperature=self.temperature, matrix=self.matrix)
         plan = compare.Plan(self.sentences, self.seeds, self.betas, self.thresholds, base)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
         result = compare.compare(plan)
         report.show(result["rows"])
         report.save(self.out_dir, result)
@@ -124,7 +125,7 @@ def main() -> None:
     use_compilation_cache()
     try:
         parsed.run()
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
         print(f"jaxspec: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -132,6 +132,14 @@ def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(tmp_path, monke
     assert not any(path.name.startswith(".a-") for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [["--sentences", "0"], ["--sentences", "201"], ["--seeds", "0"]])
+def test_an_impossible_evaluation_is_refused(tmp_path, monkeypatch, capsys, arguments):
+    code, _, err = jaxspec(monkeypatch, capsys, "evaluate", "--out-dir", tmp_path / "out", *arguments)
+    assert code == 2
+    assert "sentences" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "noise", "missing", "other"])
 def test_a_damaged_voice_file_is_said_to_be_one(tmp_path, damage):
     path = tmp_path / "voice.safetensors"

@@ -31,6 +31,11 @@ class Plan:
     thresholds: tuple[float, ...] = (0.7, 0.75, 0.8)
     base: Settings = dataclasses.field(default_factory=Settings)
 
+    def __post_init__(self) -> None:
+        least, most = len(VOICES), len(held_out())
+        if not least <= self.sentences <= most or self.seeds < 1:
+            raise ValueError(f"expected {least} to {most} sentences and 1 seed or more, got {self.sentences} and {self.seeds}")
+
     def spoken(self) -> dict[str, Settings]:
         """The rows that the models speak, by name."""
         plain = dataclasses.replace(self.base, verify="autoregressive")
