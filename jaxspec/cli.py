@@ -85,9 +85,9 @@ class Evaluate:
     """How many of the 200 held-out sentences."""
     seeds: int = 3
     """How often each is spoken."""
-    betas: tuple[float, ...] = (0.1, 0.2, 0.4)
+    betas: tuple[float, ...] = (0.2, 0.4)
     """The tolerances to compare."""
-    thresholds: tuple[float, ...] = (0.7, 0.75, 0.8)
+    thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.85)
     """The cosines to compare."""
     matrix: Literal["target", "codec"] = Settings.matrix
     """Whose vectors the groups are made from."""

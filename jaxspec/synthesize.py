@@ -42,7 +42,7 @@ class Settings:
     voice: str = "slt"
     verify: str = "coarse-grained"
     beta: float = 0.2
-    threshold: float = 0.4
+    threshold: float = 0.85
     matrix: str = "target"
     draft_length: int = 3
     temperature: float = 0.8

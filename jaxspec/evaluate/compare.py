@@ -27,8 +27,8 @@ class Plan:
 
     sentences: int = 200
     seeds: int = 3
-    betas: tuple[float, ...] = (0.1, 0.2, 0.4)
-    thresholds: tuple[float, ...] = (0.7, 0.75, 0.8)
+    betas: tuple[float, ...] = (0.2, 0.4)
+    thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.85)
     base: Settings = dataclasses.field(default_factory=Settings)
 
     def __post_init__(self) -> None:
