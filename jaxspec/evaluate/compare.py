@@ -72,7 +72,7 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         speaker = _draft_alone(voice) if name == "draft alone" else voice
         row, plain = _spoken_row(name, settings, speaker, sentences, recordings, faces, plan.seeds)
         rows.append(row)
-        say(f"{name}: wer {row['wer']:.1%}, acceptance {row['acceptance_rate']:.1%}")
+        say(f"{name}: wer {row['wer']:.1%}, acceptance {row.get('acceptance_rate', 0.0):.1%}")
         if name == "autoregressive":
             for threshold in plan.thresholds:
                 waves = _swapped(plain[0], voice, dataclasses.replace(plan.base, threshold=threshold))
@@ -152,11 +152,12 @@ def _spoken_row(
     row = _measures(name, sentences, waves, recordings, faces)
     accepted, drafted, rounds, tokens = (sum(t[key] for t in totals) for key in ("accepted", "drafted", "rounds", "tokens"))
     exact = sum(t["exact_match_rate"] * t["accepted"] for t in totals)
-    row |= {
-        "acceptance_rate": accepted / drafted if drafted else 0.0,
-        "tokens_per_round": tokens / rounds,
-        "exact_match_rate": exact / accepted if accepted else 0.0,
-    }
+    if drafted:
+        row |= {
+            "acceptance_rate": accepted / drafted,
+            "tokens_per_round": tokens / rounds,
+            "exact_match_rate": exact / accepted if accepted else 0.0,
+        }
     return row, speeches
 
 
