@@ -60,7 +60,7 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         {"rows": one dict a row, "sentences", "seeds", "device", ...}; rates are fractions, speed-ups ratios to autoregressive.
 
     Raises:
-        ValueError: flite is missing, which speaks the recordings that all else is compared with.
+        RuntimeError: flite is missing, which speaks the recordings that all else is compared with.
     """
     sentences, voice = held_out()[: plan.sentences], builtin()
     recordings = [record(text.normalize(s), _voice_of(i)).signal / np.float32(32768) for i, s in enumerate(sentences)]
