@@ -95,10 +95,13 @@ def builtin() -> Voice:
     return voice._replace(target_params=on_device[0], draft_params=on_device[1], codec_params=on_device[2])
 
 
-def speak(texts: Sequence[str], settings: Settings | None = None, voice: Voice | None = None) -> Spoken:
+def speak(
+    texts: Sequence[str], settings: Settings | None = None, voice: Voice | None = None, rule: Verify | None = None
+) -> Spoken:
     """Speaks each text: long ones are cut into sentences, all sentences go through the models in batches, and are joined again.
 
-    The same texts, settings and seed give the same samples.
+    The same texts, settings and seed give the same samples. ``rule`` is what ``verifier`` makes of the settings; who speaks often
+    makes it once.
 
     Raises:
         ValueError: a text is empty or cannot be pronounced, or the weights give laws that are not finite.
@@ -106,7 +109,7 @@ def speak(texts: Sequence[str], settings: Settings | None = None, voice: Voice |
     settings, voice = settings or Settings(), voice or builtin()
     pieces = [text.sentences(one, MAX_SYMBOLS) for one in texts]
     flat = list(itertools.chain.from_iterable(pieces))
-    rule, watch, keys = verifier(voice, settings), Stopwatch(), jax.random.split(jax.random.key(settings.seed), len(flat))
+    rule, watch, keys = rule or verifier(voice, settings), Stopwatch(), jax.random.split(jax.random.key(settings.seed), len(flat))
     spoken, generations = [], []
     for first in range(0, len(flat), _MAX_BATCH):
         some = slice(first, first + _MAX_BATCH)
@@ -138,21 +141,18 @@ def acoustic_groups(voice: Voice, settings: Settings) -> Groups:
 def codes_of(sentences: Sequence[str], keys: jax.Array, voice: Voice, settings: Settings, rule: Verify) -> Generation:
     """Normalised sentences to codes, in one batch, on the host. ``keys`` has one key for each."""
     batch = 1 << (len(sentences) - 1).bit_length()  # few batch sizes, so that few are compiled
-    prompts = [voices.prompt(text.symbols(sentence), settings.voice) for sentence in sentences]
-    padded = np.zeros((batch, MAX_SYMBOLS + 2), np.int32)
-    length, limit = np.ones(batch, np.int32), np.zeros(batch, np.int32)
-    for row, ids in enumerate(prompts):
-        padded[row, : len(ids)] = ids
-        length[row], limit[row] = len(ids), min(MAX_CODES, 16 + 4 * len(ids))
-    keys = keys[np.arange(batch) % len(sentences)]  # the rows that fill the batch up say nothing
+    filled = [*sentences, *sentences[:1] * (batch - len(sentences))]  # the rows that fill the batch up say nothing
+    prompts, length = voices.prompts(filled, [settings.voice] * batch)
+    limit = np.where(np.arange(batch) < len(sentences), np.minimum(MAX_CODES, 16 + 4 * length), 0)
+    keys = keys[np.arange(batch) % len(sentences)]
     target = transformer.language_model(voice.target)
     shared = {"max_new_tokens": MAX_CODES, "limit": limit, "stop_ids": (STOP,), "sampling": settings.sampling()}
     if settings.drafts():
         draft = model_draft(transformer.language_model(voice.draft), settings.draft_length)
         models = (target, voice.target_params, draft, voice.draft_params)
-        generation = generate(keys, *models, rule, padded, length, **shared)
+        generation = generate(keys, *models, rule, prompts, length, **shared)
     else:
-        generation = autoregressive(keys, target, voice.target_params, padded, length, **shared)
+        generation = autoregressive(keys, target, voice.target_params, prompts, length, **shared)
     generation = jax.tree.map(lambda array: np.asarray(array)[: len(sentences)], generation)
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")

@@ -15,8 +15,9 @@ from jaxspec.codec.voice import codec
 from jaxspec.evaluate.recognize import error_rates, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
 from jaxspec.models.voice import MAX_CODES, VOICES, Voice, voice_index
-from jaxspec.synthesize import Settings, Speech, Spoken, acoustic_groups, builtin, decode_codes, speak
+from jaxspec.synthesize import Settings, Speech, Spoken, acoustic_groups, builtin, decode_codes, speak, verifier
 from jaxspec.train.corpus import SAMPLE_RATE_HZ, record
+from jaxspec.types import Verify
 
 Waves = list[np.ndarray]
 
@@ -98,7 +99,7 @@ def _measures(
 
     ``waves`` may hold several rounds of the sentences, one after the other; likeness is of the first.
     """
-    rates = error_rates(list(sentences) * (len(waves) // len(sentences)), transcribe(waves))
+    rates = error_rates(sentences, transcribe(waves))
     first = [(wave, _voice_of(i)) for i, wave in enumerate(waves[: len(sentences)]) if len(wave) > SAMPLE_RATE_HZ // 2]
     heard = [(embed([wave], SAMPLE_RATE_HZ)[0], name) for wave, name in first]
     own = [similarity(one, faces[name]) for one, name in heard]
@@ -126,10 +127,11 @@ def _draft_alone(voice: Voice) -> Voice:
     return voice._replace(target=voice.draft, target_params=voice.draft_params)
 
 
-def _speak_all(settings: Settings, voice: Voice, sentences: Sequence[str]) -> tuple[list[Speech], list[Spoken]]:
+def _speak_all(settings: Settings, voice: Voice, rule: Verify, sentences: Sequence[str]) -> tuple[list[Speech], list[Spoken]]:
     """Every sentence by its voice: the speeches in order, and what each voice's batch came to."""
     parts = [
-        speak(sentences[i :: len(VOICES)], dataclasses.replace(settings, voice=name), voice) for i, name in enumerate(VOICES)
+        speak(sentences[i :: len(VOICES)], dataclasses.replace(settings, voice=name), voice, rule)
+        for i, name in enumerate(VOICES)
     ]
     return [parts[i % len(VOICES)].speeches[i // len(VOICES)] for i in range(len(sentences))], parts
 
@@ -143,9 +145,9 @@ def _spoken_row(
     faces: dict[str, np.ndarray],
     seeds: int,
 ) -> tuple[dict[str, Any], list[list[Speech]]]:
-    speeches, totals = [], []
+    speeches, totals, rule = [], [], verifier(voice, settings)
     for seed in range(seeds):
-        some, parts = _speak_all(dataclasses.replace(settings, seed=seed), voice, sentences)
+        some, parts = _speak_all(dataclasses.replace(settings, seed=seed), voice, rule, sentences)
         speeches.append(some)
         totals += [part.counts for part in parts]
     waves = [speech.wave for some in speeches for speech in some]
@@ -174,10 +176,11 @@ def _swapped(speeches: list[Speech], voice: Voice, settings: Settings) -> Waves:
 def _add_speed(rows: list[dict[str, Any]], plan: Plan, voice: Voice, sentences: Sequence[str]) -> None:
     """Codes a second of each row over those of autoregressive, one sentence at a time, the rows taking turns."""
     rates: dict[str, list[float]] = {name: [] for name in plan.spoken()}
+    rules = {name: verifier(voice, settings) for name, settings in plan.spoken().items()}
     for turn, sentence in enumerate(["Warm up, please.", *sentences[:8]]):
         for name, settings in plan.spoken().items():
             speaker = _draft_alone(voice) if name == "draft alone" else voice
-            spoken = speak([sentence], dataclasses.replace(settings, seed=turn), speaker)
+            spoken = speak([sentence], dataclasses.replace(settings, seed=turn), speaker, rules[name])
             if turn:
                 rates[name].append(spoken.counts["tokens"] / spoken.seconds["lm"])
     plain = statistics.median(rates["autoregressive"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,17 +89,19 @@ def transcribe(waves: Sequence[np.ndarray], processes: int | None = None) -> lis
 def error_rates(references: Sequence[str], hypotheses: Sequence[str], draws: int = 1000) -> ErrorRates:
     """Word and character error rates over all sentences, with bootstrap intervals over sentences (fixed seed).
 
+    The hypotheses may be several rounds of the sentences, one after the other; a sentence is drawn with all of its rounds.
+
     >>> error_rates(["The cat sat at 10:30."], ["the cat sat at ten thirty"]).wer
     0.0
 
     Raises:
-        ValueError: when the two lists are empty or differ in length.
+        ValueError: when there are no references, or not one or more whole rounds of hypotheses.
     """
-    if not references or len(references) != len(hypotheses):
-        raise ValueError(f"expected as many references as hypotheses, one at least: {len(references)} and {len(hypotheses)} came")
-    pairs = [(plain(reference), plain(hypothesis)) for reference, hypothesis in zip(references, hypotheses, strict=True)]
-    wer, wer_interval = _rate(np.array([_word_errors(*pair) for pair in pairs]), draws)
-    cer, cer_interval = _rate(np.array([_character_errors(*pair) for pair in pairs]), draws)
+    if not references or not hypotheses or len(hypotheses) % len(references):
+        raise ValueError(f"expected a hypothesis a reference, or rounds of them: {len(references)} and {len(hypotheses)} came")
+    pairs = [(plain(reference), plain(hypothesis)) for reference, hypothesis in zip(cycle(references), hypotheses, strict=False)]
+    wer, wer_interval = _rate(np.array([_word_errors(*pair) for pair in pairs]), len(references), draws)
+    cer, cer_interval = _rate(np.array([_character_errors(*pair) for pair in pairs]), len(references), draws)
     return ErrorRates(wer, cer, wer_interval, cer_interval)
 
 
@@ -116,8 +119,9 @@ def _character_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     return found.substitutions + found.deletions + found.insertions, len(reference)
 
 
-def _rate(counts: np.ndarray, draws: int) -> tuple[float, tuple[float, float]]:
-    """Errors over units of ``counts`` int [N 2], and the 95 % interval when sentences are drawn anew."""
+def _rate(counts: np.ndarray, sentences: int, draws: int) -> tuple[float, tuple[float, float]]:
+    """Errors over units of ``counts`` int [N 2], rounds of the sentences, and the 95 % interval when sentences are drawn anew."""
+    counts = counts.reshape(-1, sentences, 2).sum(0)
     chosen = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
     errors, units = np.moveaxis(counts[chosen].sum(1), -1, 0)
     low, high = np.quantile(errors / units, [0.025, 0.975])

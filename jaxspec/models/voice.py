@@ -5,6 +5,7 @@ prompt: voice | text symbols ... | speak          then codes ... | stop
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,13 @@ def prompt(symbols: list[str], voice: str) -> np.ndarray:
     """The prompt's ids, int32 [len(symbols) + 2]."""
     speaker = VOCAB + len(text.SYMBOLS) + voice_index(voice)
     return np.concatenate([[speaker], VOCAB + text.encode(symbols), [SPEAK]]).astype(np.int32)
+
+
+def prompts(sentences: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts of normalised sentences by their voices, int32 [B MAX_SYMBOLS+2], and their lengths, int32 [B]."""
+    ids = [prompt(text.symbols(sentence), name) for sentence, name in zip(sentences, names, strict=True)]
+    padded = np.stack([np.pad(row, (0, MAX_SYMBOLS + 2 - len(row))) for row in ids])
+    return padded, np.array([len(row) for row in ids], np.int32)
 
 
 def save(path: str | os.PathLike, voice: Voice) -> None:

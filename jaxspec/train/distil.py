@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxspec import text
 from jaxspec.models import transformer
-from jaxspec.models.voice import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, prompt
+from jaxspec.models.voice import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, prompts
 from jaxspec.sampling import Sampling
 from jaxspec.speculate import autoregressive
 from jaxspec.train.corpus import Utterance, write_shard
@@ -33,9 +33,7 @@ def sample_shards(
         if path.exists():
             continue
         names = list(itertools.islice(itertools.cycle(VOICES), _BATCH))
-        prompts = [prompt(text.symbols(t), name) for t, name in zip(texts, names, strict=True)]
-        padded = np.stack([np.pad(ids, (0, MAX_SYMBOLS + 2 - len(ids))) for ids in prompts])
-        lengths = np.array([len(ids) for ids in prompts], np.int32)
+        padded, lengths = prompts(texts, names)
         key = jax.random.fold_in(jax.random.key(seed), index)
         said = autoregressive(key, lm, params, padded, lengths, max_new_tokens=MAX_CODES, stop_ids=(STOP,), sampling=sampling)
         rows = [row[:n] for row, n in zip(np.asarray(said.tokens), np.asarray(said.length), strict=True)]
