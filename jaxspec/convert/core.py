@@ -1,0 +1,122 @@
+"""The engine of a conversion: a table of rules turns the tensors of a checkpoint into the parameters of a model.
+
+Every tensor is used once or dropped by name, every parameter is filled once and has its shape; whatever is wrong is told at once.
+Nothing is read here: a parameter is again a ``Tensor``, that reads and changes its source when it is asked for.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxspec.convert.tensors import Tensor, rows
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    """As it is; such a tensor is copied a few rows at a time, however large it is."""
+    return array
+
+
+def transpose(array: np.ndarray) -> np.ndarray:
+    """torch's linear layer [out in] -> a kernel [in out]."""
+    return array.T
+
+
+def conv(array: np.ndarray) -> np.ndarray:
+    """torch's convolution [out in taps] -> a kernel [taps in out]."""
+    return array.transpose(2, 1, 0)
+
+
+class Rule(NamedTuple):
+    """What becomes of the tensors whose whole name matches ``source``.
+
+    target: the parameter's path, in which {0}, {1} ... stand for the groups of ``source``; several paths share the rows of the
+        tensor equally, in this order; None drops it.
+    """
+
+    source: str
+    target: str | tuple[str, ...] | None
+    change: Callable[[np.ndarray], np.ndarray] = same
+
+
+# Weight norm as torch names it, before and since parametrizations: the magnitude, then the direction.
+_WEIGHT_NORM = re.compile(r"(.*)(?:weight_([gv])|parametrizations\.weight\.original([01]))")
+
+
+def fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of weight norm as the weight that they stand for: g v / |v|, the norm over all axes but the first.
+
+    Raises:
+        ValueError: a magnitude without its direction, or the other way round.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _WEIGHT_NORM.fullmatch(name):
+            parts.setdefault(f"{match[1]}weight", {})["g" if "g" == match[2] or "0" == match[3] else "v"] = tensor
+    if halves := sorted(name for name, pair in parts.items() if len(pair) < 2):
+        raise ValueError(f"expected magnitude and direction of {halves[0]}, came one of the two; download the checkpoint again")
+    plain = {name: tensor for name, tensor in tensors.items() if not _WEIGHT_NORM.fullmatch(name)}
+    return plain | {name: _folded(name, **pair) for name, pair in parts.items()}
+
+
+def _folded(name: str, g: Tensor, v: Tensor) -> Tensor:
+    def read(start: int, stop: int) -> np.ndarray:
+        direction = v.read(start, stop).astype(np.float32)
+        norm = np.sqrt((direction**2).sum(tuple(range(1, direction.ndim)), keepdims=True))
+        return g.read(start, stop).reshape(norm.shape).astype(np.float32) * direction / norm
+
+    return Tensor(name, v.shape, np.dtype(np.float32), read)
+
+
+def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes) -> dict[str, Tensor]:
+    """The parameters by path, each a tensor that is read when it is asked for.
+
+    Args:
+        tensors: of the checkpoint, by name, weight norm folded.
+        rules: see ``Rule``; a name that several match is an error of the table.
+        expected: the shape of every parameter, by path.
+
+    Raises:
+        ValueError: a line for each tensor that no rule or two rules match, for each parameter that is filled twice, not at all,
+            or with another shape.
+    """
+    rules = [(re.compile(rule.source), rule) for rule in rules]
+    filled: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for name, tensor in tensors.items():
+        matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(name))]
+        if len(matches) != 1:
+            problems.append(f"{name}: expected one place for it in the model, came {len(matches)}")
+            continue
+        match, rule = matches[0]
+        for path, part in _parts(tensor, match, rule):
+            if path in filled:
+                problems.append(f"{name}: expected {path} to be free, but {filled[path].name} fills it")
+            else:
+                filled[path] = part
+    problems += [f"{path}: expected a tensor for it, came none" for path in expected if path not in filled]
+    for path, part in filled.items():
+        if path not in expected:
+            problems.append(f"{part.name}: expected a model without {path}, by its config")
+        elif tuple(expected[path]) != part.shape:
+            problems.append(f"{part.name}: expected shape {tuple(expected[path])} as {path}, by the config, came {part.shape}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {path: filled[path] for path in expected}
+
+
+def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, Tensor]]:
+    """Each parameter that a tensor fills."""
+    targets = (rule.target,) if isinstance(rule.target, str) else rule.target or ()
+    for index, target in enumerate(targets):
+        share = tensor.shape[0] // len(targets) if tensor.shape else 1
+        part = tensor if len(targets) == 1 else rows(tensor, index * share, (index + 1) * share)
+        yield target.format(*match.groups()), part if rule.change is same else _changed(part, rule.change)
+
+
+def _changed(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    shape = change(np.broadcast_to(np.zeros((), bool), tensor.shape)).shape  # a view of one number, whatever the shape
+    return Tensor(tensor.name, shape, tensor.dtype, lambda start, stop: change(tensor.all())[start:stop])

@@ -1,0 +1,101 @@
+"""SNAC's tensors (as the package ``snac`` names them) to the parameters of ``jaxspec.codec.snac``; the encoder is left out."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxspec.codec.snac import Config
+from jaxspec.convert.core import Rule
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _pointwise(weight: np.ndarray) -> np.ndarray:
+    """[out in 1] -> [in out]."""
+    return weight[:, :, 0].T
+
+
+def _depthwise(weight: np.ndarray) -> np.ndarray:
+    """[C 1 taps] -> [taps C]."""
+    return weight[:, 0].T
+
+
+def _up(weight: np.ndarray) -> np.ndarray:
+    """[in out taps] -> [in taps out]."""
+    return weight.swapaxes(1, 2)
+
+
+def _head(weight: np.ndarray) -> np.ndarray:
+    """[1 in taps] -> [in taps]."""
+    return weight[0]
+
+
+_QUANTIZER, _MODEL = r"quantizer\.quantizers\.(\d+)\.", r"decoder\.model\."
+_BLOCK = _MODEL + r"(\d+)\.block\."
+_UNIT = _BLOCK + r"([345])\.block\."
+_LAST = _MODEL + r"(?![01]\.)\d+\."
+
+RULES = (
+    Rule(r"encoder\..*", None),
+    Rule(_QUANTIZER + r"in_proj\..*", None),
+    Rule(_QUANTIZER + r"codebook\.weight", "codebook_{0}/vectors"),
+    Rule(_QUANTIZER + r"out_proj\.weight", "codebook_{0}/out/kernel", _pointwise),
+    Rule(_QUANTIZER + r"out_proj\.bias", "codebook_{0}/out/bias"),
+    Rule(_MODEL + r"0\.weight", "depthwise/kernel", _depthwise),
+    Rule(_MODEL + r"0\.bias", "depthwise/bias"),
+    Rule(_MODEL + r"1\.weight", "pointwise/kernel", _pointwise),
+    Rule(_MODEL + r"1\.bias", "pointwise/bias"),
+    Rule(_BLOCK + r"0\.alpha", "block_{0}/snake/alpha", np.ravel),
+    Rule(_BLOCK + r"1\.weight", "block_{0}/up/kernel", _up),
+    Rule(_BLOCK + r"1\.bias", "block_{0}/up/bias"),
+    Rule(_BLOCK + r"2\.linear\.weight", "block_{0}/noise/kernel", _pointwise),
+    Rule(_UNIT + r"0\.alpha", "block_{0}/residual_{1}/snake_in/alpha", np.ravel),
+    Rule(_UNIT + r"1\.weight", "block_{0}/residual_{1}/depthwise/kernel", _depthwise),
+    Rule(_UNIT + r"1\.bias", "block_{0}/residual_{1}/depthwise/bias"),
+    Rule(_UNIT + r"2\.alpha", "block_{0}/residual_{1}/snake_out/alpha", np.ravel),
+    Rule(_UNIT + r"3\.weight", "block_{0}/residual_{1}/pointwise/kernel", _pointwise),
+    Rule(_UNIT + r"3\.bias", "block_{0}/residual_{1}/pointwise/bias"),
+    Rule(_LAST + r"alpha", "snake/alpha", np.ravel),
+    Rule(_LAST + r"weight", "head/kernel", _head),
+    Rule(_LAST + r"bias", "head/bias"),
+)
+
+
+def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, tuple[Rule, ...]]:
+    """The shape of a checkpoint's decoder and the rules to convert it.
+
+    shapes: of each tensor by its name, weight norm folded.
+    settings: its config.json, which alone tells the strides and the sample rate; None: those of the 24 kHz checkpoint.
+
+    Raises:
+        ValueError: a tensor is missing, or the checkpoint is of a kind that the decoder does not have.
+    """
+    _refuse_unsupported(shapes)
+    settings = settings or {}
+    latent, _, _ = _shape(shapes, "decoder.model.0.weight")
+    width, _, _ = _shape(shapes, "decoder.model.1.weight")
+    ups = itertools.takewhile(shapes.__contains__, (f"decoder.model.{i}.block.1.weight" for i in itertools.count(2)))
+    size, dim = _shape(shapes, "quantizer.quantizers.0.codebook.weight")
+    strides = tuple(settings.get("vq_strides", Config.strides))
+    rate = settings.get("sampling_rate", Config.sample_rate_hz)
+    books = sum(name.endswith(".codebook.weight") for name in shapes)
+    if len(strides) != books or any(strides[0] % stride for stride in strides):
+        raise ValueError(f"expected {books} vq_strides that divide the first of them, got {strides}: correct config.json")
+    return Config(latent, width, tuple(shapes[up][2] // 2 for up in ups), size, dim, strides, rate), RULES
+
+
+def _refuse_unsupported(shapes: Shapes) -> None:
+    if any(".to_qkv." in name for name in shapes):
+        raise ValueError("expected a SNAC without attention, got one with it (32 or 44 kHz): use snac_24khz")
+    if _shape(shapes, "decoder.model.0.weight")[1] != 1:
+        raise ValueError("expected a SNAC with depthwise convolutions, got full ones: use snac_24khz")
+    if "decoder.model.2.block.2.linear.weight" not in shapes:
+        raise ValueError("expected a SNAC with noise blocks, got one without them: use snac_24khz")
+
+
+def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise ValueError(f"expected the decoder of a SNAC, got a checkpoint without {name}: give snac_24khz's pytorch_model.bin")
+    return shapes[name]

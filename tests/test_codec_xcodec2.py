@@ -1,0 +1,207 @@
+"""The decoders of X-codec2 and NeuCodec against transformers, from random weights in both layouts."""
+
+import functools
+import json
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxspec.codec.xcodec2 import Config, Decoder, abstract_params, codec
+from jaxspec.convert import xcodec2
+
+KINDS = {
+    "X-codec2": (transformers.Xcodec2Config, transformers.Xcodec2Model),
+    "NeuCodec": (transformers.NeuCodecConfig, transformers.NeuCodecModel),
+}
+SMALL = Config(width=64, layers=2, heads=4, head_dim=16, mlp_width=256, quantizer_width=128)
+SMALL_SETTINGS = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "quantization_dim": 128,
+    "encoder_hidden_size": 4,
+}
+SEMANTIC = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+
+# What transformers calls it -> what the original checkpoints call it. Of what is dropped, the first part of the name is enough.
+ORIGINAL = (
+    (r"quantizer\.", "generator.quantizer."),
+    (r"acoustic_decoder\.fc\.", "fc_post_a."),
+    (r"acoustic_decoder\.(embed|prior_net|post_net)\.", r"generator.backbone.\1."),
+    (r"acoustic_decoder\.norm\.", "generator.backbone.final_layer_norm."),
+    (r"acoustic_decoder\.head\.linear\.", "generator.head.out."),
+    (r"acoustic_decoder\.layers\.(\d+)\.self_attn\.o_proj\.", r"generator.backbone.transformers.\1.att.c_proj."),
+    (r"acoustic_decoder\.layers\.(\d+)\.input_layernorm\.", r"generator.backbone.transformers.\1.att_norm."),
+    (r"acoustic_decoder\.layers\.(\d+)\.post_attention_layernorm\.", r"generator.backbone.transformers.\1.ffn_norm."),
+    (r"acoustic_decoder\.layers\.(\d+)\.mlp\.", r"generator.backbone.transformers.\1.mlp."),
+    (r"acoustic_encoder\.", "CodecEnc."),
+    (r"semantic_encoder\.", "semantic_model."),
+    (r"semantic_adapter\.", "SemanticEncoder_module."),
+    (r"fc_encoder\.", "fc_prior."),
+)
+# Name of the magnitude, name of the direction; None: weight norm is folded.
+WEIGHT_NORMS = {
+    "old": ("weight_g", "weight_v"),
+    "new": ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    "none": None,
+}
+
+
+@functools.cache
+def reference(kind):
+    """A random model of transformers, every parameter of its decoder far from what it starts as, and loud enough to compare."""
+    settings, model = KINDS[kind]
+    semantic = transformers.Wav2Vec2BertConfig(**SEMANTIC, conv_depthwise_kernel_size=3)
+    model = model(settings(**SMALL_SETTINGS, semantic_model_config=semantic)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim > 1:
+                value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+            else:
+                value.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
+        model.acoustic_decoder.head.linear.bias[: model.config.n_fft // 2 + 1] += 2  # logarithms of magnitudes
+    return model
+
+
+def tensors(kind):
+    """The checkpoint that transformers writes."""
+    return {name: value.numpy() for name, value in reference(kind).state_dict().items()}
+
+
+def original(state, weight_norm):
+    """The same checkpoint in the original layout."""
+    renamed = {"generator.head.istft.window": np.ones(4, np.float32)}
+    for name, value in state.items():
+        if re.search(r"self_attn\.[qkv]_proj", name) and name.startswith("acoustic_decoder"):
+            continue
+        matches = [re.sub(f"^{theirs}", ours, name) for theirs, ours in ORIGINAL if re.match(theirs, name)]
+        assert len(matches) == 1, name
+        if weight_norm and matches[0].startswith("CodecEnc.") and value.ndim == 3:
+            part = matches[0].removesuffix("weight")
+            length = np.sqrt((value**2).sum((1, 2), keepdims=True))
+            renamed |= {part + weight_norm[0]: length, part + weight_norm[1]: 2 * value}
+        else:
+            renamed[matches[0]] = value
+    for i in range(SMALL.layers):
+        q, k, v = (state[f"acoustic_decoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv")
+        q, k = (y.reshape(SMALL.heads, 2, -1, SMALL.width).swapaxes(1, 2).reshape(y.shape) for y in (q, k))
+        renamed[f"generator.backbone.transformers.{i}.att.c_attn.weight"] = np.concatenate([q, k, v])
+    for part in ("fc_post_s", "SemanticDecoder_module.initial_conv"):
+        renamed |= {f"{part}.weight": np.ones((2, 2), np.float32), f"{part}.bias": np.ones(2, np.float32)}
+    return renamed
+
+
+def converted(state):
+    """(codec, parameters) of a checkpoint of the small size."""
+    config, rules = xcodec2.config({name: value.shape for name, value in state.items()}, SMALL_SETTINGS)
+    return codec(config), apply_rules(state, rules, abstract_params(config))
+
+
+def random_codes(*shape):
+    return np.random.default_rng(1).integers(65_536, size=(*shape, 1), dtype=np.int32)
+
+
+def apply_rules(state, rules, abstract):
+    """The engine in small: each tensor matches one rule, each parameter is filled with its shape."""
+    flat = {}
+    for name, value in state.items():
+        (match, rule), *more = [(m, rule) for rule in rules if (m := re.fullmatch(rule.source, name))]
+        assert not more, name
+        targets = () if rule.target is None else (rule.target,) if isinstance(rule.target, str) else rule.target
+        for target, part in zip(targets, np.split(value, len(targets)) if targets else (), strict=True):
+            flat[target.format(*match.groups())] = rule.change(part)
+    paths, tree = jax.tree.flatten_with_path(abstract)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    assert sorted(flat) == sorted(names)
+    assert all(flat[name].shape == leaf.shape for name, (_, leaf) in zip(names, paths, strict=True))
+    return jax.tree.unflatten(tree, [jnp.asarray(flat[name]) for name in names])
+
+
+@pytest.mark.parametrize("count", [1, 23])
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_transformers(kind, count):
+    ours, params = converted(tensors(kind))
+    codes = random_codes(2, count)
+    with torch.no_grad():
+        theirs = reference(kind).decode(torch.from_numpy(codes).mT.long()).audio_values[:, 0].numpy()
+    wave = ours.decode(params, codes)
+    assert 0.2 < theirs.std() < 0.6
+    assert wave.shape == (2, count * {"X-codec2": 320, "NeuCodec": 480}[kind])
+    assert (ours.sample_rate_hz, ours.frame_rate_hz) == ({"X-codec2": 16_000, "NeuCodec": 24_000}[kind], 50)
+    np.testing.assert_allclose(wave, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_norm", WEIGHT_NORMS)
+def test_the_original_layout_says_the_same(weight_norm):
+    codes, state = random_codes(1, 9), tensors("NeuCodec")
+    ours, params = converted(state)
+    again, same = converted(original(state, WEIGHT_NORMS[weight_norm]))
+    assert again is ours
+    np.testing.assert_allclose(again.decode(same, codes), ours.decode(params, codes), atol=5e-6)
+
+
+def test_a_row_is_decoded_as_if_alone():
+    ours, params = converted(tensors("X-codec2"))
+    codes, length = random_codes(5, 13), np.array([13, 7, 1, 0, 12], np.int32)
+    for garbage in (-5, 2**30):
+        padded = np.where(np.arange(13)[:, None] < length[:, None, None], codes, garbage)
+        wave = ours.decode(params, padded, length)
+        for row, count in enumerate(length):
+            assert (wave[row, 320 * count :] == 0).all()
+            if count:
+                alone = ours.decode(params, codes[row : row + 1, :count])[0]
+                np.testing.assert_allclose(wave[row, : 320 * count], alone, atol=5e-6)
+
+
+def test_every_parameter_names_its_axes():
+    variables = jax.eval_shape(Decoder(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
+    axes = jax.tree.map(lambda leaf, spec: (leaf.ndim, spec), abstract_params(SMALL), nn.get_partition_spec(variables["params"]))
+    for rank, spec in jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)):
+        assert len(set(spec) - {None}) == rank
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_published_checkpoints_need_no_settings(kind):
+    settings, model = KINDS[kind]
+    with torch.device("meta"):
+        model = model(settings())
+    config, _ = xcodec2.config({name: tuple(value.shape) for name, value in model.state_dict().items()}, None)
+    assert config == {"X-codec2": Config(), "NeuCodec": Config(hop=480, sample_rate_hz=24_000)}[kind]
+    ours = abstract_params(config)
+    decoder = (model.acoustic_decoder, model.quantizer.project_out)
+    assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == sum(p.numel() for part in decoder for p in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"acoustic_decoder.head.linear.weight": None}, {}, "expected the tensor"),
+        ({"acoustic_decoder.head.linear.weight": (642, 64)}, {}, "1282 rows .* got 642"),
+        ({"quantizer.project_out.weight": None}, {}, "project_out/kernel"),
+        ({"acoustic_decoder.layers.0.mlp.fc1.weight": None}, {}, "layer_0/mlp/up/kernel"),
+        ({}, {"num_attention_heads": 3}, "3 equal heads, got 64"),
+        ({}, {"hidden_act": "gelu"}, "hidden_act"),
+        ({}, {"quantization_levels": [8, 5, 5, 5]}, "quantization_levels"),
+    ],
+)
+def test_other_models_are_refused(change, settings, message):
+    shapes = {name: value.shape for name, value in tensors("X-codec2").items()} | change
+    shapes = {name: shape for name, shape in shapes.items() if shape is not None}
+    with pytest.raises(ValueError, match=message):
+        xcodec2.config(shapes, SMALL_SETTINGS | settings)
+
+
+def test_settings_are_those_that_transformers_writes():
+    settings = json.loads(reference("NeuCodec").config.to_json_string())
+    shapes = {name: value.shape for name, value in tensors("NeuCodec").items()}
+    assert xcodec2.config(shapes, settings) == xcodec2.config(shapes, SMALL_SETTINGS)
