@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import tyro
 
-from jaxspec.synthesize import Settings
+from jaxspec.speaker.contract import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,23 +20,35 @@ class Say:
     text: tyro.conf.Positional[str | None] = None
     """What to say."""
     out: Path | None = None
-    """The sound file to write: .wav, .flac or .ogg."""
+    """The sound file to write: .wav, .flac or .ogg; or .npy for the codes."""
     file: Path | None = None
     """A text file, one text a line, in place of TEXT."""
     out_dir: Path | None = None
     """The folder for 001.wav, 002.wav ... when --file is given."""
-    voice: str = Settings.voice
-    """slt (a woman) or rms (a man)."""
-    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive"] = Settings.verify
-    """The rule by which drafted codes are accepted."""
+    model: Path | None = None
+    """A checkpoint that `jaxspec convert` made; without it, the built-in voice."""
+    draft: Path | None = None
+    """A smaller one of the same vocabulary, such as `jaxspec convert --layers` cuts."""
+    codec: Path | None = None
+    """The codec of the model, converted; by default the folder codec in that of the model."""
+    prompt_codes: Path | None = None
+    """A .npy of the codes of a reference recording, whose voice the model goes on in."""
+    prompt_text: str = Settings.reference
+    """What the reference recording says."""
+    max_codes: int | None = Settings.max_codes
+    """The most tokens of each piece of the text."""
+    voice: str | None = Settings.voice
+    """Of the built-in voice slt (a woman) or rms (a man); of a model one that it knows."""
+    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive"] | None = Settings.verify
+    """The rule by which drafted codes are accepted; by default coarse-grained, and autoregressive without a draft."""
     beta: float = Settings.beta
     """The tolerance of --verify tolerance."""
-    threshold: float = Settings.threshold
-    """The cosine above which two codes share a group, for --verify coarse-grained."""
+    threshold: float | None = Settings.threshold
+    """The cosine above which two codes share a group, for --verify coarse-grained; by default 0.85, and 0.4 for a model."""
     draft_length: int = Settings.draft_length
     """Codes that are drafted in a round; 0 is autoregressive."""
-    temperature: float = Settings.temperature
-    """0 is greedy."""
+    temperature: float | None = Settings.temperature
+    """0 is greedy; by default 0.8, or the model's own."""
     seed: int = Settings.seed
     """The same seed gives the same samples."""
     plot: Path | None = None
@@ -48,10 +60,15 @@ class Say:
         """Speaks."""
         from jaxspec import say
 
-        texts, outs = self._texts()
         names = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(**{name: value for name, value in vars(self).items() if name in names})
-        result = say.say(texts, outs, settings, self.plot)
+        settings = Settings(
+            **{name: value for name, value in vars(self).items() if name in names},
+            reference=self.prompt_text,
+            reference_codes=say.read_codes(self.prompt_codes) if self.prompt_codes else (),
+        )
+        texts, outs = self._texts()
+        speaker = say.open_speaker(self.model, self.draft, self.codec)
+        result = say.say(texts, outs, settings, speaker, self.plot)
         print(say.card(result, outs))
         if self.json:
             print(json.dumps(result))
@@ -76,6 +93,72 @@ class Say:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """Converts a checkpoint of PyTorch (language model or codec) into a folder that `say --model` takes."""
+
+    source: tyro.conf.Positional[str]
+    """A directory, a weight file (.safetensors, .pt, .bin), or an id of the Hugging Face hub."""
+    dest: tyro.conf.Positional[Path]
+    """The folder to make."""
+    family: Literal["llasa", "neutts-air", "orpheus", "cosyvoice2", "cosyvoice3", "xcodec2", "neucodec", "snac"] | None = None
+    """What it is; by default told from the files."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of the parameters; by default as in the files (float32 for float16 and for codecs)."""
+    layers: str | None = None
+    """The layers to keep, such as 0,1,18-23: cuts a draft out of a target."""
+    head: Literal["all", "speech"] = "all"
+    """speech: the head says codes and stop ids alone, which is smaller and quicker, and another law than the checkpoint's."""
+    pad_to: int = 1
+    """The rows of head and tables become a multiple of it, so that a mesh divides them."""
+
+    def run(self) -> None:
+        """Converts."""
+        from jaxspec.convert import pipeline, report
+
+        layers = report.layers(self.layers) if self.layers is not None else None
+        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to)
+        print(report.card(pipeline.convert(self.source, self.dest, options, self.revision), self.dest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Prints what a converted checkpoint is."""
+
+    folder: tyro.conf.Positional[Path]
+    """A folder that `jaxspec convert` made."""
+    json: bool = False
+    """Print it as one JSON object."""
+
+    def run(self) -> None:
+        """Prints."""
+        from jaxspec.convert import report
+
+        print(report.info(self.folder, self.json))
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Builds the acoustic similarity groups of a converted checkpoint, keeps them in its folder, and reports them."""
+
+    model: tyro.conf.Positional[Path]
+    """A folder that `jaxspec convert` made."""
+    threshold: float = 0.4
+    """The cosine above which two codes share a group."""
+    plot: Path | None = None
+    """A PNG of the histogram of their sizes."""
+    json: bool = False
+    """Print the report as one JSON object."""
+
+    def run(self) -> None:
+        """Builds."""
+        from jaxspec.convert import report
+
+        print(report.groups(self.model, self.threshold, self.plot, self.json))
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Compares verifiers on the held-out sentences: word errors, likeness of the voice, acceptance, speed."""
 
@@ -93,8 +176,8 @@ class Evaluate:
     """Whose vectors the groups are made from."""
     draft_length: int = Settings.draft_length
     """Codes that are drafted in a round."""
-    temperature: float = Settings.temperature
-    """0 is greedy."""
+    temperature: float | None = Settings.temperature
+    """0 is greedy; by default 0.8."""
 
     def run(self) -> None:
         """Compares."""
@@ -118,7 +201,7 @@ def use_compilation_cache() -> None:
 
 def main() -> None:
     """The entry point of the command ``jaxspec``; exits with 2 when the input is at fault."""
-    commands = {"say": Say, "evaluate": Evaluate}
+    commands = {"say": Say, "convert": Convert, "info": Info, "groups": Groups, "evaluate": Evaluate}
     parsed = tyro.extras.subcommand_cli_from_dict(
         commands, prog="jaxspec", description="Speculative decoding for speech-token models."
     )

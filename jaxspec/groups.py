@@ -1,6 +1,7 @@
 """Acoustic similarity groups: which speech tokens sound alike, from the cosine of their embeddings."""
 
 import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ def acoustic_similarity_groups(
     trained: np.ndarray | None = None,
     distinct: bool = True,
     block: int = 1024,
+    say: Callable[[int, int], None] | None = None,
 ) -> Groups:
     """Groups tokens whose embeddings have a cosine above a threshold: equation 1 of PCG (arXiv 2511.13732).
 
@@ -50,6 +52,7 @@ def acoustic_similarity_groups(
         distinct: the groups are the distinct sets among G(t), as in the paper. False: one group per token, duplicates
             included, so that S(t) = {k : t in G(k)} has as many groups as G(t) has tokens.
         block: rows at a time.
+        say: is told after each block how many rows are done, and of how many.
 
     Raises:
         ValueError: a threshold outside (-1, 1], embeddings that are not a finite matrix, a ``num_codes`` or ``trained`` that does
@@ -60,7 +63,7 @@ def acoustic_similarity_groups(
     """
     unit, single = _directions(embeddings, threshold, num_codes, trained, block)
     vocab = len(unit)
-    pairs = _similar_pairs(unit, single, threshold, block)
+    pairs = _similar_pairs(unit, single, threshold, block, say or (lambda done, all: None))
     centre, token = np.divmod(pairs, vocab)
     sets = np.split(token.astype(np.int32), np.searchsorted(centre, np.arange(1, vocab)))
     if distinct:
@@ -95,7 +98,9 @@ def _directions(
     return unit, single
 
 
-def _similar_pairs(unit: np.ndarray, single: np.ndarray, threshold: float, block: int) -> np.ndarray:
+def _similar_pairs(
+    unit: np.ndarray, single: np.ndarray, threshold: float, block: int, say: Callable[[int, int], None]
+) -> np.ndarray:
     """The sorted codes t * V + t' of all pairs in one group. Each product is made once and mirrored, so that the relation is
     symmetric whatever the rounding."""
     vocab = len(unit)
@@ -107,6 +112,7 @@ def _similar_pairs(unit: np.ndarray, single: np.ndarray, threshold: float, block
         if 4 * count > _LIMIT_BYTES:
             raise ValueError(f"more than {count:,} pairs of tokens have a cosine above {threshold}: raise the threshold")
         found += [left * vocab + right, right * vocab + left]
+        say(min(start + block, vocab), vocab)
     return np.sort(np.concatenate(found))
 
 
@@ -137,6 +143,17 @@ def _tabulate(sets: list[np.ndarray], vocab: int) -> Groups:
     groups = np.repeat(np.arange(sizes.size, dtype=np.int32), sizes)[np.argsort(tokens, kind="stable")]
     start = np.concatenate([[0], np.cumsum(count)[:-1]]).astype(np.int32)
     return Groups(*map(jnp.asarray, (members, sizes, groups, start, count)))
+
+
+def placed(parts: Sequence[Groups], firsts: Sequence[int], vocab: int) -> Groups:
+    """Groups of a vocabulary of ``vocab`` tokens, whose token ``firsts[i]`` is token 0 of ``parts[i]``; all others are alone."""
+    sets, alone = [], np.ones(vocab, bool)
+    for part, first in zip(parts, firsts, strict=True):
+        sets += [
+            np.asarray(row[:size]) + first for row, size in zip(np.asarray(part.members), np.asarray(part.sizes), strict=True)
+        ]
+        alone[first : first + len(part.token_start)] = False
+    return _tabulate([*sets, *np.flatnonzero(alone)[:, None].astype(np.int32)], vocab)
 
 
 def pick_group(uniform: Array, groups: Groups, tokens: Array) -> Array:

@@ -33,6 +33,7 @@ class Sampling:
         again from the whole softmax, without itself. Top-p then counts mass of the whole softmax, not of the top k, as in
         CosyVoice (top_k=25, top_p=0.8, repetition_window=10). At most 64; 0 is off.
     repetition_redraw_all: the second draw may give the repeated token again, as in CosyVoice before February 2026.
+    withheld: an id that does not come before ``min_new_tokens`` tokens were emitted; -1 is none.
 
     Raises:
         ValueError: a setting out of its range.
@@ -45,6 +46,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     repetition_window: int = 0
     repetition_redraw_all: bool = False
+    withheld: int = -1
+    min_new_tokens: int = 0
 
     def __post_init__(self):
         _require(0 <= self.temperature < math.inf, "temperature", "a finite number, 0 or more", self.temperature)
@@ -60,6 +63,8 @@ class Sampling:
             f"a whole number from 0 (off) to {MAX_WINDOW}",
             self.repetition_window,
         )
+        _require(self.withheld == -1 or _is_count(self.withheld), "withheld", "an id, or -1 for none", self.withheld)
+        _require(_is_count(self.min_new_tokens), "min_new_tokens", "a whole number, 0 (off) or more", self.min_new_tokens)
 
 
 def _require(holds: bool, name: str, expected: str, came: object) -> None:
@@ -92,6 +97,8 @@ def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
         repetition_penalty=field("repetition_penalty", jnp.float32),
         repetition_window=field("repetition_window", jnp.int32),
         repetition_redraw_all=field("repetition_redraw_all", bool),
+        withheld=field("withheld", jnp.int32),
+        min_new_tokens=field("min_new_tokens", jnp.int32),
     )
 
 
@@ -105,14 +112,14 @@ def probabilities(logits: Array, sampling: Sampling | SamplingRows, history: His
     Args:
         logits: [... V], any float type; -inf forbids a token.
         sampling: one setting for all, or arrays as above. New values in the arrays compile nothing.
-        history: what the rows have said; needed by the repetition settings alone.
+        history: what the rows have said; needed by the repetition settings and by ``min_new_tokens`` alone.
 
     Returns:
         float32 [... V], sums to 1. All NaN where a logit is NaN or +inf, where every logit is -inf, and where ``sampling`` holds
         arrays that ask for the history when there is none: callers look for NaN once instead of each case.
 
     Raises:
-        ValueError: a ``Sampling`` with repetition settings, and no history.
+        ValueError: a ``Sampling`` that looks back, and no history.
 
     >>> probabilities(jnp.array([1.0, 2.0, 2.0]), Sampling(top_k=2)).tolist()
     [0.0, 0.5, 0.5]
@@ -120,20 +127,21 @@ def probabilities(logits: Array, sampling: Sampling | SamplingRows, history: His
     [0.0, 1.0, 0.0]
     """
     if isinstance(sampling, Sampling):
-        if history is None and (sampling.repetition_window or sampling.repetition_penalty != 1):
-            raise ValueError("repetition_window and repetition_penalty need a history, but none was given: pass history=")
+        if history is None and _looks_back(sampling):
+            raise ValueError(
+                "repetition_window, repetition_penalty and min_new_tokens need a history, but none was given: pass history="
+            )
         sampling = jax.tree.map(lambda field: field[0], rows(sampling, 1))
     settings = jax.tree.map(lambda field: _align(field, logits.ndim), sampling)
     logits = logits.astype(jnp.float32)
     if history is not None:
-        logits = _penalise(logits, settings.repetition_penalty, history)
+        logits = _withhold(_penalise(logits, settings.repetition_penalty, history), settings, history)
     gap = _gap(logits, settings.temperature)
     full = jnp.exp(-gap)
     kept = jnp.where(_keep(gap, full, settings), full, 0.0)
     law = kept / kept.sum(-1, keepdims=True)
-    asks = (settings.repetition_window > 0) | (settings.repetition_penalty != 1)
     if history is None:
-        return jnp.where(asks, jnp.nan, law)
+        return jnp.where(_looks_back(settings), jnp.nan, law)
     return jax.lax.cond(
         (settings.repetition_window > 0).any(),
         lambda: _repetition_aware(logits, full, law, settings, history),
@@ -184,6 +192,12 @@ def _locate(uniform: Array, mass: Array) -> Array:
     first = jnp.where(passed, index, mass.shape[-1]).min(-1)
     last = jnp.where(mass > 0, index, 0).max(-1)
     return jnp.minimum(first, last)
+
+
+def _looks_back(sampling: Sampling | SamplingRows) -> bool | Array:
+    """Whether a law depends on what was said."""
+    window, penalty = sampling.repetition_window > 0, sampling.repetition_penalty != 1
+    return window | penalty | ((sampling.min_new_tokens > 0) & (sampling.withheld >= 0))
 
 
 def _align(field: Array, ndim: int) -> Array:
@@ -264,6 +278,13 @@ def _penalise(logits: Array, penalty: Array, history: History) -> Array:
         return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
     return jax.lax.cond((penalty != 1).any(), penalised, lambda: logits)
+
+
+def _withhold(logits: Array, settings: SamplingRows, history: History) -> Array:
+    """Forbids one id while fewer than ``min_new_tokens`` were emitted."""
+    emitted = _align(history.length, logits.ndim) - _align(history.start, logits.ndim)
+    forbidden = _at(settings.withheld, logits.shape[-1]) & (emitted < settings.min_new_tokens)
+    return jnp.where(forbidden, -jnp.inf, logits)
 
 
 def _head_ids(tokens: Array, vocab: int) -> Array:

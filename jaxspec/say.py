@@ -7,17 +7,53 @@ from typing import Any
 
 import numpy as np
 
+from jaxspec import pretrained
 from jaxspec.files import replacing
+from jaxspec.speaker import pretrained as checkpoints
+from jaxspec.speaker.builtin import builtin
+from jaxspec.speaker.contract import Settings, Speaker
 from jaxspec.state import ACCEPTED, BONUS, CORRECTION
-from jaxspec.synthesize import Settings, Speech, Spoken, speak
+from jaxspec.synthesize import Speech, Spoken, speak
 
 _FORMATS = (".wav", ".flac", ".ogg")
 
 
-def say(texts: Sequence[str], outs: Sequence[Path], settings: Settings, plot: Path | None = None) -> dict[str, Any]:
+def open_speaker(model: Path | None, draft: Path | None, codec: Path | None) -> Speaker:
+    """The built-in voice, or the checkpoints in some folders; a model's codec is by default the folder ``codec`` in its own.
+
+    Raises:
+        ValueError: a folder holds nothing of the kind, or they do not fit each other.
+    """
+    if model is None:
+        if draft or codec:
+            raise ValueError("expected --model with --draft or --codec, got none: the built-in voice has its own")
+        return builtin()
+    target = pretrained.load(model)
+    codec = codec or (model / "codec" if (model / "codec").is_dir() else None)
+    return checkpoints.speaker(target, draft and pretrained.load(draft, beside=target), codec and pretrained.load_codec(codec))
+
+
+def read_codes(path: Path) -> tuple[int, ...]:
+    """The codes of a reference from a .npy file.
+
+    Raises:
+        ValueError: the file holds no row of codes.
+    """
+    try:
+        codes = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"expected a .npy file of codes at {path}, but {error}") from error
+    if codes.ndim != 1 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
+        raise ValueError(f"expected a row of codes in {path}, integers [T], got {codes.dtype} {codes.shape}")
+    return tuple(map(int, codes))
+
+
+def say(
+    texts: Sequence[str], outs: Sequence[Path], settings: Settings, speaker: Speaker, plot: Path | None = None
+) -> dict[str, Any]:
     """Speaks each text into its file, and draws the first one where ``plot`` is given; returns the figures.
 
-    Nothing is written unless everything was spoken.
+    Nothing is written unless everything was spoken. A file that ends in .npy gets the codes in place of the sound.
 
     Raises:
         ValueError: a text cannot be spoken, a file cannot be written, or its kind is unknown.
@@ -25,14 +61,27 @@ def say(texts: Sequence[str], outs: Sequence[Path], settings: Settings, plot: Pa
     for path in (*outs, *([plot] if plot else [])):
         check_writable(path)
     for path in outs:
-        if path.suffix.lower() not in _FORMATS:
-            raise ValueError(f"expected a sound file that ends in {', '.join(_FORMATS)}, got {path}")
-    spoken = speak(texts, settings)
+        check_kind(path, speaker)
+    if plot and speaker.decode is None:
+        raise ValueError("expected a codec for --plot, which draws sound: give --codec, or leave --plot out")
+    spoken = speak(texts, settings, speaker)
     for speech, path in zip(spoken.speeches, outs, strict=True):
         write(path, speech)
     if plot:
         draw(plot, spoken.speeches[0], texts[0])
     return figures(spoken)
+
+
+def check_kind(path: Path, speaker: Speaker) -> None:
+    """Raises ValueError where a speaker cannot fill a file of this kind."""
+    suffix = path.suffix.lower()
+    if suffix not in (*_FORMATS, ".npy"):
+        raise ValueError(f"expected a sound file that ends in {', '.join(_FORMATS)}, or .npy for codes, got {path}")
+    if suffix != ".npy" and speaker.decode is None:
+        raise ValueError(
+            f"expected a codec to make sound for {path}: give --codec DIR, or --out FILE.npy for the codes "
+            "(of CosyVoice they are all that comes out: its flow and vocoder are not here)"
+        )
 
 
 def check_writable(path: Path) -> None:
@@ -42,16 +91,19 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, speech: Speech) -> None:
-    """Writes 16-bit samples in the format that the suffix names; the file appears whole or not at all."""
+    """Writes 16-bit samples in the format that the suffix names, or the codes; the file appears whole or not at all."""
     import soundfile
 
     with replacing(path) as partial:
+        if path.suffix.lower() == ".npy":
+            np.save(partial, speech.codes)
+            return
         soundfile.write(partial, speech.wave, speech.sample_rate_hz, subtype="VORBIS" if path.suffix == ".ogg" else "PCM_16")
 
 
 def figures(spoken: Spoken) -> dict[str, Any]:
     """What was said and what it took; rtf is compute seconds (compiling apart) over audio seconds."""
-    audio_s = sum(len(speech.wave) / speech.sample_rate_hz for speech in spoken.speeches)
+    audio_s = sum(len(speech.wave) / max(speech.sample_rate_hz, 1) for speech in spoken.speeches)
     lm_s, codec_s = spoken.seconds["lm"], spoken.seconds["codec"]
     return {
         "audio_seconds": round(audio_s, 3),
@@ -66,10 +118,15 @@ def figures(spoken: Spoken) -> dict[str, Any]:
 def card(result: dict[str, Any], outs: Sequence[Path]) -> str:
     """The figures for people, a line each."""
     files = str(outs[0]) if len(outs) == 1 else f"{len(outs)} files in {outs[0].parent}"
+    seconds, rtf = (
+        result["lm_seconds"] + result["codec_seconds"],
+        f" (rtf {result['rtf']:.3f})" if result["audio_seconds"] else "",
+    )
     lines = [
-        f"{result['audio_seconds']:.2f} s of speech in {files}",
-        f"computed in {result['lm_seconds'] + result['codec_seconds']:.2f} s (rtf {result['rtf']:.3f}), "
-        f"compiled in {result['compile_seconds']:.2f} s",
+        f"{result['audio_seconds']:.2f} s of speech in {files}"
+        if result["audio_seconds"]
+        else f"codes, and no sound, in {files}",
+        f"computed in {seconds:.2f} s{rtf}, compiled in {result['compile_seconds']:.2f} s",
     ]
     if result["drafted"]:
         lines.append(
@@ -99,7 +156,7 @@ def draw(path: Path, speech: Speech, title: str) -> None:
     mel.set(ylabel="mel bin")
     names = {ACCEPTED: ("accepted", "#55a868"), CORRECTION: ("correction", "#c44e52"), BONUS: ("bonus", "#4c72b0")}
     colours = ListedColormap([colour for _, colour in names.values()])
-    strip.imshow(speech.origin[None], aspect="auto", extent=(0, duration, 0, 1), cmap=colours, vmin=0, vmax=2)
+    strip.imshow(speech.origin.reshape(1, -1), aspect="auto", extent=(0, duration, 0, 1), cmap=colours, vmin=0, vmax=2)
     strip.set(xlabel="seconds", yticks=[], ylabel="codes")
     strip.legend(
         handles=[Patch(color=colour, label=label) for label, colour in names.values()],

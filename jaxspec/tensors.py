@@ -1,6 +1,7 @@
-"""A tensor of a checkpoint that is read when it is asked for, a few rows at a time."""
+"""A tensor of a checkpoint that is read when it is asked for, a few rows at a time, and views of such tensors."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,3 +24,47 @@ def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     """The rows [start, stop) of a tensor as one of its own."""
     shape = (stop - start, *tensor.shape[1:])
     return tensor._replace(shape=shape, read=lambda first, last: tensor.read(start + first, start + min(last, shape[0])))
+
+
+def padded(tensor: Tensor, count: int) -> Tensor:
+    """A tensor with rows of zeros after its own, ``count`` in all."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        stop = min(stop, count)
+        own = tensor.read(min(start, tensor.shape[0]), min(stop, tensor.shape[0]))
+        return np.concatenate([own, np.zeros((stop - start - len(own), *tensor.shape[1:]), own.dtype)])
+
+    return tensor if count == tensor.shape[0] else tensor._replace(shape=(count, *tensor.shape[1:]), read=read)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of some tensors, one after the other, as one tensor."""
+    starts = np.cumsum([0, *(tensor.shape[0] for tensor in tensors)])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        inside = [
+            tensor.read(max(start - first, 0), min(stop - first, tensor.shape[0]))
+            for first, tensor in zip(starts, tensors, strict=False)
+            if start < first + tensor.shape[0] and stop > first
+        ]
+        return np.concatenate(inside)
+
+    return tensors[0]._replace(shape=(int(starts[-1]), *tensors[0].shape[1:]), read=read)
+
+
+def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """A tensor in another type."""
+    return tensor._replace(dtype=dtype, read=lambda start, stop: tensor.read(start, stop).astype(dtype, copy=False))
+
+
+def equal(a: Tensor, b: Tensor, block: int = 4096) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if a.shape != b.shape:
+        return False
+    starts = range(0, a.shape[0], block)
+    return all(np.array_equal(a.read(i, i + block), b.read(i, i + block)) for i in starts)
+
+
+def digest(numbers: np.ndarray) -> str:
+    """``sha256:...`` of an array's bytes."""
+    return f"sha256:{hashlib.sha256(np.ascontiguousarray(numbers).view(np.uint8)).hexdigest()}"

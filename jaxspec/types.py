@@ -44,6 +44,8 @@ class SamplingRows(NamedTuple):
     repetition_penalty: Array  # float32; 1 is off
     repetition_window: Array  # int32; 0 is off: repetition-aware sampling looks back over so many emitted tokens
     repetition_redraw_all: Array  # bool; the older variant: the redraw may give the repeated token again
+    withheld: Array  # int32; an id that does not come before ``min_new_tokens``; -1 is none
+    min_new_tokens: Array  # int32; 0 is off
 
 
 class History(NamedTuple):
@@ -103,9 +105,14 @@ Verify = Callable[[Array, Array, Array, Array], Verdict]
 
 
 class Codec(NamedTuple):
-    """Waves to codes and back. encode(params, wave float32 [B N]) -> codes int32 [B T Q]; decode(params, codes) -> wave [B N]."""
+    """Waves to codes and back.
 
-    encode: Callable[[Params, Array], Array]
-    decode: Callable[[Params, Array], Array]
+    encode(params, wave float32 [B N]) -> codes int32 [B T Q]; None where only the decoder is here.
+    decode(params, codes) -> wave [B N]; codecs whose decoder looks ahead take decode(params, codes, length int32 [B]), by which a
+        row sounds as it would alone.
+    """
+
+    encode: Callable[[Params, Array], Array] | None
+    decode: Callable[..., Array]
     sample_rate_hz: int
-    frame_rate_hz: int
+    frame_rate_hz: float

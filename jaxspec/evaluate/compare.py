@@ -14,8 +14,11 @@ from jaxspec import groups, text
 from jaxspec.codec.voice import codec
 from jaxspec.evaluate.recognize import error_rates, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
-from jaxspec.models.voice import MAX_CODES, VOICES, Voice, voice_index
-from jaxspec.synthesize import Settings, Speech, Spoken, acoustic_groups, builtin, decode_codes, speak, verifier
+from jaxspec.models import voice as voices
+from jaxspec.models.voice import MAX_CODES, VOICES, Voice
+from jaxspec.speaker.builtin import builtin
+from jaxspec.speaker.contract import Settings, Speaker
+from jaxspec.synthesize import Speech, Spoken, speak, verifier
 from jaxspec.train.corpus import SAMPLE_RATE_HZ, record
 from jaxspec.types import Verify
 
@@ -67,7 +70,7 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     recordings = [record(text.normalize(s), _voice_of(i)).signal / np.float32(32768) for i, s in enumerate(sentences)]
     faces = {name: _face(recordings[i :: len(VOICES)]) for i, name in enumerate(VOICES)}
     rows = [_measures("recordings", sentences, recordings, recordings, faces)]
-    rows.append(_measures("codec's copy", sentences, _copies(recordings, voice), recordings, faces))
+    rows.append(_measures("codec's copy", sentences, _copies(recordings, voices.load()), recordings, faces))
     say(f"{rows[0]['row']}: wer {rows[0]['wer']:.1%}; {rows[1]['row']}: wer {rows[1]['wer']:.1%}")
     for name, settings in plan.spoken().items():
         speaker = _draft_alone(voice) if name == "draft alone" else voice
@@ -76,7 +79,7 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         say(f"{name}: wer {row['wer']:.1%}, acceptance {row.get('acceptance_rate', 0.0):.1%}")
         if name == "autoregressive":
             for threshold in plan.thresholds:
-                waves = _swapped(plain[0], voice, dataclasses.replace(plan.base, threshold=threshold))
+                waves = _swapped(plain[0], voice, threshold, plan.base.matrix)
                 rows.append(_measures(f"swapped {threshold:g}", sentences, waves, recordings, faces))
     _add_speed(rows, plan, voice, sentences)
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
@@ -117,17 +120,17 @@ def _copies(recordings: Waves, voice: Voice) -> Waves:
     """The recordings through the codec and back."""
     copies = []
     for index, wave in enumerate(recordings):
-        one = codec(voice.codec, voice_index(_voice_of(index)))
+        one = codec(voice.codec, voices.voice_index(_voice_of(index)))
         padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE_HZ))[None]  # few lengths, so that few are compiled
         copies.append(np.asarray(one.decode(voice.codec_params, one.encode(voice.codec_params, padded)))[0, : len(wave)])
     return copies
 
 
-def _draft_alone(voice: Voice) -> Voice:
+def _draft_alone(voice: Speaker) -> Speaker:
     return voice._replace(target=voice.draft, target_params=voice.draft_params)
 
 
-def _speak_all(settings: Settings, voice: Voice, rule: Verify, sentences: Sequence[str]) -> tuple[list[Speech], list[Spoken]]:
+def _speak_all(settings: Settings, voice: Speaker, rule: Verify, sentences: Sequence[str]) -> tuple[list[Speech], list[Spoken]]:
     """Every sentence by its voice: the speeches in order, and what each voice's batch came to."""
     parts = [
         speak(sentences[i :: len(VOICES)], dataclasses.replace(settings, voice=name), voice, rule)
@@ -139,7 +142,7 @@ def _speak_all(settings: Settings, voice: Voice, rule: Verify, sentences: Sequen
 def _spoken_row(
     name: str,
     settings: Settings,
-    voice: Voice,
+    voice: Speaker,
     sentences: list[str],
     recordings: Waves,
     faces: dict[str, np.ndarray],
@@ -163,17 +166,17 @@ def _spoken_row(
     return row, speeches
 
 
-def _swapped(speeches: list[Speech], voice: Voice, settings: Settings) -> Waves:
+def _swapped(speeches: list[Speech], voice: Speaker, threshold: float, matrix: str) -> Waves:
     """The same codes, each replaced by a random member of a random one of its groups (PCG, Table 2)."""
-    members, waves = acoustic_groups(voice, settings), []
+    members, waves = voice.groups(threshold, matrix), []
     for index, speech in enumerate(speeches):
         padded = np.pad(speech.codes, (0, MAX_CODES - len(speech.codes)))  # one length, so that one is compiled
         other = np.asarray(groups.swap(jax.random.key(index), members, padded))[: len(speech.codes)]
-        waves += decode_codes([other], voice, _voice_of(index))
+        waves += voice.decode([other], Settings(voice=_voice_of(index)))
     return waves
 
 
-def _add_speed(rows: list[dict[str, Any]], plan: Plan, voice: Voice, sentences: Sequence[str]) -> None:
+def _add_speed(rows: list[dict[str, Any]], plan: Plan, voice: Speaker, sentences: Sequence[str]) -> None:
     """Codes a second of each row over those of autoregressive, one sentence at a time, the rows taking turns."""
     rates: dict[str, list[float]] = {name: [] for name in plan.spoken()}
     rules = {name: verifier(voice, settings) for name, settings in plan.spoken().items()}

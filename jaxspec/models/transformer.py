@@ -32,6 +32,7 @@ class Config:
 
     input_tables: rows of each input table; ids run through them one after the other. The first ids are the head's vocabulary.
     vocab: V, the rows of the output head. Tied, the head is the first V rows of the first input table.
+    padding: the last so many of the V rows stand for no token, so that a mesh divides V; their logits are -inf.
     """
 
     input_tables: tuple[int, ...]
@@ -49,6 +50,7 @@ class Config:
     qk_norm: bool = False
     tied: bool = False
     head_bias: bool = False
+    padding: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -207,7 +209,12 @@ class Transformer(nn.Module):
         """Features [B T D] -> float32 [B T V]."""
         head = self.tables[0][: self.config.vocab] if self.config.tied else self.head
         y = jnp.einsum("btd,vd->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return y + self.bias if self.config.head_bias else y
+        y = y + self.bias if self.config.head_bias else y
+        return (
+            jnp.where(jnp.arange(y.shape[-1]) < self.config.vocab - self.config.padding, y, -jnp.inf)
+            if self.config.padding
+            else y
+        )
 
     def __call__(
         self, tokens: Array, cache: tuple[kv.KVCache, ...] | None = None, length: Array | None = None
@@ -249,7 +256,15 @@ def init_params(key: Array, config: Config) -> Any:
     return nn.meta.unbox(variables["params"])
 
 
+def abstract_params(config: Config) -> Any:
+    """The shape and type of every parameter, as a tree of ShapeDtypeStruct."""
+    return nn.meta.unbox(_abstract(config))
+
+
 def logical_axes(config: Config) -> Any:
     """The logical axis names of every parameter, as a tree of PartitionSpec in the shape of the parameters."""
-    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return nn.get_partition_spec(variables["params"])
+    return nn.get_partition_spec(_abstract(config))
+
+
+def _abstract(config: Config) -> Any:
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

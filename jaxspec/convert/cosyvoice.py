@@ -1,0 +1,94 @@
+"""CosyVoice's language models: ``llm.pt`` with tables of its own, or merged into the vocabulary of one Qwen 2."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jaxspec.convert import llama
+from jaxspec.models import cosyvoice, family
+from jaxspec.models.cosyvoice import Version
+from jaxspec.tensors import Tensor, rows
+
+MERGED_CODES = "<|s_{}|>"
+BACKBONE = "CosyVoice-BlankEN"  # the folder of the tokenizer and of the backbone's config.json
+_PREFIX = "llm.model."
+
+
+def version_of(tensors: dict[str, Tensor], tokenizer: Any) -> Version | None:
+    """Which CosyVoice a checkpoint is, None if it is none."""
+    if "llm_decoder.weight" in tensors:
+        return cosyvoice.V2 if "llm_embedding.weight" in tensors else cosyvoice.V3
+    if tokenizer is not None and tokenizer.token_to_id("<|task_id|>") is not None:
+        return cosyvoice.V2 if tokenizer.token_to_id("<|eos3|>") is not None else cosyvoice.V3
+    return None
+
+
+def separate(tensors: dict[str, Tensor], notes: list[str], version: Version) -> tuple[dict[str, Tensor], list[str]]:
+    """``llm.pt`` under the backbone's own names, its tables apart; and the names of what is left out."""
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
+    rest = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    dropped = [_PREFIX + llama.HEAD] if rest.pop(llama.HEAD, None) else []  # the backbone's own, which says no code
+    tables = [own.pop("speech_embedding.weight", None), own.pop("llm_embedding.weight", None), rest.pop(llama.EMBED, None)]
+    if not version.markers:
+        del tables[1]
+    head = {"head": own.pop("llm_decoder.weight", None), "head_bias": own.pop("llm_decoder.bias", None)}
+    found = {f"table_{i}": table for i, table in enumerate(tables)} | head
+    return rest | own | {name: tensor for name, tensor in found.items() if tensor is not None}, dropped
+
+
+def unmerge(
+    tensors: dict[str, Tensor], notes: list[str], version: Version, tokenizer: Any
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The merged layout with the codes' tables cut out of the vocabulary; and the names of what is left out."""
+    first, _ = family.code_ids(tokenizer, MERGED_CODES)
+    embed, head = llama.tie(tensors, {"tie_word_embeddings": False}, notes)
+    bias = tensors.pop("lm_head.bias", None)
+    last = first + version.rows + version.markers
+    if embed.shape[0] < last or head.shape[0] < first + version.rows:
+        raise ValueError(f"expected {last} rows in {embed.name} and {head.name}, came {embed.shape[0]} and {head.shape[0]}")
+    codes, markers = rows(embed, first, first + version.rows), rows(embed, first + version.rows, last)
+    tables = [codes, *([markers] if version.markers else []), rows(embed, 0, first)]
+    found = {f"table_{i}": table for i, table in enumerate(tables)} | {"head": rows(head, first, first + version.rows)}
+    if bias is not None:
+        found["head_bias"] = rows(bias, first, first + version.rows)
+    elif version.head_bias:
+        notes.append("lm_head.bias is missing, which the original has: this copy lost it, and its law is another")
+    return tensors | found, [f"rows from {last} of {embed.name}", f"rows of text and from {last} of {head.name}"]
+
+
+def backbone(folder: Path) -> dict[str, Any]:
+    """The config.json of the backbone beside ``llm.pt``, or that of Qwen2-0.5B."""
+    path = folder / BACKBONE / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else llama.QWEN2
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}, came {error}; download it again") from error
+
+
+def tokenizer(folder: Path, version: Version) -> Any:
+    """The tokenizer beside ``llm.pt``: that of Qwen 2 with the tokens that this version adds, in their order.
+
+    Raises:
+        ValueError: vocab.json or merges.txt is missing or damaged.
+    """
+    import tokenizers
+
+    vocab, merges = (folder / BACKBONE / name for name in ("vocab.json", "merges.txt"))
+    try:
+        made = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises bare exceptions
+        raise ValueError(f"expected Qwen 2's tokenizer as {vocab} and {merges}, but {error}; download both") from error
+    made.normalizer = tokenizers.normalizers.NFC()
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    added = resources.files("jaxspec.models").joinpath("cosyvoice_tokens.txt").read_text(encoding="utf-8").split()
+    added = added[: added.index("<|endofsystem|>")] if version is cosyvoice.V2 else added
+    made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in added])
+    return made
+
+
+# How Qwen 2 cuts a text into words before pairs of bytes are merged.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,0 +1,145 @@
+"""The Llama and Qwen family as transformers names its tensors: one table, also for the backbone of CosyVoice."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxspec.convert.core import Rule, transpose
+from jaxspec.models.transformer import Config, RopeScaling
+from jaxspec.tensors import Tensor, equal
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+QWEN2 = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+    "architectures": ["Qwen2ForCausalLM"],
+}  # Qwen2-0.5B, for checkpoints without a config.json
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+_LAYER = r"model\.layers\.(\d+)\."
+
+
+def _linear(source: str, target: str) -> tuple[Rule, Rule]:
+    names = _LAYER + source, "layer_{0}/" + target
+    return Rule(rf"{names[0]}\.weight", f"{names[1]}/kernel", transpose), Rule(rf"{names[0]}\.bias", f"{names[1]}/bias")
+
+
+RULES = (
+    *_linear(r"self_attn\.q_proj", "attention/query"),
+    *_linear(r"self_attn\.k_proj", "attention/key"),
+    *_linear(r"self_attn\.v_proj", "attention/value"),
+    *_linear(r"self_attn\.o_proj", "attention/out"),
+    Rule(_LAYER + r"self_attn\.q_norm\.weight", "layer_{0}/attention/query_norm/scale"),
+    Rule(_LAYER + r"self_attn\.k_norm\.weight", "layer_{0}/attention/key_norm/scale"),
+    *_linear(r"mlp\.gate_proj", "mlp/gate"),
+    *_linear(r"mlp\.up_proj", "mlp/up"),
+    *_linear(r"mlp\.down_proj", "mlp/down"),
+    Rule(_LAYER + r"input_layernorm\.weight", "layer_{0}/attention_norm/scale"),
+    Rule(_LAYER + r"post_attention_layernorm\.weight", "layer_{0}/mlp_norm/scale"),
+    Rule(r"model\.norm\.weight", "norm/scale"),
+    Rule(r"(table_\d|head|head_bias)", "{0}"),  # cut from the embedding and the head by the family
+    Rule(rf"{_LAYER}self_attn\.rotary_emb\.inv_freq", None),  # of old versions; computed
+)
+
+
+def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
+    """The shape of the transformer that a config.json describes.
+
+    Args:
+        settings: config.json, of transformers 4 or 5.
+        vocabulary: the fields of ``Config`` that the family decides: input_tables, vocab, tied, head_bias, padding, dtype.
+
+    Raises:
+        ValueError: an architecture, or a kind of rotary scaling, that the transformer does not have; a setting is missing.
+    """
+    kind = (settings.get("architectures") or ["none"])[0]
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"expected an architecture among {', '.join(ARCHITECTURES)} in config.json, came {kind}")
+    if settings.get("hidden_act", "silu") != "silu" or settings.get("use_sliding_window") or settings.get("mlp_bias"):
+        raise ValueError("expected silu, no sliding window and no mlp_bias in config.json, came others: no such layer is here")
+    try:
+        heads, width = settings["num_attention_heads"], settings["hidden_size"]
+        theta, scaling = _rope(settings)
+        return Config(
+            width=width,
+            layers=settings["num_hidden_layers"],
+            heads=heads,
+            kv_heads=settings.get("num_key_value_heads") or heads,
+            head_dim=settings.get("head_dim") or width // heads,
+            mlp_width=settings["intermediate_size"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=settings.get("rms_norm_eps", 1e-6),
+            qkv_bias=kind == "Qwen2ForCausalLM",
+            qk_norm=kind == "Qwen3ForCausalLM",
+            **vocabulary,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected a whole config.json, but {error} is missing or of another kind: download it again") from error
+
+
+def _rope(settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
+    rope = settings.get("rope_parameters") or {"rope_theta": settings.get("rope_theta"), **(settings.get("rope_scaling") or {})}
+    theta, kind = rope.get("rope_theta") or settings.get("rope_theta"), rope.get("rope_type") or rope.get("type") or "default"
+    if theta is None:
+        raise ValueError("expected rope_theta in config.json, in rope_parameters or on its own, came none: download it again")
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ValueError(f"expected rotary positions of type default or llama3, came {kind}: no other is here")
+    factors = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    return float(theta), RopeScaling(*factors, int(rope["original_max_position_embeddings"]))
+
+
+def tie(tensors: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str]) -> tuple[Tensor, Tensor | None]:
+    """Takes embedding and head out of ``tensors``; None in place of a head that is the embedding. Compares, never guesses.
+
+    As transformers 5: a head that is stored and differs from the embedding is used, whatever ``tie_word_embeddings`` says.
+
+    Raises:
+        ValueError: neither is there, or a head is missing that config.json says is not tied.
+    """
+    embed, head, tied = tensors.pop(EMBED, None), tensors.pop(HEAD, None), settings.get("tie_word_embeddings", False)
+    if embed is None and head is None:
+        raise ValueError(f"expected {EMBED} or {HEAD}, came neither; give all files of the checkpoint")
+    if embed is None or head is None:
+        if not tied:
+            missing = EMBED if embed is None else HEAD
+            raise ValueError(f"expected {missing}, as config.json says that embedding and head are not tied, came none")
+        return embed or head, None
+    if not tied:
+        return embed, head
+    if equal(embed, head):
+        notes.append(f"{HEAD} holds the embedding again, as tie_word_embeddings says: stored once")
+        return embed, None
+    notes.append(f"{HEAD} differs from {EMBED}, though tie_word_embeddings is true: used as it is (transformers 4 would not)")
+    return embed, head
+
+
+def cut_layers(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Sequence[int]) -> tuple[dict, dict, list[str]]:
+    """A model of some layers of another, in the order given: (tensors, config.json, the names of what is left out).
+
+    Raises:
+        ValueError: a layer that the model does not have, or one twice.
+    """
+    count = settings.get("num_hidden_layers", 0)
+    if len(set(layers)) != len(layers) or not all(0 <= i < count for i in layers):
+        raise ValueError(f"expected different layers of 0 to {count - 1}, came {list(layers)}")
+    kept, dropped = {}, []
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
+        if match and int(match[2]) in layers:
+            kept[f"{match[1]}{layers.index(int(match[2]))}{match[3]}"] = tensor
+        elif match:
+            dropped.append(name)
+        else:
+            kept[name] = tensor
+    return kept, {**settings, "num_hidden_layers": len(layers)}, dropped

@@ -1,0 +1,272 @@
+"""A checkpoint of PyTorch to a folder of jaxspec: open -> recognise -> lay out -> plan -> write.
+
+A family is one settings file in ``jaxspec.models`` or ``jaxspec.codec``, and one table of rules here; this file knows them all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+
+from jaxspec import checkpoint
+from jaxspec.codec import snac as snac_codec
+from jaxspec.codec import xcodec2 as xcodec2_codec
+from jaxspec.convert import cosyvoice, llama, snac, xcodec2
+from jaxspec.convert.core import Rule, fold_weight_norm, plan
+from jaxspec.convert.source import Source, digest, open_source
+from jaxspec.models import cosyvoice as cosyvoice_model
+from jaxspec.models import family, llasa, neutts, orpheus, transformer
+from jaxspec.tensors import Tensor, cast, joined, padded, rows
+
+VOCABULARIES = {module.NAME: module for module in (llasa, neutts, orpheus)}  # one vocabulary of text and codes
+CODECS = {
+    "xcodec2": (xcodec2, xcodec2_codec, "CC-BY-NC-4.0"),
+    "neucodec": (xcodec2, xcodec2_codec, "Apache-2.0"),
+    "snac": (snac, snac_codec, "MIT"),
+}
+FAMILIES = (*VOCABULARIES, *cosyvoice_model.VERSIONS, *CODECS)
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be asked of a conversion.
+
+    family: one of ``FAMILIES``, by default told from the files.
+    dtype: of the parameters: "bfloat16", "float16" or "float32"; by default the file's own, float32 for float16 and for codecs.
+    layers: those to keep, for a draft; by default all.
+    head: "all", or "speech": codes and stop ids alone, for models that have text and codes in one vocabulary.
+    pad_to: the rows of head and tables become a multiple of it, so that a mesh divides them.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    family: str | None = None
+    dtype: str | None = None
+    layers: tuple[int, ...] | None = None
+    head: str = "all"
+    pad_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"expected a family among {', '.join(FAMILIES)}, got {self.family!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.head not in ("all", "speech") or self.pad_to < 1:
+            raise ValueError(f"expected head all or speech and pad_to of 1 or more, got {self.head!r} and {self.pad_to}")
+        if self.layers is not None and not self.layers:
+            raise ValueError("expected a layer or more to keep, got none")
+
+
+class Layout(NamedTuple):
+    """A checkpoint ready to be written: its parameters, the JSON, and what was left out by name or is worth knowing."""
+
+    params: dict[str, Tensor]
+    description: dict[str, Any]
+    dropped: list[str]
+    notes: list[str]
+    tokenizer: Any = None
+
+
+class Converted(NamedTuple):
+    """What a conversion made."""
+
+    family: str
+    parameters: int
+    bytes: int
+    dropped: list[str]
+    notes: list[str]
+
+
+def convert(source: str, dest: str | Path, options: Options | None = None, revision: str | None = None) -> Converted:
+    """Converts a checkpoint into the new folder ``dest``, which appears whole or not at all.
+
+    Args:
+        source: a directory, a weight file, or an id of the Hugging Face hub.
+        dest: a folder that does not exist yet.
+        options: see ``Options``.
+        revision: of the hub repository.
+
+    Raises:
+        ValueError: the checkpoint is none, of no known family, or damaged (all problems, a line each), or ``dest`` exists.
+        OSError: ``dest`` cannot be written, or the disk is full.
+    """
+    options = options or Options()
+    with checkpoint.creating(dest) as folder:
+        opened = open_source(source, revision)
+        tokenizer = _tokenizer(opened)
+        name = options.family or recognise(opened.tensors, tokenizer)
+        layout = _layout(name, opened, tokenizer, options)
+        with ThreadPoolExecutor(1) as background:
+            source_digest = background.submit(digest, opened)
+            digests = checkpoint.write_params(folder, layout.params)
+        description = layout.description | {"source": opened.origin, "digest": source_digest.result()}
+        if description["kind"] == "language model":
+            description["tables"] = {path: digests[path] for path in digests if path.startswith(("table_", "head"))}
+            layout.tokenizer.save(str(folder / family.TOKENIZER))
+        checkpoint.write_description(folder, description)
+    sizes = [int(np.prod(tensor.shape)) for tensor in layout.params.values()]
+    total = sum(size * tensor.dtype.itemsize for size, tensor in zip(sizes, layout.params.values(), strict=True))
+    return Converted(name, sum(sizes), total, layout.dropped, layout.notes)
+
+
+def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
+    """The family of a checkpoint, by the names of its tensors and its tokens.
+
+    Raises:
+        ValueError: none is known.
+    """
+    if "generator.head.out.weight" in tensors or "acoustic_decoder.head.linear.weight" in tensors:
+        head = tensors.get("generator.head.out.weight") or tensors["acoustic_decoder.head.linear.weight"]
+        return "neucodec" if head.shape[0] == 1922 else "xcodec2"
+    if "quantizer.quantizers.0.codebook.weight" in tensors:
+        return "snac"
+    if version := cosyvoice.version_of(tensors, tokenizer):
+        return version.name
+    for name, module in VOCABULARIES.items():
+        if tokenizer is not None and tokenizer.token_to_id(module.MARK) is not None:
+            return name
+    some = ", ".join(sorted(tensors)[:3])
+    came = "a tokenizer of none of them" if tokenizer is not None else "no tokenizer.json"
+    raise ValueError(
+        f"expected a checkpoint of {', '.join(FAMILIES)}, came tensors {some} ... and {came}: give --family if it is one of these"
+    )
+
+
+def _tokenizer(opened: Source) -> Any:
+    if (opened.folder / family.TOKENIZER).exists():
+        return family.tokenizer_of(opened.folder)
+    if version := cosyvoice.version_of(opened.tensors, None):
+        return cosyvoice.tokenizer(opened.folder, version)
+    return None
+
+
+def _layout(name: str, opened: Source, tokenizer: Any, options: Options) -> Layout:
+    if name in CODECS:
+        return _codec(name, opened, options)
+    if tokenizer is None:
+        raise ValueError(f"expected {family.TOKENIZER} beside the weights of {name}, came none; download it with them")
+    if name in VOCABULARIES:
+        return _one_vocabulary(VOCABULARIES[name], opened, tokenizer, options)
+    return _cosyvoice(cosyvoice_model.VERSIONS[name], opened, tokenizer, options)
+
+
+def _codec(name: str, opened: Source, options: Options) -> Layout:
+    if options.layers or options.head != "all" or options.pad_to != 1:
+        raise ValueError(f"expected no --layers, --head or --pad-to for the codec {name}, which has none of them")
+    table, codec, licence = CODECS[name]
+    tensors = fold_weight_norm(opened.tensors)
+    config, rules = table.config({key: tensor.shape for key, tensor in tensors.items()}, opened.config)
+    description = {"kind": "codec", "family": name, "licence": licence, "shape": dataclasses.asdict(config)}
+    dtype = DTYPES[options.dtype or "float32"]
+    return _planned(tensors, rules, codec.abstract_params(config), dtype, description, [], [])
+
+
+def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Options) -> Layout:
+    """LLaSA, NeuTTS-Air, Orpheus: text and codes in one vocabulary, of which the head may keep the codes and stop ids alone."""
+    tensors, settings, dropped, notes = dict(opened.tensors), opened.config, [], []
+    if options.layers:
+        tensors, settings, dropped = llama.cut_layers(tensors, settings, options.layers)
+    embed, head = llama.tie(tensors, settings, notes)
+    bias, vocab = tensors.pop("lm_head.bias", None), settings.get("vocab_size", embed.shape[0])
+    first, count = module.codes(tokenizer)
+    codes, stops = module.SLOTS * count, family.token_ids(tokenizer, *module.STOPS)
+    if (last := max(first + codes - 1, *stops)) >= embed.shape[0]:
+        raise ValueError(
+            f"expected {embed.name} to have a row for each id up to {last}, came {embed.shape[0]}: another tokenizer's?"
+        )
+    if options.head == "speech":
+        parts = [(first, first + codes), *((stop, stop + 1) for stop in stops)]
+        tables, table_rows = [_some(embed, parts), embed], [codes + len(stops), vocab]
+        head, bias = (tensor and _some(tensor, parts) for tensor in (head, bias))
+        first, stops = 0, range(codes, codes + len(stops))
+    else:
+        tables, table_rows = [embed], [vocab]
+    tensors |= {f"table_{i}": table for i, table in enumerate(tables)}
+    tensors |= {name: tensor for name, tensor in (("head", head), ("head_bias", bias)) if tensor is not None}
+
+    def make(shape: transformer.Config) -> family.Model:
+        text_first = shape.vocab if options.head == "speech" else 0
+        ids = {"codes_first": first, "num_codes": count, "stop_ids": tuple(stops), "text_first": text_first, "head": options.head}
+        return module.model(shape, tokenizer, ids)
+
+    return _language_model(tensors, settings, table_rows, make, options, dropped, notes, tokenizer)
+
+
+def _some(tensor: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
+    return joined([rows(tensor, *part) for part in parts])
+
+
+def _cosyvoice(version: cosyvoice_model.Version, opened: Source, tokenizer: Any, options: Options) -> Layout:
+    notes: list[str] = []
+    if "llm_decoder.weight" in opened.tensors:
+        tensors, dropped = cosyvoice.separate(dict(opened.tensors), notes, version)
+        settings = cosyvoice.backbone(opened.folder)
+    else:
+        tensors, dropped = cosyvoice.unmerge(dict(opened.tensors), notes, version, tokenizer)
+        settings = opened.config
+    if options.layers:
+        tensors, settings, more = llama.cut_layers(tensors, settings, options.layers)
+        dropped += more
+    last = f"table_{2 if version.markers else 1}"
+    text_rows = tensors[last].shape[0] if last in tensors else 0
+    table_rows = [version.rows, *([version.markers] if version.markers else []), text_rows]
+    make = functools.partial(cosyvoice_model.model, version)
+    return _language_model(tensors, settings, table_rows, make, options, dropped, notes, tokenizer)
+
+
+def _language_model(
+    tensors: dict[str, Tensor],
+    settings: dict[str, Any],
+    table_rows: Sequence[int],
+    make: Callable[[transformer.Config], family.Model],
+    options: Options,
+    dropped: list[str],
+    notes: list[str],
+    tokenizer: Any,
+) -> Layout:
+    """Pads the tables, and plans the transformer that config.json describes."""
+    total = [-(-count // options.pad_to) * options.pad_to for count in table_rows]
+    for i, count in enumerate(table_rows):
+        for name in (f"table_{i}", *(("head", "head_bias") if i == 0 else ())):
+            if name in tensors and tensors[name].shape[0] == count:  # else the plan says what is wrong
+                tensors[name] = padded(tensors[name], total[i])
+    dtype = _dtype(options, next(iter(tensors.values())).dtype)
+    shape = llama.architecture(
+        settings,
+        input_tables=tuple(total),
+        vocab=total[0],
+        padding=total[0] - table_rows[0],
+        tied="head" not in tensors,
+        head_bias="head_bias" in tensors,
+        dtype=str(dtype),
+    )
+    description = family.to_json(make(shape))
+    abstract = transformer.abstract_params(shape)
+    return _planned(tensors, llama.RULES, abstract, dtype, description, dropped, notes)._replace(tokenizer=tokenizer)
+
+
+def _dtype(options: Options, stored: np.dtype) -> np.dtype:
+    own = "bfloat16" if stored == DTYPES["bfloat16"] else "float32"
+    return DTYPES[options.dtype or own]
+
+
+def _planned(
+    tensors: dict[str, Tensor],
+    rules: Sequence[Rule],
+    abstract: Any,
+    dtype: np.dtype,
+    description: dict[str, Any],
+    dropped: list[str],
+    notes: list[str],
+) -> Layout:
+    expected = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
+    params, more = plan(tensors, rules, expected)
+    return Layout({path: cast(tensor, dtype) for path, tensor in params.items()}, description, dropped + more, notes)

@@ -1,0 +1,57 @@
+"""CosyVoice 2 and 3 (FunAudioLLM; arXiv 2412.10117, 2505.17589): Qwen 2 between a table of text and a table and head of codes.
+
+Codes are all that comes out: the flow model and the vocoder, which make sound of them, are not here.
+"""
+
+import dataclasses
+
+from jaxspec.models import family
+from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
+
+NUM_CODES = 6561  # 3^8
+_SAMPLING = Sampling(top_k=25, top_p=0.8, repetition_window=10, withheld=NUM_CODES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """What sets CosyVoice 2 and 3 apart.
+
+    rows: of the table and the head of codes; what comes after the codes ends a text or marks a prompt.
+    markers: rows of a table of its own for the start and the turn to speech; 0: they are rows of the table of codes.
+    start, turn: the ids of these two.
+    """
+
+    name: str
+    rows: int
+    markers: int
+    start: int
+    turn: int
+    head_bias: bool
+    system: str
+
+
+V2 = Version("cosyvoice2", 6564, 2, 6564, 6565, True, "")
+V3 = Version("cosyvoice3", 6761, 0, 6561, 6563, False, "You are a helpful assistant.<|endofprompt|>")
+VERSIONS = {version.name: version for version in (V2, V3)}
+
+
+def model(version: Version, shape: Config) -> family.Model:
+    """The description of a checkpoint of a version."""
+    moved = shape.vocab - version.rows  # by padding
+    start, turn = (i + moved if i >= version.rows else i for i in (version.start, version.turn))
+    return family.Model(
+        family=version.name,
+        shape=shape,
+        codes_first=0,
+        num_codes=NUM_CODES,
+        stop_ids=tuple(range(NUM_CODES, version.rows)),
+        text_first=shape.vocab + version.markers,
+        prompt=(start, version.system + "{reference}", "{text}", turn),
+        sampling=_SAMPLING,
+        codec="",
+        licence="Apache-2.0",
+        max_codes_per_token=20,
+        min_codes_per_token=2,
+        head="speech",
+    )

@@ -1,0 +1,40 @@
+"""LLaSA (HKUSTAudio/Llasa-1B, 3B, 8B; arXiv 2502.04128): Llama 3 with 65,536 codes of X-codec2 in its vocabulary."""
+
+from typing import Any
+
+from jaxspec.models import family
+from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
+
+NAME = "llasa"
+MARK = "<|SPEECH_UNDERSTANDING_START|>"  # the token that tells the family
+STOPS = ("<|SPEECH_GENERATION_END|>",)
+SLOTS = 1
+
+# The chat template of Llama 3, its date fixed: the one of Llama 3.2 would put in today's.
+_PROMPT = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "Convert the text to speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|><|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n<|SPEECH_GENERATION_START|>"
+)
+
+
+def codes(tokenizer: Any) -> tuple[int, int]:
+    """The id of the first code, and how many there are."""
+    return family.code_ids(tokenizer, "<|s_{}|>")
+
+
+def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> family.Model:
+    """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
+    family.token_ids(tokenizer, "<|begin_of_text|>", "<|TEXT_UNDERSTANDING_START|>", "<|SPEECH_GENERATION_START|>")
+    return family.Model(
+        family=NAME,
+        shape=shape,
+        prompt=(_PROMPT,),
+        sampling=Sampling(temperature=0.8),
+        codec="xcodec2",
+        licence="CC-BY-NC-4.0",
+        max_tokens=2048,
+        **ids,
+    )

@@ -1,0 +1,35 @@
+"""NeuTTS-Air (neuphonic/neutts-air): Qwen 2.5 with 65,536 codes of NeuCodec in its vocabulary, told what to say in phonemes."""
+
+from typing import Any
+
+from jaxspec.models import family
+from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
+
+NAME = "neutts-air"
+MARK = "<|TEXT_PROMPT_START|>"
+STOPS = ("<|SPEECH_GENERATION_END|>",)
+SLOTS = 1
+
+_PROMPT = "user: Convert the text to speech:<|TEXT_PROMPT_START|>{text}<|TEXT_PROMPT_END|>\nassistant:<|SPEECH_GENERATION_START|>"
+
+
+def codes(tokenizer: Any) -> tuple[int, int]:
+    """The id of the first code, and how many there are."""
+    return family.code_ids(tokenizer, "<|speech_{}|>")
+
+
+def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> family.Model:
+    """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
+    family.token_ids(tokenizer, "<|TEXT_PROMPT_END|>", "<|SPEECH_GENERATION_START|>")
+    return family.Model(
+        family=NAME,
+        shape=shape,
+        prompt=(_PROMPT,),
+        sampling=Sampling(temperature=1.0, top_k=50, min_new_tokens=50, withheld=ids["stop_ids"][0]),
+        codec="neucodec",
+        licence="Apache-2.0",
+        phonemes="en-us",
+        max_tokens=2048,
+        **ids,
+    )

@@ -1,0 +1,40 @@
+"""Orpheus (canopylabs/orpheus-3b-0.1-ft): Llama 3.2 with frames of seven SNAC codes in its vocabulary."""
+
+from typing import Any
+
+from jaxspec.models import family
+from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
+
+NAME = "orpheus"
+MARK = "<custom_token_10>"
+STOPS = ("<custom_token_2>",)
+SLOTS = 7
+
+# Tokens 3 and 4 begin and end the human's turn, 5 the model's, 1 its speech.
+_PROMPT = "<custom_token_3><|begin_of_text|>{voice}: {text}<|eot_id|><custom_token_4><custom_token_5><custom_token_1>"
+_VOICES = ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe")
+
+
+def codes(tokenizer: Any) -> tuple[int, int]:
+    """The id of the first code of the first slot, and how many codes a slot has."""
+    first, count = family.code_ids(tokenizer, "<custom_token_{}>")
+    return first + 10, (count - 10) // SLOTS
+
+
+def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> family.Model:
+    """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
+    family.token_ids(tokenizer, "<|begin_of_text|>", "<|eot_id|>", *(f"<custom_token_{i}>" for i in (1, 3, 4, 5)))
+    return family.Model(
+        family=NAME,
+        shape=shape,
+        prompt=(_PROMPT,),
+        sampling=Sampling(temperature=0.6, top_p=0.8, repetition_penalty=1.3),
+        codec="snac",
+        licence="Apache-2.0 (its base, Llama 3.2, under the Llama 3.2 Community License)",
+        slots=SLOTS,
+        clones=False,
+        voices=_VOICES,
+        max_new_tokens=1200,
+        **ids,
+    )

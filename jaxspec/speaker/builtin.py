@@ -1,0 +1,74 @@
+"""The voice that comes with the package as a speaker."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxspec import text
+from jaxspec.codec.voice import codec
+from jaxspec.groups import Groups, acoustic_similarity_groups
+from jaxspec.models import transformer
+from jaxspec.models import voice as voices
+from jaxspec.models.voice import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
+from jaxspec.sampling import Sampling
+from jaxspec.speaker.contract import Requests, Settings, Speaker
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+THRESHOLD = 0.85
+
+
+@functools.lru_cache
+def builtin() -> Speaker:
+    """The voice that comes with the package, its weights on the device."""
+    return speaker(voices.load())
+
+
+def speaker(voice: Voice) -> Speaker:
+    """Any voice of its kind."""
+    target_params, draft_params, codec_params = jax.device_put((voice.target_params, voice.draft_params, voice.codec_params))
+
+    def decode(rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
+        """As one batch: each row is padded with its last code to a round length."""
+        speaks, span = codec(voice.codec, voices.voice_index(settings.voice or VOICES[0])), voice.codec.samples_per_code
+        width = -(-max(map(len, rows)) // 40) * 40 or 40
+        codes = np.stack([np.pad(row, (0, width - len(row)), mode="edge" if len(row) else "constant") for row in rows])
+        waves = np.asarray(speaks.decode(codec_params, codes[..., None]))
+        return [wave[: len(row) * span] for wave, row in zip(waves, rows, strict=True)]
+
+    return Speaker(
+        target=transformer.language_model(voice.target),
+        target_params=target_params,
+        draft=transformer.language_model(voice.draft),
+        draft_params=draft_params,
+        stop_ids=(STOP,),
+        threshold=THRESHOLD,
+        max_batch=16,
+        sample_rate_hz=voice.codec.sample_rate_hz,
+        pieces=lambda one: text.sentences(one, MAX_SYMBOLS),
+        requests=_requests,
+        groups=functools.partial(_groups, voice),
+        codes=_codes,
+        decode=decode,
+    )
+
+
+def _requests(sentences: Sequence[str], settings: Settings) -> Requests:
+    """The prompts of normalised sentences; a code lasts 40 ms, and no symbol is spoken for longer than four."""
+    if settings.reference_codes:
+        raise ValueError("expected no reference codes for the built-in voice, which takes none: choose --voice slt or rms")
+    prompts, length = voices.prompts(sentences, [settings.voice or VOICES[0]] * len(sentences))
+    limit = np.minimum(min(MAX_CODES, settings.max_codes or MAX_CODES), 16 + 4 * length)
+    return Requests(prompts, length, limit, [settings.sampling(SAMPLING)] * len(sentences), MAX_CODES)
+
+
+def _groups(voice: Voice, threshold: float, matrix: str) -> Groups:
+    """The groups of the codes that sound alike; codes that training never met, and the stop id, are alone."""
+    vectors, trained = voice.code_vectors(matrix), np.asarray(voice.trained, bool)
+    return acoustic_similarity_groups(vectors, threshold, num_codes=STOP, trained=trained)
+
+
+def _codes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    at = np.flatnonzero(ids < STOP)
+    return ids[at], at

@@ -1,0 +1,155 @@
+"""A converted checkpoint as a speaker: its prompt, its limits, its codec, and its groups, which are kept beside it."""
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxspec import groups as asg
+from jaxspec import phonemes
+from jaxspec.groups import Groups
+from jaxspec.models import family
+from jaxspec.pretrained import Pretrained, PretrainedCodec, language_model
+from jaxspec.speaker.contract import Requests, Settings, Speaker, padded
+
+THRESHOLD = 0.4  # PCG found 0.38 to 0.45 best, arXiv 2511.13732
+PIECE_TOKENS = 80  # the longest piece of a text
+_PROMPT_STEP, _CODES_STEP = 64, 256  # sizes are rounded up to these, so that few are compiled
+
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?;\n])\s+|(?<=[。！？；])\s*")
+_BORDERS = re.compile(r"(?<=[,，、:：])\s*|\s+")
+
+
+def speaker(target: Pretrained, draft: Pretrained | None = None, codec: PretrainedCodec | None = None) -> Speaker:
+    """A target that speaks, with a draft that was loaded ``beside`` it, and the codec that it was trained with.
+
+    Raises:
+        ValueError: the codec is of another family than the target's.
+    """
+    model = target.model
+    if codec is not None and codec.family != model.codec:
+        raise ValueError(f"expected the codec {model.codec or 'of none'} for {model.family}, got {codec.family}")
+    return Speaker(
+        target=language_model(target),
+        target_params=target.params,
+        draft=draft and language_model(draft),
+        draft_params=draft and draft.params,
+        stop_ids=model.stop_ids,
+        threshold=THRESHOLD,
+        max_batch=8,
+        sample_rate_hz=codec.codec.sample_rate_hz if codec else 0,
+        pieces=functools.partial(pieces, target),
+        requests=functools.partial(_requests, target),
+        groups=lambda threshold, matrix: groups(target, threshold),
+        codes=functools.partial(_codes, target),
+        decode=codec and functools.partial(_decode, codec),
+    )
+
+
+def pieces(target: Pretrained, text: str) -> list[str]:
+    """A text in parts of at most ``PIECE_TOKENS`` tokens: as many whole sentences as fit; what is longer is halved.
+
+    Raises:
+        ValueError: there is nothing to speak, or a word alone is too long.
+    """
+    if not any(character.isalnum() for character in text):
+        raise ValueError(f"expected a text with something to speak, got {text!r}")
+    sentences = [part for one in _SENTENCE_ENDS.split(text.strip()) if one.strip() for part in _halve(target, one.strip())]
+    joined = sentences[:1]
+    for sentence in sentences[1:]:
+        longer = f"{joined[-1]} {sentence}" if joined[-1].isascii() else joined[-1] + sentence
+        if _size(target, longer) <= PIECE_TOKENS:
+            joined[-1] = longer
+        else:
+            joined.append(sentence)
+    return joined
+
+
+def _size(target: Pretrained, text: str) -> int:
+    return len(family.tokenize(target.tokenizer, text))
+
+
+def _halve(target: Pretrained, sentence: str) -> list[str]:
+    if _size(target, sentence) <= PIECE_TOKENS:
+        return [sentence]
+    borders = [match.end() for match in _BORDERS.finditer(sentence) if 0 < match.end() < len(sentence)]
+    if not borders:
+        raise ValueError(f"expected words of at most {PIECE_TOKENS} tokens, but {sentence[:40]!r} is longer: break it up")
+    middle = min(borders, key=lambda border: abs(border - len(sentence) / 2))
+    return _halve(target, sentence[:middle].strip()) + _halve(target, sentence[middle:].strip())
+
+
+def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> Requests:
+    """Prompts, and the limits of the family: of prompt and codes together, of codes, and of codes for each token of the text."""
+    model, voice = target.model, settings.voice or ""
+    sound = functools.partial(phonemes.of, language=model.phonemes) if model.phonemes else str
+    sounds, reference = [sound(text) for text in texts], settings.reference and sound(settings.reference)
+    prompt = functools.partial(family.prompt_ids, model, target.tokenizer, voice=voice, reference=reference)
+    rows = [prompt(text, codes=settings.reference_codes) for text in sounds]
+    longest = max(map(len, rows))
+    width = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+    prompts, length = padded(rows, width)
+    size = np.array([_size(target, text) for text in sounds])
+    limits = [np.full(len(rows), limit) for limit in (model.max_new_tokens, settings.max_codes) if limit]
+    if model.max_tokens:
+        limits.append(model.max_tokens - length)
+    if model.max_codes_per_token:
+        limits.append(model.max_codes_per_token * size)
+    limit = np.min(limits, axis=0).astype(np.int32)
+    if limit.min() < 1:
+        raise ValueError(f"expected prompts of less than {model.max_tokens} tokens, got {longest}: shorten text or reference")
+    law = settings.sampling(model.sampling)
+    least = model.min_codes_per_token * size if model.min_codes_per_token else np.full(len(rows), law.min_new_tokens)
+    sampling = [dataclasses.replace(law, min_new_tokens=int(count)) for count in least]
+    return Requests(prompts, length, limit, sampling, -(-int(limit.max()) // _CODES_STEP) * _CODES_STEP)
+
+
+def _codes(target: Pretrained, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    codes, at = family.codes_of(target.model, ids)
+    return (codes[:, 0], at[:, 0]) if target.model.slots == 1 else (codes, at)
+
+
+def _decode(codec: PretrainedCodec, rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
+    """The waves of the rows one by one, each after the reference's codes, whose part of the wave is then cut off."""
+    prefix = np.array(settings.reference_codes, np.int32)
+    return [_decode_one(codec, row, prefix) if len(row) else np.zeros(0, np.float32) for row in rows]
+
+
+def _decode_one(codec: PretrainedCodec, row: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+    row = np.concatenate([prefix, row]) if len(prefix) else row
+    frames = row.reshape(len(row), -1)
+    width = -(-len(row) // 50) * 50
+    filled = np.concatenate([frames, np.zeros((width - len(row), frames.shape[1]), np.int32)])
+    wave = np.asarray(codec.codec.decode(codec.params, filled[None], np.array([len(row)], np.int32)))[0]
+    span = round(codec.codec.sample_rate_hz / codec.codec.frame_rate_hz)
+    return wave[len(prefix) * span : len(row) * span]
+
+
+def groups(target: Pretrained, threshold: float, say: Callable[[int, int], None] | None = None) -> Groups:
+    """The acoustic similarity groups of a model's codes, from its input embeddings; made once and kept in its folder.
+
+    Codes of different slots of a frame are never in one group, and neither are ids that are no code.
+    ``say(done, all)`` is told how many rows are done, see ``jaxspec.groups``.
+    """
+    model, path = target.model, groups_path(target, threshold)
+    vocab, count = model.shape.vocab, model.num_codes
+    if path.exists():
+        kept = asg.load(path)
+        if len(kept.token_start) == vocab:
+            return kept
+    firsts = [model.codes_first + slot * count for slot in range(model.slots)]
+    tables = [np.asarray(target.params["table_0"][first : first + count], np.float32) for first in firsts]
+    parts = [asg.acoustic_similarity_groups(table, threshold, say=say) for table in tables]
+    made = asg.placed(parts, firsts, vocab)
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to; they are made again the next time
+        asg.save(path, made)
+    return made
+
+
+def groups_path(target: Pretrained, threshold: float) -> Path:
+    """Where the groups of a model are kept."""
+    return target.folder / f"groups-{threshold:g}.npz"
