@@ -6,7 +6,9 @@ The folder appears whole or not at all. Parameters are written as they are read,
 larger than the memory; they are restored in any type and onto any mesh.
 """
 
+import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxspec.tensors import Tensor, digest
+from jaxspec.tensors import Tensor
 from jaxspec.types import Params
 
 DESCRIPTION = "jaxspec.json"
@@ -69,7 +71,7 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         description = json.loads((Path(folder) / DESCRIPTION).read_text(encoding="utf-8"))
         version = description.pop("format")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         came = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"expected a folder that `jaxspec convert` made at {folder}, but its {DESCRIPTION} cannot be read ({came})"
@@ -90,14 +92,18 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Writes parameters by path ("layer_0/mlp/up/kernel") to ``folder``/params, and returns the digest of each.
 
     Raises:
-        ValueError: numbers are NaN or infinite; a line for each tensor.
+        ValueError: numbers are NaN or infinite, or cannot be read; a line for each tensor.
         OSError: the disk is full, or cannot be written to.
     """
     import orbax.checkpoint as ocp  # slow to import
 
     digests: dict[str, str] = {}
-    problems: list[str] = []
-    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, _handler(digests, problems)))
+    errors: list[Exception] = []
+    handlers = ocp.type_handlers
+    registry = handlers.create_type_handler_registry(
+        (_Leaf, _handler(digests, errors)),
+        (jax.Array, handlers.ArrayHandler()),  # without one, Orbax warns
+    )
     tree = traverse_util.unflatten_dict({path: _Leaf(tensor) for path, tensor in tensors.items()}, sep="/")
     needed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     free = shutil.disk_usage(folder).free
@@ -108,51 +114,56 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # tensorstore raises errors of its own
-        raise OSError(f"expected to write parameters to {folder.parent}, but {str(error).splitlines()[0]}") from error
-    if problems:
-        raise ValueError("\n".join(problems))
+    except Exception as error:  # Orbax raises errors of many kinds, also of the tensors that were left out for theirs
+        errors = errors or [_unwritten(folder, error)]
+    if failed := next((error for error in errors if isinstance(error, OSError)), None):
+        raise failed
+    if errors:
+        raise ValueError("\n".join(map(str, errors)))
     return {path: digests[path.replace("/", ".")] for path in tensors}
 
 
-def _handler(digests: dict[str, str], problems: list[str]) -> Any:
+def _unwritten(folder: Path, error: Exception) -> OSError:
+    return OSError(f"expected to write parameters to {folder.parent}, but {str(error).splitlines()[0]}: mind the room on the disk")
+
+
+def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
     """Writes leaves as Orbax's own handler of numpy arrays would, but reads them only then, and a few rows at a time."""
     import orbax.checkpoint as ocp
     import tensorstore as ts
 
     handlers = ocp.type_handlers
 
-    async def write(leaf: _Leaf, info: Any) -> None:
-        await info.await_path_creation()
+    async def write(leaf: _Leaf, info: Any, turn: asyncio.Semaphore) -> None:
         starts, step = _blocks(leaf.shape, leaf.dtype)
         block = (step, *leaf.shape[1:]) if leaf.shape else ()
         spec = handlers.get_json_tspec_write(
             info, info.is_ocdbt_checkpoint, leaf.shape, block, leaf.dtype, process_index=jax.process_index()
         )
         store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-        hashes = []
+        sha = hashlib.sha256()
         for start in starts:
-            stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
-            numbers = np.ascontiguousarray(leaf.tensor.read(start, stop))
-            if not finite(numbers):
-                problems.append(f"{leaf.tensor.name}: expected finite numbers, came NaN or infinity; download it again")
-                return
-            hashes.append(digest(numbers))
-            await (store[start:stop] if leaf.shape else store).write(numbers)
-        digests[info.name] = hashes[0] if len(hashes) == 1 else digest(np.frombuffer("".join(hashes).encode(), np.uint8))
+            async with turn:
+                stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
+                numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, sha)
+                if numbers is None:
+                    problems.append(f"{leaf.tensor.name}: expected finite numbers, came NaN or infinity; download it again")
+                    return
+                await asyncio.to_thread(_write, store[start:stop] if leaf.shape else store, numbers)
+                del numbers  # before the next are read
+        digests[info.name] = f"sha256:{sha.hexdigest()}"
 
     class Lazy(handlers.TypeHandler):
         def typestr(self) -> str:
             return "np.ndarray"
 
         async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
-            async def one_by_one() -> None:
-                for leaf, info in zip(values, infos, strict=True):
-                    await write(leaf, info)
+            async def two_at_a_time() -> None:
+                await infos[0].await_path_creation()
+                turn = asyncio.Semaphore(2)  # one is read while the other is written
+                await asyncio.gather(*(write(leaf, info, turn) for leaf, info in zip(values, infos, strict=True)))
 
-            return [ocp.future.CommitFutureAwaitingContractedSignals(one_by_one(), name="lazy_tensors")]
+            return [ocp.future.CommitFutureAwaitingContractedSignals(two_at_a_time(), name="lazy_tensors")]
 
         async def metadata(self, infos: Sequence[Any]) -> Any:
             raise NotImplementedError("lazy tensors are written alone")
@@ -171,12 +182,28 @@ def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
     return range(0, max(count, 1), step), step
 
 
-def finite(numbers: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite; those of two bytes are told by their bits, which numpy does not compute with."""
-    if numbers.dtype.itemsize == 2 and numbers.dtype.kind not in "iu":
-        infinity = np.array(np.inf, numbers.dtype).view(np.uint16)
-        return not ((numbers.view(np.uint16) & np.uint16(0x7FFF)) >= infinity).any()
-    return bool(np.isfinite(numbers).all())
+def _write(store: Any, numbers: np.ndarray) -> None:
+    store.write(numbers, can_reference_source_data_indefinitely=True).result()
+
+
+def _read(tensor: Tensor, start: int, stop: int, sha: Any) -> np.ndarray | None:
+    """Some rows, told to ``sha``; None where a number is NaN or infinite; in pieces that fit a processor's cache."""
+    numbers = np.ascontiguousarray(tensor.read(start, stop))
+    flat = numbers.reshape(-1)
+    for first in range(0, len(flat), 2**18):
+        piece = flat[first : first + 2**18]
+        if not _finite(piece):
+            return None
+        sha.update(piece.view(np.uint8))
+    return numbers
+
+
+def _finite(numbers: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite; those of two bytes are told by their bits, which is what numpy is quick at."""
+    if numbers.dtype.itemsize != 2:
+        return bool(np.isfinite(numbers).all())
+    infinity = np.array(np.inf, numbers.dtype).view(np.int16)
+    return not ((numbers.view(np.int16) & infinity) == infinity).any()
 
 
 def read_params(

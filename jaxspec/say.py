@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxspec import pretrained
@@ -28,9 +29,11 @@ def open_speaker(model: Path | None, draft: Path | None, codec: Path | None) -> 
         if draft or codec:
             raise ValueError("expected --model with --draft or --codec, got none: the built-in voice has its own")
         return builtin()
-    target = pretrained.load(model)
+    dtype = "float32" if jax.default_backend() == "cpu" else None  # XLA turns bfloat16 into float32 there, in every step
+    target = pretrained.load(model, dtype)
     codec = codec or (model / "codec" if (model / "codec").is_dir() else None)
-    return checkpoints.speaker(target, draft and pretrained.load(draft, beside=target), codec and pretrained.load_codec(codec))
+    small = pretrained.load(draft, dtype, beside=target) if draft else None
+    return checkpoints.speaker(target, small, pretrained.load_codec(codec) if codec else None)
 
 
 def read_codes(path: Path) -> tuple[int, ...]:
@@ -40,8 +43,9 @@ def read_codes(path: Path) -> tuple[int, ...]:
         ValueError: the file holds no row of codes.
     """
     try:
-        codes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            codes = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
         raise ValueError(f"expected a .npy file of codes at {path}, but {error}") from error
     if codes.ndim != 1 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
         raise ValueError(f"expected a row of codes in {path}, integers [T], got {codes.dtype} {codes.shape}")
@@ -94,15 +98,17 @@ def write(path: Path, speech: Speech) -> None:
     """Writes 16-bit samples in the format that the suffix names, or the codes; the file appears whole or not at all."""
     import soundfile
 
+    suffix = path.suffix.lower()
     with replacing(path) as partial:
-        if path.suffix.lower() == ".npy":
-            np.save(partial, speech.codes)
+        if suffix == ".npy":
+            with partial.open("wb") as file:  # to a path, numpy would add the suffix in small letters
+                np.save(file, speech.codes)
             return
-        soundfile.write(partial, speech.wave, speech.sample_rate_hz, subtype="VORBIS" if path.suffix == ".ogg" else "PCM_16")
+        soundfile.write(partial, speech.wave, speech.sample_rate_hz, subtype="VORBIS" if suffix == ".ogg" else "PCM_16")
 
 
 def figures(spoken: Spoken) -> dict[str, Any]:
-    """What was said and what it took; rtf is compute seconds (compiling apart) over audio seconds."""
+    """What was said and what it took; rtf is compute seconds (compiling apart) over audio seconds, None without audio."""
     audio_s = sum(len(speech.wave) / max(speech.sample_rate_hz, 1) for speech in spoken.speeches)
     lm_s, codec_s = spoken.seconds["lm"], spoken.seconds["codec"]
     return {
@@ -110,7 +116,7 @@ def figures(spoken: Spoken) -> dict[str, Any]:
         "lm_seconds": round(lm_s, 3),
         "codec_seconds": round(codec_s, 3),
         "compile_seconds": round(spoken.seconds["compile"], 3),
-        "rtf": round((lm_s + codec_s) / max(audio_s, 1e-9), 4),
+        "rtf": round((lm_s + codec_s) / audio_s, 4) if audio_s else None,
         **spoken.counts,
     }
 

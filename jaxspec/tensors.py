@@ -1,6 +1,5 @@
 """A tensor of a checkpoint that is read when it is asked for, a few rows at a time, and views of such tensors."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -63,8 +62,3 @@ def equal(a: Tensor, b: Tensor, block: int = 4096) -> bool:
         return False
     starts = range(0, a.shape[0], block)
     return all(np.array_equal(a.read(i, i + block), b.read(i, i + block)) for i in starts)
-
-
-def digest(numbers: np.ndarray) -> str:
-    """``sha256:...`` of an array's bytes."""
-    return f"sha256:{hashlib.sha256(np.ascontiguousarray(numbers).view(np.uint8)).hexdigest()}"

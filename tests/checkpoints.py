@@ -3,12 +3,17 @@
 import functools
 import json
 
+import jax.numpy as jnp
 import safetensors.torch
+import snac as snac_package
 import tokenizers
 import torch
 import transformers
+from flax import traverse_util
 
+from jaxspec.convert import core, pipeline
 from jaxspec.models.cosyvoice import V2, V3
+from jaxspec.tensors import Tensor
 
 CODES = 96  # of the families whose tokenizer says how many there are
 SIZES = {
@@ -30,6 +35,35 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+XCODEC2_KINDS = {
+    "X-codec2": (transformers.Xcodec2Config, transformers.Xcodec2Model),
+    "NeuCodec": (transformers.NeuCodecConfig, transformers.NeuCodecModel),
+}
+XCODEC2 = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "quantization_dim": 128,
+    "encoder_hidden_size": 4,
+}
+SEMANTIC = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+SNAC = {
+    "sampling_rate": 24_000,
+    "encoder_dim": 4,
+    "encoder_rates": [2, 2],
+    "latent_dim": 12,
+    "decoder_dim": 32,
+    "decoder_rates": [4, 3, 2],
+    "attn_window_size": None,
+    "codebook_size": 16,
+    "codebook_dim": 5,
+    "vq_strides": [4, 2, 1],
+    "noise": True,
+    "depthwise": True,
 }
 TEXTS = ["Convert the text to speech:", "The rain has stopped, so we can go.", "user assistant system 12 30", "你好，世界。"]
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -150,3 +184,89 @@ def merged_cosyvoice(folder, version, state, text, bias=True):
     model.config.save_pretrained(folder)
     safetensors.torch.save_file(merged_state, folder / "model.safetensors")
     return first
+
+
+@functools.cache
+def xcodec2_model(kind):
+    """A codec of transformers, every parameter of its decoder far from what it starts as, and loud enough to compare."""
+    settings, model = XCODEC2_KINDS[kind]
+    semantic = transformers.Wav2Vec2BertConfig(**SEMANTIC, conv_depthwise_kernel_size=3)
+    model = model(settings(**XCODEC2, semantic_model_config=semantic)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim > 1:
+                value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+            else:
+                value.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
+        model.acoustic_decoder.head.linear.bias[: model.config.n_fft // 2 + 1] += 2  # logarithms of magnitudes
+    return model
+
+
+def xcodec2(folder, kind="X-codec2"):
+    """X-codec2 or NeuCodec as transformers writes it; returns the model."""
+    xcodec2_model(kind).save_pretrained(folder)
+    return xcodec2_model(kind)
+
+
+def snac_model():
+    """A SNAC in which every parameter matters and the wave is not clipped."""
+    torch.manual_seed(0)
+    model = snac_package.SNAC(**SNAC).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("alpha"):
+                value.uniform_(0.3, 3)
+            elif name.endswith("bias"):
+                value.normal_(0, 0.3)
+            elif name.endswith("original0"):
+                value.mul_(torch.empty_like(value).uniform_(0.5, 1.5))
+    return model
+
+
+def snac(folder):
+    """SNAC as it is published; returns the model."""
+    model = snac_model()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(SNAC))
+    return model
+
+
+MAKERS = {
+    "llasa": llasa,
+    "neutts-air": neutts,
+    "orpheus": orpheus,
+    "cosyvoice2": functools.partial(cosyvoice, version=V2),
+    "cosyvoice3": functools.partial(cosyvoice, version=V3),
+    "xcodec2": xcodec2,
+    "neucodec": functools.partial(xcodec2, kind="NeuCodec"),
+    "snac": snac,
+}
+
+
+def converted(folder, name, **options):
+    """Makes the checkpoint of a family within a folder, unless it is there, and converts it anew; returns the path."""
+    source = folder / name
+    if not source.exists():
+        source.mkdir()
+        MAKERS[name](source)
+    dest = folder / "-".join(["converted", name, *map(str, options.values())])
+    pipeline.convert(str(source), dest, pipeline.Options(**options))
+    return dest
+
+
+def tensor(name, array):
+    """A tensor whose numbers are in memory."""
+    return Tensor(name, array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array)
+
+
+def folded(state):
+    """Tensors of the arrays of a state dict, weight norm folded."""
+    return core.fold_weight_norm({name: tensor(name, array) for name, array in state.items()})
+
+
+def planned(tensors, rules, abstract):
+    """The parameters, in the shape of ``abstract``, that a table of rules makes of tensors."""
+    expected = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
+    filled, _ = core.plan(tensors, rules, expected)
+    return traverse_util.unflatten_dict({path: jnp.asarray(part.all()) for path, part in filled.items()}, sep="/")

@@ -127,18 +127,18 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def file_bytes(path: Path, position: int, start: int, count: int) -> np.ndarray:
-    """Uint8 [count] from ``position + start`` of a file.
+    """Uint8 [count] from ``position + start`` of a file, mapped: it takes memory only while it lives.
 
     Raises:
         ValueError: the file is gone, or has become shorter since it was opened.
     """
     try:
-        numbers = np.fromfile(path, np.uint8, count, offset=position + start)
+        came = max(path.stat().st_size - position - start, 0)
+        if came >= count:
+            return np.asarray(np.memmap(path, np.uint8, "r", position + start, (count,)))
     except OSError as error:
         raise ValueError(f"{path}: expected a file that can be read, came {error}; leave it in place") from error
-    if len(numbers) < count:
-        raise ValueError(f"{path}: expected {count} bytes at {position + start}, came {len(numbers)}; download it again")
-    return numbers
+    raise ValueError(f"{path}: expected {count} bytes at {position + start}, came {came}; download it again")
 
 
 def _inflate(path: Path, member: str, start: int, count: int) -> np.ndarray:

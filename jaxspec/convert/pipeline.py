@@ -5,8 +5,9 @@ A family is one settings file in ``jaxspec.models`` or ``jaxspec.codec``, and on
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jaxspec.codec import snac as snac_codec
 from jaxspec.codec import xcodec2 as xcodec2_codec
 from jaxspec.convert import cosyvoice, llama, snac, xcodec2
 from jaxspec.convert.core import Rule, fold_weight_norm, plan
-from jaxspec.convert.source import Source, digest, open_source
+from jaxspec.convert.source import Source, open_source
 from jaxspec.models import cosyvoice as cosyvoice_model
 from jaxspec.models import family, llasa, neutts, orpheus, transformer
 from jaxspec.tensors import Tensor, cast, joined, padded, rows
@@ -104,10 +105,10 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
         tokenizer = _tokenizer(opened)
         name = options.family or recognise(opened.tensors, tokenizer)
         layout = _layout(name, opened, tokenizer, options)
-        with ThreadPoolExecutor(1) as background:
-            source_digest = background.submit(digest, opened)
-            digests = checkpoint.write_params(folder, layout.params)
-        description = layout.description | {"source": opened.origin, "digest": source_digest.result()}
+        digests = checkpoint.write_params(folder, layout.params)
+        whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        files = [path.name for path in opened.files]
+        description = layout.description | {"source": opened.origin, "files": files, "digest": f"sha256:{whole}"}
         if description["kind"] == "language model":
             description["tables"] = {path: digests[path] for path in digests if path.startswith(("table_", "head"))}
             layout.tokenizer.save(str(folder / family.TOKENIZER))

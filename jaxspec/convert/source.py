@@ -1,6 +1,5 @@
 """Finds a checkpoint's weight files, in a directory or on the hub, and opens them without reading the numbers."""
 
-import hashlib
 import json
 import math
 import os
@@ -78,17 +77,6 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
     return Source(folder, tensors, config, files, origin)
 
 
-def digest(source: Source) -> str:
-    """``sha256:...`` over the names and the contents of the weight files, in the order of their names; reads them whole."""
-    sha = hashlib.sha256()
-    for path in sorted(source.files, key=lambda path: path.name):
-        sha.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(2**23):
-                sha.update(chunk)
-    return f"sha256:{sha.hexdigest()}"
-
-
 def _attempt(problems: list[str], read: Callable[..., dict], *args: Any) -> dict | None:
     """What ``read`` gives, or None with its complaints in ``problems``."""
     try:
@@ -147,7 +135,7 @@ def _open_file(path: Path) -> dict[str, Tensor]:
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file whose header the safetensors library has found right.
 
-    Their bytes are read by position: the library maps the file, and every page that is read through it stays in memory.
+    Their bytes are mapped piece by piece: the library maps the whole file, of which every page that is read stays.
     """
     try:
         with safe_open(path, framework="numpy"), path.open("rb") as file:

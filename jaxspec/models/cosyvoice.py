@@ -46,7 +46,7 @@ def model(version: Version, shape: Config) -> family.Model:
         codes_first=0,
         num_codes=NUM_CODES,
         stop_ids=tuple(range(NUM_CODES, version.rows)),
-        text_first=shape.vocab + version.markers,
+        text_first=sum(shape.input_tables[:-1]),
         prompt=(start, version.system + "{reference}", "{text}", turn),
         sampling=_SAMPLING,
         codec="",

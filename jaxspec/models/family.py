@@ -36,7 +36,7 @@ class Model:
         0 is no such limit. min_codes_per_token: before that many, ``sampling.withheld`` does not come.
     codec: "xcodec2", "neucodec", "snac", or "" where codes are all that comes out.
     head: "all" (the checkpoint's whole vocabulary), or "speech" (codes and stop ids alone, their law renormalised).
-    source, digest: what was converted. tables: the digest of each table and head, by which models know what they share.
+    source, files: what was converted. digest: of all parameters; tables: of each table and head, to know what models share.
     """
 
     family: str
@@ -59,6 +59,7 @@ class Model:
     min_codes_per_token: int = 0
     head: str = "all"
     source: str = ""
+    files: tuple[str, ...] = ()
     digest: str = ""
     tables: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,8 +21,8 @@ THRESHOLD = 0.4  # PCG found 0.38 to 0.45 best, arXiv 2511.13732
 PIECE_TOKENS = 80  # the longest piece of a text
 _PROMPT_STEP, _CODES_STEP = 64, 256  # sizes are rounded up to these, so that few are compiled
 
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?;\n])\s+|(?<=[。！？；])\s*")
-_BORDERS = re.compile(r"(?<=[,，、:：])\s*|\s+")
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])\s*|\s*\n\s*")
+_BORDERS = re.compile(r"\s+|(?<=[，、：])|(?<=[,:])(?!\d)")  # not within 1,000 or 3:30
 
 
 def speaker(target: Pretrained, draft: Pretrained | None = None, codec: PretrainedCodec | None = None) -> Speaker:
@@ -61,7 +62,8 @@ def pieces(target: Pretrained, text: str) -> list[str]:
     sentences = [part for one in _SENTENCE_ENDS.split(text.strip()) if one.strip() for part in _halve(target, one.strip())]
     joined = sentences[:1]
     for sentence in sentences[1:]:
-        longer = f"{joined[-1]} {sentence}" if joined[-1].isascii() else joined[-1] + sentence
+        space = "" if unicodedata.east_asian_width(joined[-1][-1]) in "WF" else " "  # Chinese has none
+        longer = joined[-1] + space + sentence
         if _size(target, longer) <= PIECE_TOKENS:
             joined[-1] = longer
         else:

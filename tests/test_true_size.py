@@ -1,0 +1,142 @@
+"""LLaSA-1B and X-codec2 at their true sizes, from random weights: memory and time of a conversion, and codes spoken to the end.
+
+Run by hand, as it takes minutes, 12 GB of disk and 16 GB of memory: pytest -m slow -s tests/test_true_size.py
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import checkpoints
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import soundfile
+import torch
+import transformers
+
+pytestmark = pytest.mark.slow
+
+LLASA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 193_800,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": checkpoints.LLAMA3 | {"original_max_position_embeddings": 8192},
+}
+CONVERT = """
+import json, os, pathlib, re, sys, time
+from jaxspec.convert.pipeline import Options, convert
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+def copy(source, dest):  # to the disk, as a conversion is written
+    dest.mkdir()
+    for path in source.iterdir():
+        with path.open("rb") as old, (dest / path.name).open("wb") as new:
+            os.sendfile(new.fileno(), old.fileno(), 0, path.stat().st_size)
+            os.fsync(new.fileno())
+source, dest, other, layers = sys.argv[1:]
+copy_seconds = []
+for turn in range(2 if other else 0):  # the first fills the page cache
+    start = time.perf_counter()
+    copy(pathlib.Path(source), pathlib.Path(other) / str(turn))
+    copy_seconds.append(time.perf_counter() - start)
+before, start = peak(), time.perf_counter()
+made = convert(source, dest, Options(layers=tuple(map(int, layers.split(","))) if layers else None))
+seconds = time.perf_counter() - start
+print(json.dumps({"bytes": made.bytes, "seconds": seconds, "copy_seconds": copy_seconds, "peak": peak(), "before": before}))
+"""
+SAY = """
+import json, pathlib, re, sys
+from jaxspec import cli
+sys.argv = ["jaxspec", *sys.argv[1:]]
+cli.main()
+kib = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
+print(json.dumps({"peak": int(kib) * 1024}))
+"""
+
+
+def random_weights(path, shapes, dtype):
+    """A safetensors file of normal numbers, the norms near one; large tensors repeat a million of them from different places."""
+    generator = np.random.default_rng(0)
+    pool = generator.standard_normal(2**20, np.float32)
+
+    def numbers(name, shape):
+        size = math.prod(shape)
+        values = np.resize(np.roll(pool, generator.integers(len(pool))), size).reshape(shape)
+        scale = 0.02 if len(shape) > 1 else 0.1
+        return (values * scale + float("norm" in name)).astype(dtype)
+
+    safetensors.numpy.save_file({name: numbers(name, shape) for name, shape in shapes.items()}, path)
+
+
+def shapes_of(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def run(program, *arguments):
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def llasa(tmp_path_factory):
+    """A folder as HKUSTAudio/Llasa-1B has: 2.74 GB, 193,800 tokens with the ids of the real ones."""
+    folder = tmp_path_factory.mktemp("llasa-1b")
+    text = checkpoints.LLAMA_TOKENS
+    filler = [f"<|unused_{i}|>" for i in range(128_256 - 300 - len(text))]
+    codes = [f"<|s_{i}|>" for i in range(65_536)]
+    made = checkpoints.tokenizer(folder, *text, *filler, *checkpoints.LLASA_TOKENS, *codes)
+    assert made.token_to_id("<|s_0|>") == 128_264
+    config = transformers.LlamaConfig(**LLASA_1B, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = shapes_of(transformers.LlamaForCausalLM(config))
+    del shapes["lm_head.weight"]
+    random_weights(folder / "model.safetensors", shapes, ml_dtypes.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def xcodec2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xcodec2")
+    config = transformers.Xcodec2Config()
+    (folder / "config.json").write_text(config.to_json_string())
+    with torch.device("meta"):
+        shapes = shapes_of(transformers.Xcodec2Model(config))
+    decoder = {name: shape for name, shape in shapes.items() if name.startswith(("acoustic_decoder.", "quantizer.project_out."))}
+    random_weights(folder / "model.safetensors", decoder, np.float32)
+    return folder
+
+
+def test_llasa_1b_from_conversion_to_sound(llasa, xcodec2, tmp_path):
+    model, draft, codec = tmp_path / "model", tmp_path / "draft", tmp_path / "model" / "codec"
+    (tmp_path / "copy").mkdir()
+    (figures,) = run(CONVERT, llasa, model, tmp_path / "copy", "")
+    copied, above = figures["copy_seconds"][-1], (figures["peak"] - figures["before"]) / 1e9
+    ratio = figures["seconds"] / copied
+    print(f"\nLLaSA-1B, {figures['bytes'] / 1e9:.2f} GB: converted in {figures['seconds']:.1f} s, {ratio:.2f} times a copy of")
+    print(f"  {copied:.1f} s; peak {above:.2f} GB above the interpreter's {figures['before'] / 1e9:.2f} GB")
+    shutil.rmtree(tmp_path / "copy")
+    assert above < 2
+    for source, dest, layers in ((llasa, draft, "0,8,15"), (xcodec2, codec, "")):
+        (figures,) = run(CONVERT, source, dest, "", layers)
+        print(f"{dest.name}, {figures['bytes'] / 1e9:.2f} GB: converted in {figures['seconds']:.1f} s")
+    out = tmp_path / "hello.wav"
+    arguments = ["say", "The rain has stopped.", "--model", model, "--draft", draft, "--out", out, "--max-codes", "50", "--json"]
+    spoken, memory = run(SAY, *arguments, "--verify", "exact")
+    parts = {name: spoken[f"{name}_seconds"] for name in ("compile", "lm", "codec")}
+    print(f"50 codes: {parts} s, {spoken['tokens_per_round']:.2f} codes a round; peak {memory['peak'] / 1e9:.2f} GB")
+    wave, rate = soundfile.read(out)
+    assert rate == 16_000
+    assert len(wave) % 320 == 0
+    assert spoken["tokens"] == 50
