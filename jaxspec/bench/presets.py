@@ -1,0 +1,103 @@
+"""The shapes that are benchmarked: pairs of target and draft by name, random weights of them, and groups of a given size."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.groups import Groups, acoustic_similarity_groups
+from jaxspec.models import transformer
+from jaxspec.models.transformer import Config, RopeScaling
+from jaxspec.types import Array, Params
+
+GROUP_SIZE = 140  # the mean of PCG's groups of LLaSA at a cosine of 0.4, arXiv 2511.13732
+
+_LLAMA3 = {"rope_theta": 500_000.0, "norm_eps": 1e-5}
+_LLASA = {"input_tables": (65_537, 128_264), "vocab": 65_537}  # the head of ``convert --head speech``: codes and the stop id
+
+
+class Pair(NamedTuple):
+    """A target and its draft, and how many ids at the end of the head's vocabulary are stop ids."""
+
+    target: Config
+    draft: Config
+    stops: int
+
+
+def _cut(target: Config, layers: int) -> Config:
+    return dataclasses.replace(target, layers=layers)
+
+
+def _small() -> Config:
+    return Config((16_384, 512), 16_384, 768, 12, 12, 4, 64, 2048, rope_theta=500_000.0)
+
+
+def _llasa_1b() -> Config:
+    return Config(**_LLASA, width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp_width=8192, tied=True, **_LLAMA3)
+
+
+def _llasa_8b() -> Config:
+    scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
+    return Config(
+        **_LLASA, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp_width=14_336, rope_scaling=scaling, **_LLAMA3
+    )
+
+
+def _cosyvoice2() -> Config:
+    return Config(
+        (6564, 2, 151_936), 6564, 896, 24, 14, 2, 64, 4864, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, head_bias=True
+    )
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    "small": lambda: Pair(_small(), _cut(_small(), 2), 1),
+    "llasa-1b": lambda: Pair(_llasa_1b(), _cut(_llasa_1b(), 3), 1),
+    "llasa-8b": lambda: Pair(_llasa_8b(), _cut(_llasa_8b(), 3), 1),  # PCG's pair
+    "cosyvoice2": lambda: Pair(_cosyvoice2(), _cut(_cosyvoice2(), 8), 3),  # SSD's pair
+}
+
+
+def pair(name: str, dtype: str) -> Pair:
+    """The shapes of a preset.
+
+    Raises:
+        ValueError: a name that is no preset.
+    """
+    if name not in PAIRS:
+        raise ValueError(f"expected a preset among {', '.join(('builtin', *PAIRS))}, got {name!r}")
+    shapes = PAIRS[name]()
+    return shapes._replace(
+        target=dataclasses.replace(shapes.target, dtype=dtype), draft=dataclasses.replace(shapes.draft, dtype=dtype)
+    )
+
+
+def random_params(key: Array, config: Config) -> Params:
+    """Parameters of a shape in its own type, small normal numbers, made on the device; norms are ones."""
+    leaves, tree = jax.tree.flatten(transformer.abstract_params(config))
+    dtype = jnp.dtype(config.dtype)
+
+    def fill(key: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+        if leaf.ndim < 2:
+            return jnp.ones(leaf.shape, dtype)
+        return jax.jit(lambda key: (0.02 * jax.random.normal(key, leaf.shape, dtype)).astype(dtype))(key)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
+    """Overlapping groups of about ``size`` codes each, as many as there are codes; the ids beyond are alone."""
+    angle = 2 * np.pi * np.arange(codes) / codes
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    rows = np.concatenate([circle, np.zeros((vocab - codes, 2))])
+    reach = np.cos(np.pi * min(size, codes) / codes)
+    return acoustic_similarity_groups(rows, float(reach), num_codes=codes)
+
+
+def parameter_bytes(config: Config) -> int:
+    """The bytes of a shape's parameters in its own type."""
+    size = jnp.dtype(config.dtype).itemsize
+    return sum(leaf.size * size for leaf in jax.tree.leaves(transformer.abstract_params(config)))
