@@ -115,16 +115,12 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
     except Exception as error:  # Orbax raises errors of many kinds, also of the tensors that were left out for theirs
-        errors = errors or [_unwritten(folder, error)]
+        errors = errors or [_unwritten(error)]
     if failed := next((error for error in errors if isinstance(error, OSError)), None):
         raise failed
     if errors:
         raise ValueError("\n".join(map(str, errors)))
     return {path: digests[path.replace("/", ".")] for path in tensors}
-
-
-def _unwritten(folder: Path, error: Exception) -> OSError:
-    return OSError(f"expected to write parameters to {folder.parent}, but {str(error).splitlines()[0]}: mind the room on the disk")
 
 
 def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
@@ -144,12 +140,15 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
         sha = hashlib.sha256()
         for start in starts:
             async with turn:
-                stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
-                numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, sha)
-                if numbers is None:
-                    problems.append(f"{leaf.tensor.name}: expected finite numbers, came NaN or infinity; download it again")
+                if any(isinstance(error, OSError) for error in errors):
                     return
-                await asyncio.to_thread(_write, store[start:stop] if leaf.shape else store, numbers)
+                stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
+                try:
+                    numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, sha)
+                    await asyncio.to_thread(_write, store[start:stop] if leaf.shape else store, numbers)
+                except (ValueError, OSError) as error:
+                    errors.append(error)
+                    return
                 del numbers  # before the next are read
         digests[info.name] = f"sha256:{sha.hexdigest()}"
 
@@ -183,19 +182,30 @@ def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
 
 
 def _write(store: Any, numbers: np.ndarray) -> None:
-    store.write(numbers, can_reference_source_data_indefinitely=True).result()
+    try:
+        store.write(numbers, can_reference_source_data_indefinitely=True).result()
+    except Exception as error:  # tensorstore raises errors of many kinds
+        raise _unwritten(error) from error
 
 
-def _read(tensor: Tensor, start: int, stop: int, sha: Any) -> np.ndarray | None:
-    """Some rows, told to ``sha``; None where a number is NaN or infinite; in pieces that fit a processor's cache."""
-    numbers = np.ascontiguousarray(tensor.read(start, stop))
-    flat = numbers.reshape(-1)
+def _unwritten(error: Exception) -> OSError:
+    return OSError(f"expected to write the parameters, but {str(error).splitlines()[0]}: make room, or choose another disk")
+
+
+def _read(tensor: Tensor, start: int, stop: int, sha: Any) -> np.ndarray:
+    """Some rows, told to ``sha``, in pieces that fit a processor's cache.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    numbers = tensor.read(start, stop)
+    flat = np.ascontiguousarray(numbers).reshape(-1)
     for first in range(0, len(flat), 2**18):
         piece = flat[first : first + 2**18]
         if not _finite(piece):
-            return None
+            raise ValueError(f"{tensor.name}: expected finite numbers, came NaN or infinity; download it again")
         sha.update(piece.view(np.uint8))
-    return numbers
+    return flat.reshape(numbers.shape)
 
 
 def _finite(numbers: np.ndarray) -> bool:

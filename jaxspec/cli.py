@@ -1,5 +1,6 @@
 """The command line: arguments -> settings -> one call. No logic lives here."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -191,6 +192,62 @@ class Evaluate:
         report.save(self.out_dir, result)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Times the speculative loop and its parts against our own autoregressive loop, beside what the device allows."""
+
+    preset: str = "builtin"
+    """builtin (the voice, real acceptance), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a converted folder."""
+    draft: Path | None = None
+    """The draft of a converted folder, another one."""
+    verify: tuple[Literal["exact", "tolerance", "coarse-grained"], ...] = ("exact", "coarse-grained")
+    """The verifiers to time."""
+    draft_lengths: tuple[int, ...] = (3,)
+    """Codes that are drafted in a round."""
+    batches: tuple[int, ...] = (1,)
+    """Rows at once."""
+    prompts: tuple[int, ...] = (64,)
+    """Lengths of the prompt, for random weights."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Types of weights and caches."""
+    synthetic_acceptance: float | None = None
+    """Of each position, for random weights: drawn inside the loop in place of the verdict, whose work is done all the same."""
+    new_tokens: int = 64
+    """Codes that each row emits, at most."""
+    turns: int = 5
+    """How often each case is timed; the cases take turns."""
+    peer: Literal["transformers"] | None = None
+    """Times transformers on the same weights in the same run (preset small)."""
+    out_dir: Path | None = None
+    """A folder for bench.json, bench.md and bench.png."""
+    trace: Path | None = None
+    """A folder for a profile of the whole run, for xprof or Perfetto."""
+
+    def run(self) -> None:
+        """Times."""
+        from jaxspec.bench import report, suite
+
+        plan = suite.Plan(
+            self.preset,
+            self.draft,
+            self.verify,
+            self.draft_lengths,
+            self.batches,
+            self.prompts,
+            self.dtypes,
+            self.synthetic_acceptance,
+            self.new_tokens,
+            self.turns,
+            self.peer is not None,
+        )
+        with jax.profiler.trace(str(self.trace)) if self.trace else contextlib.nullcontext():
+            result = suite.bench(plan)
+        report.show(result)
+        if self.out_dir:
+            report.save(self.out_dir, result)
+        print(json.dumps(result))
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second run starts quickly."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxspec"
@@ -201,7 +258,7 @@ def use_compilation_cache() -> None:
 
 def main() -> None:
     """The entry point of the command ``jaxspec``; exits with 2 when the input is at fault."""
-    commands = {"say": Say, "convert": Convert, "info": Info, "groups": Groups, "evaluate": Evaluate}
+    commands = {"say": Say, "convert": Convert, "info": Info, "groups": Groups, "evaluate": Evaluate, "bench": Bench}
     parsed = tyro.extras.subcommand_cli_from_dict(
         commands, prog="jaxspec", description="Speculative decoding for speech-token models."
     )

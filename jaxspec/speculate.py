@@ -1,6 +1,6 @@
 """The loop: a draft proposes K tokens, the target scores K + 1, a verifier judges, and what stands is committed.
 
-One round is ``step``: propose -> score -> verify -> commit. ``generate`` runs rounds in one ``lax.while_loop`` until every
+One round is ``step``: propose -> score -> judge (verify, commit). ``generate`` runs rounds in one ``lax.while_loop`` until every
 row has ended; nothing is read back to the host inside it, and the caches live and die inside the compiled program, in place.
 ``autoregressive`` is the plain loop without a draft: the oracle that speculation is held to.
 
@@ -187,10 +187,7 @@ def step(target: LanguageModel, target_params: Params, draft: Draft, draft_param
     proposal, state = propose(draft, draft_params, state)
     target_probs, features, state = score(target, target_params, proposal, state)
     _check_proposal(proposal, draft.length, target_probs)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
-    proposal, target_probs, sound = _sound(proposal, target_probs)
-    verdict = jax.vmap(verify)(keys, proposal.tokens, proposal.probs, target_probs)
-    return commit(state, proposal, verdict, sound, features)
+    return judge(verify, state, proposal, target_probs, features)
 
 
 def propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State]:
@@ -212,6 +209,14 @@ def score(target: LanguageModel, params: Params, proposal: Proposal, state: Stat
     lengths = state.length[:, None] + jnp.arange(block.shape[1])
     probs = laws.probabilities(logits, state.sampling, History(tokens, state.start, lengths))
     return probs, features, state._replace(cache=cache)
+
+
+def judge(verify: Verify, state: State, proposal: Proposal, target_probs: Array, features: Array | None) -> State:
+    """Lets the verifier decide on every row, and commits what stands."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+    proposal, target_probs, sound = _sound(proposal, target_probs)
+    verdict = jax.vmap(verify)(keys, proposal.tokens, proposal.probs, target_probs)
+    return commit(state, proposal, verdict, sound, features)
 
 
 def commit(state: State, proposal: Proposal, verdict: Verdict, sound: Array, features: Array | None) -> State:

@@ -138,6 +138,25 @@ def orpheus(folder):
     return model
 
 
+def orpheus_in_frames(folder):
+    """An Orpheus that says frame after frame: its layers add nothing, and each slot's codes point to those of the next."""
+    made = tokenizer(folder, *LLAMA_TOKENS, *(f"<custom_token_{i}>" for i in range(10 + 7 * 16)))
+    model = llama(made.get_vocab_size(), tie_word_embeddings=False)
+    first, start = made.token_to_id("<custom_token_10>"), made.token_to_id("<custom_token_1>")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embed, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embed[:, :7] = head[:, :7] = 0
+        embed[start, 6] = 5
+        for slot in range(7):
+            embed[first + slot * 16 : first + (slot + 1) * 16, slot] = 5
+            head[first + slot * 16 : first + (slot + 1) * 16, slot - 1 if slot else 6] = 5
+    model.save_pretrained(folder)
+    return model
+
+
 def cosyvoice(folder, version):
     """``llm.pt`` and its backbone's folder; returns the state dict."""
     backbone = folder / "CosyVoice-BlankEN"
@@ -181,6 +200,7 @@ def merged_cosyvoice(folder, version, state, text, bias=True):
     if version is V2 and bias:
         merged_state["lm_head.bias"] = torch.full((vocab,), -torch.inf)
         merged_state["lm_head.bias"][first : first + version.rows] = state["llm_decoder.bias"]
+    model.config.architectures = ["Qwen2ForCausalLM"]
     model.config.save_pretrained(folder)
     safetensors.torch.save_file(merged_state, folder / "model.safetensors")
     return first
@@ -236,6 +256,7 @@ MAKERS = {
     "llasa": llasa,
     "neutts-air": neutts,
     "orpheus": orpheus,
+    "orpheus-in-frames": orpheus_in_frames,
     "cosyvoice2": functools.partial(cosyvoice, version=V2),
     "cosyvoice3": functools.partial(cosyvoice, version=V3),
     "xcodec2": xcodec2,

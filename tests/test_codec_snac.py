@@ -1,33 +1,17 @@
 """SNAC's decoder against the package snac, from random weights by way of the conversion rules, and on its own."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import snac
 import torch
-from flax import traverse_util
+from checkpoints import SNAC, folded, planned, snac_model
 
 from jaxspec.codec.snac import Config, abstract_params, codec
 from jaxspec.convert.snac import RULES, config
 
-SMALL = {
-    "sampling_rate": 24_000,
-    "encoder_dim": 4,
-    "encoder_rates": [2, 2],
-    "latent_dim": 12,
-    "decoder_dim": 32,
-    "decoder_rates": [4, 3, 2],
-    "attn_window_size": None,
-    "codebook_size": 16,
-    "codebook_dim": 5,
-    "vq_strides": [4, 2, 1],
-    "noise": True,
-    "depthwise": True,
-}
-LARGE = SMALL | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "latent_dim": None, "decoder_dim": 1024}
+LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "latent_dim": None, "decoder_dim": 1024}
 LARGE |= {"decoder_rates": [8, 8, 4, 2], "codebook_size": 4096, "codebook_dim": 8}
 FRAMES, HOP = 5, 4 * 4 * 3 * 2
 LEVELS = [[0], [1, 4], [2, 3, 5, 6]]  # where in Orpheus' frame of seven each codebook's codes are
@@ -36,18 +20,7 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(scope="module")
 def reference():
-    """A random SNAC in which every parameter matters and the wave is not clipped."""
-    torch.manual_seed(0)
-    model = snac.SNAC(**SMALL).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("alpha"):
-                value.uniform_(0.3, 3)
-            elif name.endswith("bias"):
-                value.normal_(0, 0.3)
-            elif name.endswith("original0"):
-                value.mul_(torch.empty_like(value).uniform_(0.5, 1.5))
-    return model
+    return snac_model()
 
 
 def older(name):
@@ -55,36 +28,17 @@ def older(name):
     return name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v")
 
 
-def folded(state):
-    """The tensors of a state dict, weight norm in either naming folded: g v / |v|, the norm over all axes but the first."""
-    tensors = {older(name): value.numpy() for name, value in state.items()}
-    for name in [name for name in tensors if name.endswith("weight_v")]:
-        v, g = tensors.pop(name), tensors.pop(name[:-1] + "g")
-        tensors[name[:-2]] = g * v / np.sqrt((v**2).sum(axis=(1, 2), keepdims=True))
-    return tensors
-
-
-def converted(tensors, rules, abstract):
-    """The tree that the rules make, each tensor by exactly one of them, and its shapes those of ``abstract``."""
-    flat = {}
-    for name, value in tensors.items():
-        (match, rule), *more = [(match, rule) for rule in rules if (match := re.fullmatch(rule.source, name))]
-        assert not more, name
-        if rule.target is not None:
-            target = rule.target.format(*match.groups())
-            assert target not in flat, target
-            flat[target] = rule.change(value)
-    tree = traverse_util.unflatten_dict(flat, sep="/")
-    assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, abstract)
-    return tree
+def tensors_of(state):
+    """The tensors of a state dict, weight norm folded."""
+    return folded({name: value.numpy() for name, value in state.items()})
 
 
 @pytest.fixture(scope="module")
 def ours(reference):
     """Our codec and the reference's parameters in it."""
-    tensors = folded(reference.state_dict())
-    settings, rules = config({name: value.shape for name, value in tensors.items()}, SMALL)
-    return codec(settings), converted(tensors, rules, abstract_params(settings))
+    tensors = tensors_of(reference.state_dict())
+    settings, rules = config({name: tensor.shape for name, tensor in tensors.items()}, SNAC)
+    return codec(settings), planned(tensors, rules, abstract_params(settings))
 
 
 def frames(seed=0, rows=3, count=FRAMES):
@@ -117,7 +71,7 @@ def test_wave_with_noise_is_the_packages_with_the_same(reference, ours, monkeypa
 def test_the_older_names_of_weight_norm_give_the_same(reference, ours):
     old = {older(name): value for name, value in reference.state_dict().items()}
     assert old.keys() != reference.state_dict().keys()
-    jax.tree.map(np.testing.assert_array_equal, converted(folded(old), RULES, ours[1]), ours[1])
+    jax.tree.map(np.testing.assert_array_equal, planned(tensors_of(old), RULES, ours[1]), ours[1])
 
 
 @pytest.mark.parametrize("key", [None, KEY])
@@ -163,8 +117,8 @@ def shapes_of(settings):
 def test_sizes_come_from_the_shapes():
     shapes = shapes_of(LARGE)
     assert config(shapes, None) == (Config(), RULES)
-    converted({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}, RULES, abstract_params(Config()))
-    strides = SMALL | {"sampling_rate": 8000, "vq_strides": [8, 2]}
+    planned(folded({name: np.zeros(shape, np.int8) for name, shape in shapes.items()}), RULES, abstract_params(Config()))
+    strides = SNAC | {"sampling_rate": 8000, "vq_strides": [8, 2]}
     assert config(shapes_of(strides), strides)[0] == Config(12, 32, (4, 3, 2), 16, 5, (8, 2), 8000)
 
 
@@ -179,11 +133,11 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "why"), REFUSED)
 def test_what_is_not_supported_is_refused(change, why):
     with pytest.raises(ValueError, match=why):
-        config(shapes_of(SMALL | change), SMALL | change)
+        config(shapes_of(SNAC | change), SNAC | change)
 
 
 def test_a_checkpoint_of_something_else_is_refused():
     with pytest.raises(ValueError, match="SNAC"):
         config({"model.norm.weight": (8,)}, None)
     with pytest.raises(ValueError, match="3 vq_strides"):
-        config(shapes_of(SMALL), SMALL | {"vq_strides": [2, 1]})
+        config(shapes_of(SNAC), SNAC | {"vq_strides": [2, 1]})

@@ -1,6 +1,5 @@
 """The decoders of X-codec2 and NeuCodec against transformers, from random weights in both layouts."""
 
-import functools
 import json
 import re
 
@@ -10,27 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
+from checkpoints import XCODEC2, XCODEC2_KINDS, folded, planned, xcodec2_model
 
 from jaxspec.codec.xcodec2 import Config, Decoder, abstract_params, codec
 from jaxspec.convert import xcodec2
 
-KINDS = {
-    "X-codec2": (transformers.Xcodec2Config, transformers.Xcodec2Model),
-    "NeuCodec": (transformers.NeuCodecConfig, transformers.NeuCodecModel),
-}
 SMALL = Config(width=64, layers=2, heads=4, head_dim=16, mlp_width=256, quantizer_width=128)
-SMALL_SETTINGS = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "quantization_dim": 128,
-    "encoder_hidden_size": 4,
-}
-SEMANTIC = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 
 # What transformers calls it -> what the original checkpoints call it. Of what is dropped, the first part of the name is enough.
 ORIGINAL = (
@@ -56,26 +40,9 @@ WEIGHT_NORMS = {
 }
 
 
-@functools.cache
-def reference(kind):
-    """A random model of transformers, every parameter of its decoder far from what it starts as, and loud enough to compare."""
-    settings, model = KINDS[kind]
-    semantic = transformers.Wav2Vec2BertConfig(**SEMANTIC, conv_depthwise_kernel_size=3)
-    model = model(settings(**SMALL_SETTINGS, semantic_model_config=semantic)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.ndim > 1:
-                value.normal_(0, value[0].numel() ** -0.5, generator=generator)
-            else:
-                value.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
-        model.acoustic_decoder.head.linear.bias[: model.config.n_fft // 2 + 1] += 2  # logarithms of magnitudes
-    return model
-
-
 def tensors(kind):
     """The checkpoint that transformers writes."""
-    return {name: value.numpy() for name, value in reference(kind).state_dict().items()}
+    return {name: value.numpy() for name, value in xcodec2_model(kind).state_dict().items()}
 
 
 def original(state, weight_norm):
@@ -103,37 +70,22 @@ def original(state, weight_norm):
 
 def converted(state):
     """(codec, parameters) of a checkpoint of the small size."""
-    config, rules = xcodec2.config({name: value.shape for name, value in state.items()}, SMALL_SETTINGS)
-    return codec(config), apply_rules(state, rules, abstract_params(config))
+    tensors = folded(state)
+    config, rules = xcodec2.config({name: tensor.shape for name, tensor in tensors.items()}, XCODEC2)
+    return codec(config), planned(tensors, rules, abstract_params(config))
 
 
 def random_codes(*shape):
     return np.random.default_rng(1).integers(65_536, size=(*shape, 1), dtype=np.int32)
 
 
-def apply_rules(state, rules, abstract):
-    """The engine in small: each tensor matches one rule, each parameter is filled with its shape."""
-    flat = {}
-    for name, value in state.items():
-        (match, rule), *more = [(m, rule) for rule in rules if (m := re.fullmatch(rule.source, name))]
-        assert not more, name
-        targets = () if rule.target is None else (rule.target,) if isinstance(rule.target, str) else rule.target
-        for target, part in zip(targets, np.split(value, len(targets)) if targets else (), strict=True):
-            flat[target.format(*match.groups())] = rule.change(part)
-    paths, tree = jax.tree.flatten_with_path(abstract)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    assert sorted(flat) == sorted(names)
-    assert all(flat[name].shape == leaf.shape for name, (_, leaf) in zip(names, paths, strict=True))
-    return jax.tree.unflatten(tree, [jnp.asarray(flat[name]) for name in names])
-
-
 @pytest.mark.parametrize("count", [1, 23])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", XCODEC2_KINDS)
 def test_agrees_with_transformers(kind, count):
     ours, params = converted(tensors(kind))
     codes = random_codes(2, count)
     with torch.no_grad():
-        theirs = reference(kind).decode(torch.from_numpy(codes).mT.long()).audio_values[:, 0].numpy()
+        theirs = xcodec2_model(kind).decode(torch.from_numpy(codes).mT.long()).audio_values[:, 0].numpy()
     wave = ours.decode(params, codes)
     assert 0.2 < theirs.std() < 0.6
     assert wave.shape == (2, count * {"X-codec2": 320, "NeuCodec": 480}[kind])
@@ -170,9 +122,9 @@ def test_every_parameter_names_its_axes():
         assert len(set(spec) - {None}) == rank
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", XCODEC2_KINDS)
 def test_the_published_checkpoints_need_no_settings(kind):
-    settings, model = KINDS[kind]
+    settings, model = XCODEC2_KINDS[kind]
     with torch.device("meta"):
         model = model(settings())
     config, _ = xcodec2.config({name: tuple(value.shape) for name, value in model.state_dict().items()}, None)
@@ -198,10 +150,10 @@ def test_other_models_are_refused(change, settings, message):
     shapes = {name: value.shape for name, value in tensors("X-codec2").items()} | change
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     with pytest.raises(ValueError, match=message):
-        xcodec2.config(shapes, SMALL_SETTINGS | settings)
+        xcodec2.config(shapes, XCODEC2 | settings)
 
 
 def test_settings_are_those_that_transformers_writes():
-    settings = json.loads(reference("NeuCodec").config.to_json_string())
+    settings = json.loads(xcodec2_model("NeuCodec").config.to_json_string())
     shapes = {name: value.shape for name, value in tensors("NeuCodec").items()}
-    assert xcodec2.config(shapes, settings) == xcodec2.config(shapes, SMALL_SETTINGS)
+    assert xcodec2.config(shapes, settings) == xcodec2.config(shapes, XCODEC2)

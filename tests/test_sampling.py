@@ -3,6 +3,8 @@
 The statistical tests have fixed seeds; with fresh ones each would raise a false alarm once in 10,000 runs.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,13 +201,56 @@ def test_repetition_aware_sampling_at_its_limits():
     assert jnp.isnan(probabilities(jnp.array([1.0, jnp.nan, 2.0]), Sampling(repetition_window=10), history)).all()
 
 
+@pytest.mark.parametrize("emitted", [0, 3, 4, 5])
+def test_withholding_equals_transformers(emitted):
+    processor = transformers.MinNewTokensLengthLogitsProcessor(12 - emitted, 4, 7, device="cpu")
+    expected = torch.softmax(processor(torch.tensor(TOKENS), torch.tensor(LOGITS)), -1)
+    history = whole_history(TOKENS)._replace(start=jnp.full(16, 12 - emitted))
+    law = probabilities(jnp.asarray(LOGITS), Sampling(withheld=7, min_new_tokens=4), history)
+    assert ((law[:, 7] == 0) == (emitted < 4)).all()
+    np.testing.assert_allclose(law, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0),
+        Sampling(top_k=3, top_p=0.9, min_p=0.1),
+        Sampling(repetition_penalty=1.5),
+        Sampling(top_k=3, top_p=0.8, repetition_window=10),
+        Sampling(top_p=0.8, repetition_window=10, repetition_redraw_all=True),
+    ],
+)
+def test_what_is_withheld_is_as_if_it_had_no_logit(sampling):
+    """At each position of a block and in each row, whatever comes after it; the id withheld is the best, and was said before."""
+    tokens, length = np.tile([3, 5, 0, 5, 1, 2, 5, 4], (4, 1)), 3 + np.arange(5) + np.zeros((4, 1), int)
+    history = History(jnp.asarray(tokens), jnp.full(4, 2), jnp.asarray(length))
+    logits = np.random.default_rng(8).normal(0, 2, (4, 5, 6)).astype(np.float32)
+    logits[:, :, 5] = 4
+    least = [0, 2, 4, 9]
+    withheld = length - 2 < np.array(least)[:, None]
+    without = np.where((np.arange(6) == 5) & withheld[:, :, None], -np.inf, logits)
+    each = [dataclasses.replace(sampling, withheld=5, min_new_tokens=count) for count in least]
+    law = probabilities(jnp.asarray(logits), rows(each, 4), history)
+    np.testing.assert_allclose(law, probabilities(jnp.asarray(without), rows(sampling, 4), history), atol=1e-7)
+    assert withheld.sum(1).tolist() == [0, 1, 3, 5]
+    assert ((law[:, :, 5] == 0) >= withheld).all()
+
+
 def test_no_history_is_never_ignored_in_silence():
-    for sampling in (Sampling(repetition_window=1), Sampling(repetition_penalty=1.1)):
+    for sampling in (
+        Sampling(repetition_window=1),
+        Sampling(repetition_penalty=1.1),
+        Sampling(withheld=0, min_new_tokens=1),
+    ):
         with pytest.raises(ValueError, match="need a history"):
             sampling_module.probabilities(jnp.zeros(3), sampling)
         law = probabilities(jnp.zeros((2, 3)), rows([sampling, Sampling()], 2))
         assert jnp.isnan(law[0]).all()
         assert law[1].sum() == 1
+    for sampling in (Sampling(withheld=0), Sampling(min_new_tokens=1)):
+        np.testing.assert_array_equal(sampling_module.probabilities(jnp.zeros(2), sampling), [0.5, 0.5])
 
 
 def test_new_settings_compile_nothing():
@@ -216,7 +261,7 @@ def test_new_settings_compile_nothing():
         traces.append(0)
         return sampling_module.probabilities(logits, settings, history)
 
-    for sampling in (*WARPERS, Sampling(temperature=0), Sampling(repetition_window=3)):
+    for sampling in (*WARPERS, Sampling(temperature=0), Sampling(repetition_window=3), Sampling(withheld=1, min_new_tokens=9)):
         law(LOGITS, rows(sampling, 16), whole_history(TOKENS))
     assert len(traces) == 1
 
@@ -233,6 +278,9 @@ def test_new_settings_compile_nothing():
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
         {"repetition_window": MAX_WINDOW + 1},
+        {"withheld": -2},
+        {"withheld": 0.5},
+        {"min_new_tokens": -1},
     ],
 )
 def test_settings_out_of_range(setting):

@@ -113,6 +113,7 @@ LAWS = {
     "warped": Sampling(temperature=0.8, top_k=4, top_p=0.95, min_p=0.02, repetition_penalty=1.3),
     "repetition-aware": Sampling(top_p=0.8, top_k=4, repetition_window=2),
     "repetition-aware, older": Sampling(top_p=0.8, top_k=4, repetition_window=2, repetition_redraw_all=True),
+    "withholding": Sampling(top_k=3, withheld=1, min_new_tokens=3),
 }
 
 

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import folded, planned
 
 from jaxspec import draft, verify
-from jaxspec.models.transformer import Config, RopeScaling, Transformer, init_params, language_model, logical_axes
+from jaxspec.convert import llama
+from jaxspec.models.transformer import (
+    Config,
+    RopeScaling,
+    Transformer,
+    abstract_params,
+    init_params,
+    language_model,
+    logical_axes,
+)
 from jaxspec.sampling import Sampling
 from jaxspec.speculate import autoregressive, generate
 
@@ -77,30 +87,11 @@ def reference(kind, config):
 
 def converted(model, config):
     """The weights of a model of transformers as our parameters."""
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    params = {"table_0": state["model.embed_tokens.weight"], "norm": {"scale": state["model.norm.weight"]}}
-    if not config.tied:
-        params["head"] = state["lm_head.weight"]
-    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
-    for i in range(config.layers):
-        base = f"model.layers.{i}."
-
-        def linear(name, base=base):
-            bias = state.get(f"{base}{name}.bias")
-            kernel = {"kernel": state[f"{base}{name}.weight"].T}
-            return kernel if bias is None else {**kernel, "bias": bias}
-
-        attention = {ours: linear(f"self_attn.{theirs}") for ours, theirs in parts.items()}
-        if config.qk_norm:
-            for ours, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
-                attention[ours] = {"scale": state[f"{base}self_attn.{theirs}.weight"]}
-        params[f"layer_{i}"] = {
-            "attention": attention,
-            "mlp": {name: linear(f"mlp.{name}_proj") for name in ("gate", "up", "down")},
-            "attention_norm": {"scale": state[f"{base}input_layernorm.weight"]},
-            "mlp_norm": {"scale": state[f"{base}post_attention_layernorm.weight"]},
-        }
-    return jax.tree.map(jnp.asarray, params)
+    names = {llama.EMBED: "table_0", llama.HEAD: "head"}
+    state = {names.get(name, name): value.numpy() for name, value in model.state_dict().items()}
+    if config.tied:
+        del state["head"]
+    return planned(folded(state), llama.RULES, abstract_params(config))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,7 +99,6 @@ def test_agrees_with_transformers(case):
     kind, config = CASES[case]
     model = reference(kind, config)
     params = converted(model, config)
-    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(lambda: init_params(jax.random.key(0), config)))
     lm = language_model(config)
     prompt = np.random.default_rng(1).integers(VOCAB, size=(1, 21))
     with torch.no_grad():

@@ -100,7 +100,12 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
         match, rule = matches[0]
         if rule.target is None:
             dropped.append(tensor.name)
-        for path, part in _parts(tensor, match, rule):
+        try:
+            parts = list(_parts(tensor, match, rule))
+        except (ValueError, IndexError):  # of a change to axes that are not there
+            problems.append(f"{name}: expected other axes, came shape {tensor.shape}")
+            continue
+        for path, part in parts:
             if path in filled:
                 problems.append(f"{name}: expected {path} to be free, but {filled[path].name} fills it")
             else:
@@ -120,8 +125,9 @@ def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, T
     """Each parameter that a tensor fills."""
     targets = (rule.target,) if isinstance(rule.target, str) else rule.target or ()
     for index, target in enumerate(targets):
-        share = tensor.shape[0] // len(targets) if tensor.shape else 1
-        part = tensor if len(targets) == 1 else rows(tensor, index * share, (index + 1) * share)
+        count = tensor.shape[0] if tensor.shape else 1
+        first, last = (count * i // len(targets) for i in (index, index + 1))
+        part = tensor if len(targets) == 1 else rows(tensor, first, last)
         yield target.format(*match.groups()), part if rule.change is same else _changed(part, rule.change)
 
 

@@ -1,0 +1,363 @@
+"""The engine of conversions in small, and the folder that they write: whole or not at all, bit for bit, onto any mesh."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from checkpoints import tensor
+from flax import traverse_util
+
+from jaxspec import checkpoint, pretrained, tensors
+from jaxspec.convert.core import Rule, conv, fold_weight_norm, plan, transpose
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+RULES = (
+    Rule(r"layers\.(\d+)\.(up|down)\.weight", "layer_{0}/{1}/kernel", transpose),
+    Rule(r"qkv", ("query", "key", "value"), transpose),
+    Rule(r"embed|embed_again", "table"),
+    Rule(r"conv", "conv", conv),
+    Rule(r"(old|older)\..*", None),
+    Rule(r"older\.bias", "bias"),
+)
+
+
+def numbers(*shape, dtype=np.float32):
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype)
+
+
+def named(**arrays):
+    return {name.replace("__", "."): tensor(name.replace("__", "."), array) for name, array in arrays.items()}
+
+
+def test_a_table_of_rules_fills_every_parameter():
+    state = named(
+        layers__0__up__weight=numbers(3, 5), layers__12__down__weight=numbers(5, 3), qkv=numbers(6, 4), old__x=numbers(1)
+    )
+    state |= named(conv=numbers(2, 3, 4), embed=numbers(7, 2))
+    shapes = {"layer_0/up/kernel": (5, 3), "layer_12/down/kernel": (3, 5), "query": (4, 2), "key": (4, 2), "value": (4, 2)}
+    params, dropped = plan(state, RULES, shapes | {"conv": (4, 3, 2), "table": (7, 2)})
+    assert list(params) == [*shapes, "conv", "table"]
+    assert dropped == ["old.x"]
+    wanted = [numbers(3, 5).T, numbers(5, 3).T, *(part.T for part in np.split(numbers(6, 4), 3))]
+    for part, array in zip(params.values(), [*wanted, np.einsum("oik->kio", numbers(2, 3, 4)), numbers(7, 2)], strict=True):
+        np.testing.assert_array_equal(part.all(), array)
+        np.testing.assert_array_equal(part.read(1, 3), array[1:3])
+        assert (part.shape, part.dtype) == (array.shape, array.dtype)
+
+
+def test_all_that_is_wrong_with_a_checkpoint_is_told_at_once():
+    state = named(
+        layers__0__up__weight=numbers(3, 5), layers__1__up__weight=numbers(3), embed=numbers(7, 2), embed_again=numbers(7, 2)
+    )
+    state |= named(stranger=numbers(1), older__bias=numbers(1), qkv=numbers(7, 4), conv=numbers(2, 3))
+    shapes = {"layer_0/up/kernel": (3, 5), "table": (7, 2), "query": (4, 2), "key": (4, 2), "value": (4, 2), "conv": (4, 3, 2)}
+    with pytest.raises(ValueError, match="expected") as error:
+        plan(state, RULES, shapes | {"norm": (4,)})
+    lines = str(error.value).split("\n")
+    told = [
+        ("stranger: ", "came 0"),
+        ("older.bias: ", "came 2"),
+        ("embed_again: ", "table to be free, but embed fills it"),
+        ("norm: ", "came none"),
+        ("layers.0.up.weight: ", "shape (3, 5) as layer_0/up/kernel, by the config, came (5, 3)"),
+        ("layers.1.up.weight: ", "without layer_1/up/kernel"),
+        ("qkv: ", "shape (4, 2) as value, by the config, came (4, 3)"),
+        ("conv: ", "other axes, came shape (2, 3)"),
+        ("conv: ", "came none"),
+    ]
+    assert len(lines) == len(told), error.value
+    for start, part in told:
+        assert sum(line.startswith(start) and part in line for line in lines) == 1, (start, error.value)
+
+
+@pytest.mark.parametrize("naming", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.ConvTranspose1d])
+def test_weight_norm_is_folded_in_both_namings(naming, kind):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), naming(kind(6, 4, 3)))
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if name.endswith(("weight_g", "original0")):
+                value.mul_(torch.empty_like(value).uniform_(0.5, 2))
+    state = {name: value.numpy() for name, value in module.state_dict().items()}
+    folded = checkpoints.folded(state)
+    assert sorted(folded) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    module[1](torch.zeros(1, 6, 3))  # the older kind makes the weight only now
+    theirs = module[1].weight.detach().numpy()
+    assert folded["1.weight"].shape == theirs.shape
+    np.testing.assert_allclose(folded["1.weight"].all(), theirs, rtol=1e-6)
+    np.testing.assert_allclose(folded["1.weight"].read(1, 3), theirs[1:3], rtol=1e-6)
+    half = next(name for name in state if name.endswith(("weight_v", "original1")))
+    with pytest.raises(ValueError, match=r"magnitude and direction of 1\.weight"):
+        fold_weight_norm({name: tensor(name, array) for name, array in state.items() if name != half})
+
+
+def test_views_read_the_rows_that_are_asked_for():
+    a, b = numbers(5, 2), numbers(3, 2)
+    one, other = tensor("a", a), tensor("b", b)
+    views = {
+        "rows": (tensors.rows(one, 1, 4), a[1:4]),
+        "padded": (tensors.padded(one, 8), np.pad(a, ((0, 3), (0, 0)))),
+        "joined": (tensors.joined([one, other, tensors.rows(one, 0, 1)]), np.concatenate([a, b, a[:1]])),
+        "cast": (tensors.cast(one, BFLOAT16), a.astype(BFLOAT16)),
+        "all": (tensors.joined([tensors.padded(tensors.rows(one, 2, 5), 4), other]), np.concatenate([a[2:], 0 * a[:1], b])),
+    }
+    for name, (view, array) in views.items():
+        assert (view.shape, view.dtype) == (array.shape, array.dtype), name
+        for start in range(len(array)):
+            for stop in range(start + 1, len(array) + 3):
+                np.testing.assert_array_equal(view.read(start, stop), array[start:stop], err_msg=f"{name} {start} {stop}")
+    assert tensors.equal(one, tensor("c", a.copy()), block=2)
+    assert not tensors.equal(one, tensors.padded(one, 6))
+    assert not tensors.equal(one, tensor("c", a + np.eye(5, 2, -3)), block=2)
+
+
+def written(folder, params):
+    """Writes parameters as a checkpoint; returns their digests."""
+    with checkpoint.creating(folder) as partial:
+        digests = checkpoint.write_params(partial, params)
+        checkpoint.write_description(partial, {"kind": "test"})
+    return digests
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+ARRAYS = {
+    "a/kernel": numbers(7, 6),
+    "a/bias": numbers(33, dtype=BFLOAT16),
+    "b/c/d": numbers(2, 3, 4, dtype=np.float16),
+    "scale": np.float32(3).reshape(()),
+}
+
+
+def test_parameters_come_back_bit_for_bit(tmp_path):
+    written(tmp_path / "a", {path: tensor(path, array) for path, array in ARRAYS.items()})
+    back = flat(checkpoint.read_params(tmp_path / "a"))
+    assert back.keys() == ARRAYS.keys()
+    for path, array in ARRAYS.items():
+        assert (back[path].shape, back[path].dtype) == (array.shape, array.dtype)
+        assert np.asarray(back[path]).tobytes() == array.tobytes()
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_large_parameter_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    array, asked = numbers(101, 8), []
+
+    def read(start, stop):
+        asked.append((start, stop))
+        return array[start:stop]
+
+    whole = written(tmp_path / "whole", {"a": tensor("a", array)})
+    monkeypatch.setattr(checkpoint, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 320)
+    parts = written(tmp_path / "parts", {"a": tensor("a", array)._replace(read=read)})
+    assert sorted(asked) == [(start, min(start + 10, 101)) for start in range(0, 101, 10)]
+    np.testing.assert_array_equal(checkpoint.read_params(tmp_path / "parts")["a"], array)
+    assert parts == whole
+    assert written(tmp_path / "other", {"a": tensor("a", array + np.eye(101, 8, -93, np.float32))}) != whole
+
+
+def test_parameters_are_restored_in_any_type(tmp_path):
+    written(tmp_path / "a", {path: tensor(path, array) for path, array in ARRAYS.items()})
+    for dtype in ("float32", "bfloat16", "float16"):
+        for path, leaf in flat(checkpoint.read_params(tmp_path / "a", dtype)).items():
+            assert leaf.dtype == dtype
+            np.testing.assert_array_equal(leaf, ARRAYS[path].astype(leaf.dtype))
+
+
+MESH = """
+import sys
+import flax.linen as nn
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxspec import checkpoint, pretrained
+from jaxspec.models.transformer import logical_axes
+
+alone = pretrained.load(sys.argv[1])
+mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+rules = [("vocab", "model"), ("mlp", "model"), ("heads", "model"), ("kv_heads", None), ("embed", None)]
+shardings = nn.logical_to_mesh_sharding(logical_axes(alone.model.shape), mesh, rules)
+spread = pretrained.load(sys.argv[1], sharding=shardings)
+everywhere = checkpoint.read_params(sys.argv[1], sharding=NamedSharding(mesh, PartitionSpec()))
+for one, part, copy in zip(*map(jax.tree.leaves, (alone.params, spread.params, everywhere)), strict=True):
+    assert len(one.devices()) == 1 and len(part.devices()) == len(copy.devices()) == 8
+    np.testing.assert_array_equal(one, part)
+    np.testing.assert_array_equal(one, copy)
+shards = lambda leaf: {shard.data.shape for shard in leaf.addressable_shards}
+assert shards(spread.params["table_0"]) == {(64, 48)} and shards(everywhere["table_0"]) == {(512, 48)}
+assert shards(spread.params["layer_0"]["mlp"]["up"]["kernel"]) == {(48, 10)}
+assert shards(spread.params["layer_0"]["attention"]["out"]["kernel"]) == {(6, 48)}
+
+lm, prompt = pretrained.language_model(alone), np.arange(12, dtype=np.int32)[None]
+logits = lambda params: jax.jit(lm.apply)(params, prompt, lm.init_cache(1, 16), np.zeros(1, np.int32))[0]
+np.testing.assert_allclose(logits(spread.params), logits(alone.params), atol=1e-4)
+"""
+
+
+def test_parameters_are_restored_onto_a_mesh(tmp_path):
+    folder = checkpoints.converted(tmp_path, "llasa", pad_to=128)
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", MESH, folder], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_numbers_that_are_not_finite_are_told_of_every_tensor(tmp_path):
+    bad = {"w": numbers(4, 4), "v": numbers(300_000, dtype=BFLOAT16), "h": numbers(3, dtype=np.float16), "fine": numbers(2)}
+    bad["w"][3, 1], bad["v"][-1], bad["h"][0] = np.nan, -np.inf, np.inf
+    with pytest.raises(ValueError, match="finite") as error:
+        written(tmp_path / "a", {f"{name}/kernel": tensor(f"model.{name}", array) for name, array in bad.items()})
+    assert sorted(line.split(":")[0] for line in str(error.value).split("\n")) == ["model.h", "model.v", "model.w"]
+    assert list(tmp_path.iterdir()) == []
+    extremes = np.array([np.finfo(np.float16).max, np.finfo(np.float16).min, -0.0], np.float16)
+    written(tmp_path / "a", {"a": tensor("a", extremes), "b": tensor("b", np.float32([3e38, -3e38]).astype(BFLOAT16))})
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 27, 27))
+    with pytest.raises(OSError, match=r"0\.00 GB free.*make room"):
+        written(tmp_path / "a", {"a": tensor("a", numbers(7))._replace(read=None)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    def full(start, stop):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def slow(start, stop):
+        time.sleep(0.3)
+        return numbers(7)
+
+    params = {f"{i}": tensor(f"{i}", numbers(7)) for i in range(4)} | {"slow": tensor("slow", numbers(7))._replace(read=slow)}
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path / "a", params | {"full": tensor("full", numbers(7))._replace(read=full)})
+    assert list(tmp_path.iterdir()) == []
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from jaxspec import checkpoint
+from jaxspec.tensors import Tensor
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+array = np.random.default_rng(0).standard_normal((1000, 100)).astype(np.float32)
+try:
+    with checkpoint.creating(sys.argv[1]) as folder:
+        checkpoint.write_params(folder, {"a": Tensor("a", array.shape, array.dtype, lambda start, stop: array[start:stop])})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_refuses_what_is_written_is_an_os_error(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert "too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def stopped():
+        with checkpoint.creating(tmp_path / "a") as folder:
+            (folder / "x").touch()
+            assert not (tmp_path / "a").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, why in [
+        ("file", "exists"),
+        ("link", "exists"),
+        (".", "exists"),
+        ("none/a", "none does not"),
+        ("file/a", "does not"),
+    ]:
+        with pytest.raises(ValueError, match=why), checkpoint.creating(tmp_path / name):
+            raise AssertionError("not reached")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_folder_in_the_working_directory_needs_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written("a", {"a": tensor("a", numbers(7))})
+    assert checkpoint.read_description("a") == {"kind": "test"}
+    assert [path.name for path in Path().iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "7", '"format"', "{}", "\udcff", '{"format": 2}', '{"format": "1"}'])
+def test_a_damaged_description_is_refused(tmp_path, text):
+    (tmp_path / "jaxspec.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"expected .*(jaxspec convert|install a newer)"):
+        checkpoint.read_description(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def llasa(tmp_path_factory):
+    return checkpoints.converted(tmp_path_factory.mktemp("checkpoint"), "llasa")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "codec"}, "of a codec"),
+        ({"kind": None}, "of a codec"),
+        ({"shape": []}, "rope_scaling"),
+        ({"shape": {"width": 8}}, "rope_scaling"),
+        ({"stop_ids": 5}, "stop_ids is 5"),
+        ({"sampling": {"temperature": -1}}, "temperature"),
+        ({"sampling": None}, "sampling"),
+        ({"tables": []}, "tables"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_description_of_something_else_is_refused(llasa, tmp_path, change, message):
+    shutil.copytree(llasa, tmp_path / "a")
+    path = tmp_path / "a" / "jaxspec.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"expected the description of a language model in .*{message}"):
+        pretrained.load(tmp_path / "a")
+    with pytest.raises(ValueError, match="expected the description of a codec in"):
+        pretrained.load_codec(tmp_path / "a")
+
+
+def emptied(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def halved(folder):
+    for path in folder.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        emptied,
+        halved,
+        lambda folder: (folder / "_METADATA").write_text("{"),
+        lambda folder: (folder / "manifest.ocdbt").unlink(),
+        lambda folder: [shutil.rmtree(path) for path in folder.rglob("d")],
+    ],
+    ids=["missing", "emptied", "halved", "metadata", "manifest", "data"],
+)
+def test_damaged_parameters_are_refused(llasa, tmp_path, damage):
+    shutil.copytree(llasa, tmp_path / "a")
+    damage(tmp_path / "a" / "params")
+    with pytest.raises(ValueError, match=r"expected whole parameters at .*params, but .*: convert the checkpoint again"):
+        pretrained.load(tmp_path / "a")

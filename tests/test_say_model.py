@@ -1,0 +1,351 @@
+"""Speaking with converted checkpoints of every family, small and random, through the command line."""
+
+import dataclasses
+import json
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+import test_say
+import torch
+
+from jaxspec import groups as asg
+from jaxspec import pretrained
+from jaxspec.models import family
+from jaxspec.speaker import pretrained as speakers
+from jaxspec.speaker.contract import Settings
+from jaxspec.synthesize import speak
+
+TEXT = "The rain has stopped."
+own_cache = test_say.own_cache
+
+FOLDERS = {
+    "llasa": ("llasa", {}),
+    "target": ("llasa", {"head": "speech"}),  # which says codes and nothing else
+    "draft": ("llasa", {"head": "speech", "layers": (1, 2)}),
+    "padded": ("llasa", {"head": "speech", "pad_to": 16}),
+    "neutts-air": ("neutts-air", {}),
+    "orpheus": ("orpheus-in-frames", {}),
+    "cosyvoice2": ("cosyvoice2", {}),
+    "cosyvoice3": ("cosyvoice3", {}),
+    "xcodec2": ("xcodec2", {}),
+    "neucodec": ("neucodec", {}),
+    "snac": ("snac", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The path of a converted checkpoint by its name, made once."""
+    made, root = {}, tmp_path_factory.mktemp("checkpoints")
+
+    def get(name):
+        if name not in made:
+            made[name] = checkpoints.converted(root, FOLDERS[name][0], **FOLDERS[name][1])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def say(tmp_path, monkeypatch, capsys, folder):
+    """Runs ``jaxspec say`` in a folder of its own, where a word that names a checkpoint stands for its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        words = [folder(word) if word in FOLDERS else word for word in map(str, arguments)]
+        return test_say.jaxspec(monkeypatch, capsys, "say", *words)
+
+    return run
+
+
+@pytest.fixture
+def spoken(say):
+    """Says something into a file, and gives its contents (codes, or a wave and its rate) and the figures."""
+
+    def run(out, *arguments, text=TEXT):
+        code, printed, err = say(text, "--out", out, "--json", "--max-codes", "20", *arguments)
+        assert code == 0, err
+        return np.load(out) if out.lower().endswith(".npy") else soundfile.read(out), json.loads(printed.splitlines()[-1])
+
+    return run
+
+
+PAIR = ("--model", "target", "--draft", "draft")
+
+
+def test_llasa_speaks_with_a_draft_that_was_cut_from_it(spoken, tmp_path):
+    (wave, rate), figures = spoken("a.wav", *PAIR, "--codec", "xcodec2", "--plot", "a.png")
+    codes, again = spoken("a.npy", *PAIR)
+    assert (rate, len(wave)) == (16_000, 320 * len(codes))
+    assert figures["audio_seconds"] == pytest.approx(len(wave) / rate, abs=1e-3)
+    assert np.abs(wave).max() > 0.01
+    assert codes.dtype == np.int32
+    assert 5 < len(codes) <= figures["tokens"] <= 20
+    assert 0 <= codes.min() <= codes.max() < checkpoints.CODES
+    assert figures["verify"] == "coarse-grained"
+    assert 0 < figures["accepted"] < figures["drafted"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (again["tokens"], again["audio_seconds"], again["rtf"]) == (figures["tokens"], 0, None)
+    assert figures["rtf"] > 0
+
+
+def test_the_codec_in_the_models_folder_is_its_own(spoken, folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    for path in folder("target").iterdir():
+        (tmp_path / "model" / path.name).symlink_to(path)
+    (tmp_path / "model" / "codec").symlink_to(folder("xcodec2"))
+    (wave, _), _ = spoken("a.wav", "--model", "model")
+    (given, _), _ = spoken("b.wav", "--model", "target", "--codec", "xcodec2")
+    np.testing.assert_array_equal(wave, given)
+
+
+def test_the_seed_decides(spoken):
+    first, again, other = (spoken("a.npy", *PAIR, "--seed", seed)[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert first.tolist() != other.tolist()
+
+
+def test_without_a_draft_it_is_autoregressive_and_greedy_drafts_change_nothing(spoken):
+    plain, figures = spoken("a.npy", "--model", "target", "--temperature", "0")
+    assert (figures["verify"], figures["drafted"], figures["tokens_per_round"]) == ("autoregressive", 0, 1)
+    drafted, figures = spoken("b.npy", *PAIR, "--verify", "exact", "--temperature", "0")
+    np.testing.assert_array_equal(drafted, plain)
+    assert 0 < figures["accepted"] < figures["drafted"]
+
+
+def test_the_wave_goes_on_after_the_reference_whose_own_part_is_cut_off(spoken, folder):
+    prefix = np.array([3, 1, 4, 1, 5, 9, 2], np.int32)
+    np.save("prefix.npy", prefix)
+    reference = ("--model", "target", "--prompt-codes", "prefix.npy", "--prompt-text", "Yes, we can.")
+    (wave, _), _ = spoken("a.wav", *reference, "--codec", "xcodec2")
+    codes, _ = spoken("a.npy", *reference)
+    assert codes.tolist() != spoken("b.npy", "--model", "target")[0].tolist()
+    with torch.no_grad():
+        both = torch.from_numpy(np.concatenate([prefix, codes])).long()
+        whole = checkpoints.xcodec2_model("X-codec2").decode(both[None, None]).audio_values[0, 0].numpy()
+    assert len(wave) == 320 * len(codes)
+    np.testing.assert_allclose(wave, np.clip(whole[320 * len(prefix) :], -1, 1), atol=1e-4)
+
+
+def test_pieces_of_a_long_text_are_joined_in_their_order(folder):
+    speaker = speakers.speaker(pretrained.load(folder("target")))
+    text, settings = "The rain has stopped so we can go. " * 8, Settings(max_codes=20)
+    together = speak([text], settings, speaker).speeches[0].codes
+    alone = speak([text], settings, speaker._replace(max_batch=1)).speeches[0].codes
+    np.testing.assert_array_equal(together, alone)
+    first = speak(speaker.pieces(text)[:1], settings, speaker).speeches[0].codes
+    np.testing.assert_array_equal(together[: len(first)], first)
+    assert len(together) > len(first)
+
+
+def test_orpheus_speaks_whole_frames(spoken):
+    (wave, rate), figures = spoken("a.wav", "--model", "orpheus", "--codec", "snac", "--plot", "a.png", "--voice", "zoe")
+    assert (rate, len(wave), figures["tokens"]) == (24_000, 2 * 96, 20)
+    codes, _ = spoken("a.npy", "--model", "orpheus", "--voice", "zoe")
+    assert codes.shape == (2, 7)
+    assert 0 <= codes.min() <= codes.max() < 16
+
+
+def test_frames_with_an_id_of_a_wrong_slot_are_dropped(folder):
+    model = pretrained.load(folder("orpheus")).model
+    frame = lambda *codes: [model.codes_first + 16 * slot + code for slot, code in enumerate(codes)]  # noqa: E731
+    good, last = frame(0, 1, 2, 3, 4, 5, 6), frame(15, 15, 15, 15, 15, 15, 15)
+    wrong = [*good[:3], good[3] + 16, *good[4:]]
+    ids = np.array([1, *good, *wrong, 2, *last[:3], model.codes_first + 7 * 16, *last[3:], *model.stop_ids, *good[:6]], np.int32)
+    codes, at = family.codes_of(model, ids)
+    assert codes.tolist() == [[0, 1, 2, 3, 4, 5, 6], [15] * 7]
+    assert at.tolist() == [list(range(1, 8)), [16, 17, 18, 20, 21, 22, 23]]
+    codes, at = family.codes_of(model, ids[:4])
+    assert codes.shape == at.shape == (0, 7)
+
+
+@pytest.mark.parametrize("name", ["cosyvoice2", "cosyvoice3"])
+def test_cosyvoice_writes_codes_and_says_why_there_is_no_sound(spoken, say, tmp_path, name):
+    np.save("prefix.npy", np.arange(6500, 6510))
+    codes, _ = spoken("A.NPY", "--model", name, "--prompt-codes", "prefix.npy", "--prompt-text", "Yes.")
+    assert 5 < len(codes) <= 20
+    assert 0 <= codes.min() <= codes.max() < 6561
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A.NPY", "prefix.npy"]
+    code, _, err = say(TEXT, "--model", name, "--out", "a.wav")
+    assert code == 2
+    assert "flow and vocoder are not here" in err
+    assert "--out FILE.npy" in err
+
+
+def test_cosyvoice_says_2_to_20_codes_for_each_token_of_the_text(folder):
+    """What holds it back is the first stop id alone, as in its own code."""
+    target = pretrained.load(folder("cosyvoice2"))
+    bias, count = target.params["head_bias"], len(family.tokenize(target.tokenizer, "Yes."))
+
+    def said(bias):
+        speaker = speakers.speaker(target._replace(params=target.params | {"head_bias": bias}))
+        return len(speak(["Yes."], speaker=speaker).speeches[0].codes)
+
+    never = bias.at[6561:].set(-1e3)
+    assert said(never) == 20 * count
+    assert said(never.at[6561].set(1e3)) == 2 * count
+    assert said(never.at[6562].set(1e3)) == 0
+    assert len(speak(["Yes."], Settings(max_codes=5), speakers.speaker(target)).speeches[0].codes) == 5
+
+
+def test_llasa_says_no_more_than_its_context_holds(folder):
+    target = pretrained.load(folder("target"))
+    asked = speakers.speaker(target).requests([TEXT, TEXT + TEXT], Settings())
+    np.testing.assert_array_equal(asked.limit + asked.length, 2048)
+    assert asked.limit.max() <= asked.capacity
+    room = dataclasses.replace(target.model, max_tokens=int(asked.length[0]) + 7)
+    speech = speak([TEXT], speaker=speakers.speaker(target._replace(model=room))).speeches[0]
+    assert len(speech.codes) == 7
+
+
+def test_neutts_speaks_phonemes(spoken, folder):
+    (wave, rate), figures = spoken("a.wav", "--model", "neutts-air", "--codec", "neucodec")
+    codes, _ = spoken("a.npy", "--model", "neutts-air")
+    assert (rate, len(wave), figures["tokens"]) == (24_000, 480 * len(codes), 20)  # no stop id before 50
+    assert 0 < len(codes) < 20  # what is no code is left out
+    assert 0 <= codes.min() <= codes.max() < checkpoints.CODES
+    asked = speakers.speaker(pretrained.load(folder("neutts-air"))).requests([TEXT], Settings())
+    assert (asked.sampling[0].min_new_tokens, int(asked.limit[0] + asked.length[0])) == (50, 2048)
+
+
+REFUSED = [
+    (["--model", "target", "--verify", "exact"], "expected a draft for exact, got none: give --draft"),
+    (["--draft", "draft"], "expected --model with --draft"),
+    (["--codec", "xcodec2"], "expected --model with --draft or --codec"),
+    (["--model", "target", "--draft", "orpheus"], "codes_first is 0 in the one and 315 in the other"),
+    (["--model", "llasa", "--draft", "draft"], "codes_first is 313 in the one and 0 in the other"),
+    (["--model", "target", "--draft", "padded"], "97 in the one and 112 in the other"),
+    (["--model", "target", "--draft", "altered"], "token 5 is '&' in the one and 'other' in the other"),
+    (["--model", "orpheus", "--voice", "nobody"], "tara, leah, jess, leo, dan, mia, zac, zoe, got 'nobody'"),
+    (["--model", "target", "--voice", "slt"], "'slt'"),
+    (["--model", "target", "--codec", "snac"], "expected the codec xcodec2 for llasa, got snac"),
+    (["--model", "neutts-air", "--codec", "xcodec2"], "expected the codec neucodec for neutts-air, got xcodec2"),
+    (["--model", "cosyvoice2", "--codec", "xcodec2"], "for cosyvoice2, got xcodec2"),
+    (["--model", "xcodec2"], "it is of a codec"),
+    (["--model", "target", "--codec", "draft"], "it is of a language model"),
+    (["--model", "nowhere"], "expected a folder that `jaxspec convert` made at nowhere"),
+    (["--model", "target", "--prompt-codes", "nowhere.npy"], "nowhere.npy"),
+    (["--model", "target", "--prompt-codes", "matrix.npy"], "row of codes in matrix.npy, integers [T], got int64 (2, 3)"),
+    (["--model", "target", "--prompt-codes", "floats.npy"], "got float64 (3,)"),
+    (["--model", "target", "--prompt-codes", "none.npy"], "got int64 (0,)"),
+    (["--model", "target", "--prompt-codes", "zip.npy"], "expected a .npy file of codes at zip.npy"),
+    (["--model", "target", "--prompt-codes", "text.npy"], "expected a .npy file of codes at text.npy"),
+    (["--model", "target", "--prompt-codes", "empty.npy"], "expected a .npy file of codes at empty.npy"),
+    (["--model", "target", "--prompt-codes", "beyond.npy"], "of 0 to 95, got (3,) of 1 to 96"),
+    (["--model", "orpheus", "--prompt-codes", "good.npy"], "no reference codes for orpheus"),
+    (["--prompt-codes", "good.npy"], "no reference codes for the built-in voice"),
+    (["--model", "target", "--prompt-text", "Yes."], "got the text alone: give both"),
+    (["--model", "target", "--prompt-codes", "long.npy"], "expected prompts of less than 2048 tokens, got 2"),
+    (["--model", "target", "--plot", "a.png"], "expected a codec for --plot"),
+    (["--model", "target", "--out", "a.wav"], "expected a codec to make sound for a.wav"),
+    (["--model", "target", "--max-codes", "0"], "max_codes of 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(say, folder, tmp_path, arguments, message):
+    row = np.array([1, 2, 3])
+    np.save("good.npy", row)
+    np.save("matrix.npy", np.stack([row, row]))
+    np.save("floats.npy", row / 2)
+    np.save("none.npy", row[:0])
+    np.save("beyond.npy", np.array([1, 2, 96]))
+    np.save("long.npy", np.zeros(2048, int))
+    with open("zip.npy", "wb") as file:
+        np.savez(file, codes=row)
+    (tmp_path / "text.npy").write_text("1 2 3")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "a.npy").write_bytes(b"old")
+    if "altered" in arguments:
+        (tmp_path / "altered").mkdir()
+        for path in folder("draft").iterdir():
+            (tmp_path / "altered" / path.name).symlink_to(path)
+        tokenizer = (tmp_path / "altered" / family.TOKENIZER).read_text()
+        (tmp_path / "altered" / family.TOKENIZER).unlink()
+        (tmp_path / "altered" / family.TOKENIZER).write_text(tokenizer.replace('"&": 5', '"other": 5'))
+    before = sorted(tmp_path.iterdir())
+    code, _, err = say(TEXT, *(() if "--out" in arguments else ("--out", "a.npy")), *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert (tmp_path / "a.npy").read_bytes() == b"old"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["", "?!"])
+def test_a_text_without_a_word_is_refused(say, text):
+    code, _, err = say(text, "--out", "a.npy", "--model", "target")
+    assert code == 2
+    assert "expected a text with something to speak" in err
+
+
+# --- groups -------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_made_once_and_kept(folder, tmp_path, monkeypatch):
+    target = pretrained.load(folder("orpheus"))
+    first, vocab = target.model.codes_first, target.model.shape.vocab
+    target = target._replace(folder=tmp_path, params={"table_0": jnp.ones((vocab, 4))})
+    made = speakers.groups(target, 0.3)
+    assert [path.name for path in tmp_path.iterdir()] == ["groups-0.3.npz"]
+    assert made.sizes.tolist() == [16] * 7 + [1] * (vocab - 7 * 16)  # a group for each slot, as all codes of it are alike
+    np.testing.assert_array_equal(made.members[:7], first + np.arange(7 * 16).reshape(7, 16))
+    with monkeypatch.context() as patched:
+        patched.setattr(speakers.asg, "acoustic_similarity_groups", None)
+        jax.tree.map(np.testing.assert_array_equal, speakers.groups(target, 0.3), made)
+    other = pretrained.load(folder("llasa"))._replace(folder=tmp_path)
+    assert len(speakers.groups(other, 0.3).token_start) == other.model.shape.vocab != vocab
+    assert len(asg.load(tmp_path / "groups-0.3.npz").token_start) == other.model.shape.vocab
+
+
+def test_groups_are_those_of_the_codes_embeddings(folder, tmp_path):
+    target = pretrained.load(folder("llasa"))._replace(folder=tmp_path)
+    first = target.model.codes_first
+    table = np.asarray(target.params["table_0"])[first : first + checkpoints.CODES]
+    made = speakers.groups(target, 0.2)
+    alone = asg.acoustic_similarity_groups(table, 0.2)
+    assert len(made.sizes) == len(alone.sizes) + target.model.shape.vocab - checkpoints.CODES
+    count = len(alone.sizes)
+    np.testing.assert_array_equal(made.sizes[:count], alone.sizes)
+    mine, theirs = np.asarray(made.members)[:count, : alone.members.shape[1]], np.asarray(alone.members)
+    np.testing.assert_array_equal(mine, np.where(theirs < checkpoints.CODES, theirs + first, target.model.shape.vocab))
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_matter(folder, tmp_path):
+    target = pretrained.load(folder("llasa"))._replace(folder=tmp_path / "none")
+    assert len(speakers.groups(target, 0.3).token_start) == target.model.shape.vocab
+
+
+def test_the_command_groups_reports_and_draws(folder, tmp_path, monkeypatch, capsys):
+    arguments = ["groups", folder("target"), "--threshold", "0.25", "--plot", tmp_path / "a.png"]
+    code, printed, _ = test_say.jaxspec(monkeypatch, capsys, *arguments, "--json")
+    report = json.loads(printed.splitlines()[-1])
+    assert code == 0
+    assert (report["tokens"], report["threshold"]) == (97, 0.25)
+    assert report["file"] == str(folder("target") / "groups-0.25.npz")
+    assert len(asg.load(report["file"]).sizes) == report["groups"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    code, printed, _ = test_say.jaxspec(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert f"groups                  {report['groups']}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["target", "--threshold", "2"], "threshold"),
+        (["xcodec2"], "it is of a codec"),
+        (["nowhere"], "expected a folder that `jaxspec convert` made at nowhere"),
+        (["target", "--plot", "nowhere/a.png"], "nowhere/a.png"),
+    ],
+)
+def test_the_command_groups_refuses_in_one_sentence(folder, monkeypatch, capsys, arguments, message):
+    words = [folder(word) if word in FOLDERS else word for word in arguments]
+    code, _, err = test_say.jaxspec(monkeypatch, capsys, "groups", *words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
