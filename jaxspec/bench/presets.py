@@ -93,7 +93,7 @@ def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
     angle = 2 * np.pi * np.arange(codes) / codes
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     rows = np.concatenate([circle, np.zeros((vocab - codes, 2))])
-    reach = np.cos(np.pi * min(size, codes) / codes)
+    reach = np.cos(np.pi * min(size / codes, 0.9))
     return acoustic_similarity_groups(rows, float(reach), num_codes=codes)
 
 
