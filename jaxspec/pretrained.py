@@ -104,7 +104,7 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
         module = CODECS[description["family"]]
         shape = {name: tuple(value) if isinstance(value, list) else value for name, value in description["shape"].items()}
         codec = module.codec(module.Config(**shape))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"expected the description of a codec in {folder}, but {error}: convert it again") from error
     return PretrainedCodec(description["family"], codec, checkpoint.read_params(folder))
 

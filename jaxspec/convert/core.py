@@ -35,6 +35,11 @@ def conv(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 1, 0)
 
 
+def is_count(value: object) -> bool:
+    """Whether a setting of a config.json is a whole number of things: 1 or more, and not absurd."""
+    return type(value) is int and 1 <= value < 10**7
+
+
 class Rule(NamedTuple):
     """What becomes of the tensors whose whole name matches ``source``.
 

@@ -1,11 +1,11 @@
 """CosyVoice's language models: ``llm.pt`` with tables of its own, or merged into the vocabulary of one Qwen 2."""
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jaxspec.convert import llama
+from jaxspec.convert.source import read_json
 from jaxspec.models import cosyvoice, family
 from jaxspec.models.cosyvoice import Version
 from jaxspec.tensors import Tensor, rows
@@ -60,10 +60,7 @@ def unmerge(
 def backbone(folder: Path) -> dict[str, Any]:
     """The config.json of the backbone beside ``llm.pt``, or that of Qwen2-0.5B."""
     path = folder / BACKBONE / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else llama.QWEN2
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, came {error}; download it again") from error
+    return read_json(path) if path.exists() else llama.QWEN2
 
 
 def tokenizer(folder: Path, version: Version) -> Any:

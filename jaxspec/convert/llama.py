@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxspec.convert.core import Rule, transpose
+from jaxspec.convert.core import Rule, is_count, transpose
 from jaxspec.models.transformer import Config, RopeScaling
 from jaxspec.tensors import Tensor, equal
 
@@ -22,6 +22,12 @@ QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
 }  # Qwen2-0.5B, for checkpoints without a config.json
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size".split()
+_KINDS = {
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), (int, float)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
+    "architectures": list,
+}
 
 _LAYER = r"model\.layers\.(\d+)\."
 
@@ -49,11 +55,24 @@ RULES = (
 )
 
 
+def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what is null in it.
+
+    Raises:
+        ValueError: a setting is not of its kind, or a size is out of range.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name, value in settings.items():
+        if (name in _SIZES and not is_count(value)) or not isinstance(value, _KINDS.get(name, object)):
+            raise ValueError(f"expected another value of {name} in config.json, came {value!r}: download it again")
+    return settings
+
+
 def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
     """The shape of the transformer that a config.json describes.
 
     Args:
-        settings: config.json, of transformers 4 or 5.
+        settings: ``checked``; of transformers 4 or 5.
         vocabulary: the fields of ``Config`` that the family decides: input_tables, vocab, tied, head_bias, padding, dtype.
 
     Raises:
@@ -76,7 +95,7 @@ def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
             mlp_width=settings["intermediate_size"],
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
+            norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
             qkv_bias=kind == "Qwen2ForCausalLM",
             qk_norm=kind == "Qwen3ForCausalLM",
             **vocabulary,

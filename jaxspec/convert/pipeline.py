@@ -32,6 +32,7 @@ CODECS = {
     "snac": (snac, snac_codec, "MIT"),
 }
 FAMILIES = (*VOCABULARIES, *cosyvoice_model.VERSIONS, *CODECS)
+MAX_PAD = 2**16
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
@@ -60,8 +61,8 @@ class Options:
             raise ValueError(f"expected a family among {', '.join(FAMILIES)}, got {self.family!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.head not in ("all", "speech") or self.pad_to < 1:
-            raise ValueError(f"expected head all or speech and pad_to of 1 or more, got {self.head!r} and {self.pad_to}")
+        if self.head not in ("all", "speech") or not 1 <= self.pad_to <= MAX_PAD:
+            raise ValueError(f"expected head all or speech and pad_to of 1 to {MAX_PAD}, got {self.head!r} and {self.pad_to}")
         if self.layers is not None and not self.layers:
             raise ValueError("expected a layer or more to keep, got none")
 
@@ -172,7 +173,7 @@ def _codec(name: str, opened: Source, options: Options) -> Layout:
 
 def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Options) -> Layout:
     """LLaSA, NeuTTS-Air, Orpheus: text and codes in one vocabulary, of which the head may keep the codes and stop ids alone."""
-    tensors, settings, dropped, notes = dict(opened.tensors), opened.config, [], []
+    tensors, settings, dropped, notes = dict(opened.tensors), llama.checked(opened.config), [], []
     if options.layers:
         tensors, settings, dropped = llama.cut_layers(tensors, settings, options.layers)
     embed, head = llama.tie(tensors, settings, notes)
@@ -207,17 +208,21 @@ def _some(tensor: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
 
 def _cosyvoice(version: cosyvoice_model.Version, opened: Source, tokenizer: Any, options: Options) -> Layout:
     notes: list[str] = []
-    if "llm_decoder.weight" in opened.tensors:
+    separate = "llm_decoder.weight" in opened.tensors
+    if separate:
         tensors, dropped = cosyvoice.separate(dict(opened.tensors), notes, version)
-        settings = cosyvoice.backbone(opened.folder)
     else:
         tensors, dropped = cosyvoice.unmerge(dict(opened.tensors), notes, version, tokenizer)
-        settings = opened.config
+    settings = llama.checked(cosyvoice.backbone(opened.folder) if separate else opened.config)
     if options.layers:
         tensors, settings, more = llama.cut_layers(tensors, settings, options.layers)
         dropped += more
     last = f"table_{2 if version.markers else 1}"
     text_rows = tensors[last].shape[0] if last in tensors else 0
+    if separate and 0 < text_rows < (tokens := tokenizer.get_vocab_size()):
+        raise ValueError(
+            f"expected {tensors[last].name} to have a row for each of {tokens} tokens, came {text_rows}: another tokenizer's?"
+        )
     table_rows = [version.rows, *([version.markers] if version.markers else []), text_rows]
     make = functools.partial(cosyvoice_model.model, version)
     return _language_model(tensors, settings, table_rows, make, options, dropped, notes, tokenizer)
@@ -239,7 +244,7 @@ def _language_model(
         for name in (f"table_{i}", *(("head", "head_bias") if i == 0 else ())):
             if name in tensors and tensors[name].shape[0] == count:  # else the plan says what is wrong
                 tensors[name] = padded(tensors[name], total[i])
-    dtype = _dtype(options, next(iter(tensors.values())).dtype)
+    dtype = _dtype(options, tensors)
     shape = llama.architecture(
         settings,
         input_tables=tuple(total),
@@ -254,8 +259,8 @@ def _language_model(
     return _planned(tensors, llama.RULES, abstract, dtype, description, dropped, notes)._replace(tokenizer=tokenizer)
 
 
-def _dtype(options: Options, stored: np.dtype) -> np.dtype:
-    own = "bfloat16" if stored == DTYPES["bfloat16"] else "float32"
+def _dtype(options: Options, tensors: dict[str, Tensor]) -> np.dtype:
+    own = "bfloat16" if all(tensor.dtype == DTYPES["bfloat16"] for tensor in tensors.values()) else "float32"
     return DTYPES[options.dtype or own]
 
 

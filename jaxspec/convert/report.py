@@ -47,14 +47,14 @@ def info(folder: Path, as_json: bool) -> str:
     description = checkpoint.read_description(folder)
     if as_json:
         return json.dumps(description)
-    return "\n".join(f"{name:22}{_brief(value)}" for name, value in _flat(description))
+    return "\n".join(f"{name:44}{_brief(value)}" for name, value in _flat(description))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return [
         pair
         for name, value in values.items()
-        for pair in (_flat(value, f"{name}.") if isinstance(value, dict) else [(prefix + name, value)])
+        for pair in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)])
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxspec.codec.snac import Config
-from jaxspec.convert.core import Rule
+from jaxspec.convert.core import Rule, is_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,10 +78,12 @@ def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, 
     width, _, _ = _shape(shapes, "decoder.model.1.weight")
     ups = itertools.takewhile(shapes.__contains__, (f"decoder.model.{i}.block.1.weight" for i in itertools.count(2)))
     size, dim = _shape(shapes, "quantizer.quantizers.0.codebook.weight")
-    strides = tuple(settings.get("vq_strides", Config.strides))
-    rate = settings.get("sampling_rate", Config.sample_rate_hz)
+    strides, rate = settings.get("vq_strides", Config.strides), settings.get("sampling_rate", Config.sample_rate_hz)
+    strides = tuple(strides) if isinstance(strides, list) else strides
     books = sum(name.endswith(".codebook.weight") for name in shapes)
-    if len(strides) != books or any(strides[0] % stride for stride in strides):
+    if not is_count(rate):
+        raise ValueError(f"expected sampling_rate to be a whole number, got {rate!r}: correct config.json")
+    if not isinstance(strides, tuple) or len(strides) != books or not all(is_count(i) and not strides[0] % i for i in strides):
         raise ValueError(f"expected {books} vq_strides that divide the first of them, got {strides}: correct config.json")
     return Config(latent, width, tuple(shapes[up][2] // 2 for up in ups), size, dim, strides, rate), RULES
 

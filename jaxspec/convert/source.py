@@ -65,7 +65,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
     folder = path if path.is_dir() else path.parent
     problems: list[str] = []
     chosen = _choose(folder) if path.is_dir() else path
-    config = _attempt(problems, _read_json, folder / "config.json") if (folder / "config.json").exists() else {}
+    config = _attempt(problems, read_json, folder / "config.json") if (folder / "config.json").exists() else {}
     if chosen.name.endswith(".index.json"):
         tensors, files = _open_shards(problems, chosen)
     else:
@@ -177,7 +177,7 @@ def _open_shards(problems: list[str], index: Path) -> tuple[dict[str, Tensor], t
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: expected weight_map to name a shard for each tensor, came something else; download it again")
     return weight_map
@@ -194,7 +194,12 @@ def _open_shard(folder: Path, name: str) -> dict[str, Tensor]:
     return _open_file(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        ValueError: the file holds none.
+    """
     try:
         return _parse_json(path, path.read_bytes())
     except OSError as error:

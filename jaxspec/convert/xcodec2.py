@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxspec.codec.xcodec2 import EPS, LEVELS, Config
-from jaxspec.convert.core import Rule, conv, transpose
+from jaxspec.convert.core import Rule, conv, is_count, transpose
 
 # What tensor shapes do not tell, and the decoder takes for granted.
 FIXED = {"hidden_act": "silu", "rms_norm_eps": EPS, "quantization_levels": list(LEVELS)}
@@ -125,7 +125,7 @@ def config(
     if rows not in HEADS:
         raise ValueError(f"expected a head of 1282 rows (X-codec2) or 1922 (NeuCodec), got {rows}; no other decoder is known")
     heads, features = settings.get("num_attention_heads", Config.heads), shapes["layer_0/attention/out/kernel"][1]
-    if features % heads:
+    if not is_count(heads) or features % heads:
         raise ValueError(f"expected attention features in {heads} equal heads, got {features}; give its config.json")
     layers = sum(name.endswith("mlp/up/kernel") for name in shapes)
     mlp_width, quantizer_width = shapes["layer_0/mlp/up/kernel"][0], shapes["project_out/kernel"][0]

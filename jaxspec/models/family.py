@@ -5,7 +5,6 @@ checkpoint's JSON, and what speaks reads nothing else.
 """
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,7 +120,6 @@ def token_ids(tokenizer: Any, *tokens: str) -> list[int]:
     return ids
 
 
-@functools.lru_cache
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder.
 
