@@ -66,8 +66,10 @@ def test_the_loop_knows_no_verifier_draft_model_or_codec():
 
 
 def test_the_library_never_imports_torch():
+    """But for the file that times transformers, when it is asked to."""
     for path, _, imports in sources():
-        assert not {name.split(".")[0] for name in imports} & NEVER, path
+        torch = {name.split(".")[0] for name in imports} & NEVER
+        assert not torch or path == ROOT / "bench" / "peers.py", path
 
 
 def import_seconds(what):
