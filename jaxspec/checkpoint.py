@@ -9,12 +9,14 @@ larger than the memory; they are restored in any type and onto any mesh.
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
+import logging
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ DESCRIPTION = "jaxspec.json"
 PARAMS = "params"
 FORMAT = 1
 
-_WHOLE_BYTES = 2**29  # larger tensors are written in blocks of rows
-_BLOCK_BYTES = 2**27
+_BLOCK_BYTES = 2**27  # larger tensors are written in blocks of rows
+_BYTES_AT_A_TIME = 2**29  # so that some tensors are read while others are written
 
 
 @contextlib.contextmanager
@@ -88,6 +90,26 @@ class _Leaf:
         self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
 
 
+class _Room:
+    """Lets only so many bytes be in memory at a time."""
+
+    def __init__(self, count: int):
+        self._free, self._changed = count, asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def holding(self, count: int) -> AsyncIterator[None]:
+        """Waits until ``count`` bytes are free, and has them until the block ends."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
 def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Writes parameters by path ("layer_0/mlp/up/kernel") to ``folder``/params, and returns the digest of each.
 
@@ -105,14 +127,15 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         (jax.Array, handlers.ArrayHandler()),  # without one, Orbax warns
     )
     tree = traverse_util.unflatten_dict({path: _Leaf(tensor) for path, tensor in tensors.items()}, sep="/")
-    needed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    needed = sum(map(_bytes, tensors.values()))
     free = shutil.disk_usage(folder).free
     if free < needed:
         came = f"expected {needed / 1e9:.2f} GB free for {folder.parent}, came {free / 1e9:.2f} GB"
         raise OSError(f"{came}: make room, or choose another disk")
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    # A file for each tensor, which several threads write; OCDBT's are written by one.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, type_handler_registry=registry)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with _without_warnings(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
     except Exception as error:  # Orbax raises errors of many kinds, also of the tensors that were left out for theirs
         errors = errors or [_unwritten(error)]
@@ -123,6 +146,18 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {path: digests[path.replace("/", ".")] for path in tensors}
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that it finds no files of OCDBT to merge, which it looks for in every checkpoint."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
     """Writes leaves as Orbax's own handler of numpy arrays would, but reads them only then, and a few rows at a time."""
     import orbax.checkpoint as ocp
@@ -130,26 +165,24 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
 
     handlers = ocp.type_handlers
 
-    async def write(leaf: _Leaf, info: Any, turn: asyncio.Semaphore) -> None:
+    async def write(leaf: _Leaf, info: Any) -> None:
         starts, step = _blocks(leaf.shape, leaf.dtype)
         block = (step, *leaf.shape[1:]) if leaf.shape else ()
         spec = handlers.get_json_tspec_write(
             info, info.is_ocdbt_checkpoint, leaf.shape, block, leaf.dtype, process_index=jax.process_index()
         )
+        spec["store_data_equal_to_fill_value"] = True  # or zeros are not written, and look as if they were missing
         store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
         sha = hashlib.sha256()
         for start in starts:
-            async with turn:
-                if any(isinstance(error, OSError) for error in errors):
-                    return
-                stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
-                try:
-                    numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, sha)
-                    await asyncio.to_thread(_write, store[start:stop] if leaf.shape else store, numbers)
-                except (ValueError, OSError) as error:
-                    errors.append(error)
-                    return
-                del numbers  # before the next are read
+            stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
+            try:
+                numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, sha)
+                await asyncio.to_thread(_write, store[start:stop] if leaf.shape else store, numbers)
+            except (ValueError, OSError) as error:
+                errors.append(error)
+                return
+            del numbers  # before the next are read
         digests[info.name] = f"sha256:{sha.hexdigest()}"
 
     class Lazy(handlers.TypeHandler):
@@ -157,12 +190,19 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
             return "np.ndarray"
 
         async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
-            async def two_at_a_time() -> None:
-                await infos[0].await_path_creation()
-                turn = asyncio.Semaphore(2)  # one is read while the other is written
-                await asyncio.gather(*(write(leaf, info, turn) for leaf, info in zip(values, infos, strict=True)))
+            room = _Room(_BYTES_AT_A_TIME)
 
-            return [ocp.future.CommitFutureAwaitingContractedSignals(two_at_a_time(), name="lazy_tensors")]
+            async def write_in_turn(leaf: _Leaf, info: Any) -> None:
+                async with room.holding(min(_bytes(leaf), _BLOCK_BYTES)):
+                    if not any(isinstance(error, OSError) for error in errors):
+                        await write(leaf, info)
+
+            async def all_of_them() -> None:
+                await infos[0].await_path_creation()
+                leaves = sorted(zip(values, infos, strict=True), key=lambda pair: -_bytes(pair[0]))
+                await asyncio.gather(*(write_in_turn(*pair) for pair in leaves))  # the largest, whose blocks queue, first
+
+            return [ocp.future.CommitFutureAwaitingContractedSignals(all_of_them(), name="lazy_tensors")]
 
         async def metadata(self, infos: Sequence[Any]) -> Any:
             raise NotImplementedError("lazy tensors are written alone")
@@ -173,11 +213,14 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
     return Lazy()
 
 
+def _bytes(tensor: Tensor | _Leaf) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
 def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
     """Where the blocks of rows of a tensor begin, and how many rows each has."""
     count, size = shape[0] if shape else 1, math.prod(shape) * dtype.itemsize
-    blocks = 1 if size <= _WHOLE_BYTES else -(-size // _BLOCK_BYTES)
-    step = max(1, -(-count // blocks))
+    step = max(1, -(-count // max(1, -(-size // _BLOCK_BYTES))))
     return range(0, max(count, 1), step), step
 
 
@@ -241,6 +284,7 @@ def read_params(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
             flat = traverse_util.flatten_dict(metadata, sep="/")
+            _check_whole(path, flat)
             placed = _shardings(sharding, flat)
             wanted = {
                 name: ocp.ArrayRestoreArgs(dtype=_dtype(leaf.dtype, dtype), sharding=placed[name], global_shape=leaf.shape)
@@ -256,6 +300,19 @@ def read_params(
         came = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"expected whole parameters at {path}, but {came}: convert the checkpoint again") from error
     return traverse_util.unflatten_dict({**restored, **shared}, sep="/")
+
+
+def _check_whole(path: Path, flat: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file is missing or too short, for which zarr would give zeros."""
+    for name, leaf in flat.items():
+        folder = path / name.replace("/", ".")
+        chunk = json.loads((folder / ".zarray").read_text(encoding="utf-8"))["chunks"]
+        size = math.prod(chunk) * np.dtype(leaf.dtype).itemsize
+        for at in itertools.product(*(range(-(-count // step)) for count, step in zip(leaf.shape, chunk, strict=True))):
+            file = folder / (".".join(map(str, at)) or "0")
+            came = file.stat().st_size
+            if came != size:
+                raise ValueError(f"{file.name} of {name} has {came} bytes in place of {size}")
 
 
 def _dtype(stored: Any, wanted: str | None) -> Any:

@@ -177,12 +177,13 @@ def test_a_converted_snac_sounds_like_the_reference(sources, command, tmp_path, 
     np.testing.assert_allclose(made.codec.decode(made.params, codes), wave, atol=1e-5)
 
 
-def test_convert_and_info_say_what_was_made(sources, command, tmp_path):
+def test_convert_and_info_say_what_was_made(sources, command, tmp_path, caplog):
     made = tmp_path / "made"
     code, printed, err = command(
         "convert", sources / "llasa", made, "--layers", "0,1-2", "--dtype", "bfloat16", "--head", "speech"
     )
     assert (code, err) == (0, "")
+    assert caplog.messages == []
     assert printed.splitlines() == [f"llasa: 0.1 M parameters, 0.00 GB in {made}", "left out by name: 0"]
     code, printed, err = command("info", made, "--json")
     assert (code, err) == (0, "")

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxspec.tensors import Tensor, rows
 
-_STRIP = 32  # rows
+_STRIP = 16  # rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -137,5 +137,9 @@ def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, T
 
 
 def _changed(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    shape = tensor.shape[::-1] if change is transpose else change(np.zeros(tensor.shape, bool)).shape
-    return Tensor(tensor.name, shape, tensor.dtype, lambda start, stop: change(tensor.all())[start:stop])
+    if change is transpose:
+        return tensor._replace(
+            shape=tensor.shape[::-1], read=lambda start, stop: transpose(tensor.all()[:, start : min(stop, tensor.shape[1])])
+        )
+    shape = change(np.zeros(tensor.shape, bool)).shape
+    return tensor._replace(shape=shape, read=lambda start, stop: change(tensor.all())[start:stop])

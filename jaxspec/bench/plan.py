@@ -1,0 +1,343 @@
+"""Compiles the real prefill and the real loop for a TPU that is not there, from shapes alone: memory, time, and what is checked.
+
+Two programs: ``speculate.init``, and ``speculate._generate`` with the whole loop in it. For now all arguments lie on the first
+device of the topology; to spread them is to give ``_placed`` another sharding for each, see ``transformer.logical_axes``.
+
+How far the figures go. XLA's cost analysis counts the body of a loop once, traffic within the chip as if it were HBM's, and
+minus one second for each custom call. Cycles are those of the schedule that the compiler made, most waiting for HBM left out:
+loops of known length in full, others once, and of a conditional (of the laws that no row uses) the cheapest branch.
+No figure is a measurement.
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import checkpoint, request, speculate
+from jaxspec.bench import chips, presets
+from jaxspec.bench import program as hlo
+from jaxspec.bench.presets import Pair
+from jaxspec.bench.program import Program
+from jaxspec.draft import model_draft
+from jaxspec.groups import Groups
+from jaxspec.models import family, transformer
+from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
+from jaxspec.verify import coarse_grained
+
+_KINDS = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to plan for.
+
+    model: a preset of ``presets.PAIRS``, or a folder that ``jaxspec convert`` made.
+    draft: a folder, or how many of the target's layers; by default the preset's.
+    cells: of each row's caches: prompt, emitted tokens, and draft_length + 1 of slack.
+    """
+
+    model: str
+    topology: str
+    draft: str | None = None
+    batch: int = 1
+    cells: int = 2048
+    prompt_length: int = 256
+    draft_length: int = 3
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name, low in (("batch", 1), ("prompt_length", 1), ("draft_length", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"expected {name.replace('_', ' ')} of {low} or more, got {getattr(self, name)}")
+        if self.capacity < 1:
+            wanted = self.prompt_length + self.draft_length + 2
+            raise ValueError(
+                f"expected at least {wanted} cells, for a prompt of {self.prompt_length}, one token, and slack of "
+                f"{self.draft_length + 1}, got {self.cells}"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """The tokens that a row may emit."""
+        return self.cells - self.prompt_length - self.draft_length - 1
+
+
+class Arguments(NamedTuple):
+    """What the compiled loop takes, as shapes."""
+
+    target_params: Any
+    draft_params: Any
+    verify: Any
+    request: Any
+
+
+def plan(settings: Settings) -> dict[str, Any]:
+    """Compiles both programs and says what they need.
+
+    Raises:
+        ValueError: an unknown model or topology, or more than the chip holds.
+        ImportError: libtpu is not installed.
+    """
+    pair = pair_of(settings)
+    chip = chips.chip_of(settings.topology)
+    shapes = arguments(settings, pair)
+    parts = memory_parts(settings, pair, shapes)
+    check_room(settings, parts, chip.device().memory_bytes)
+
+    devices = chips.devices(settings.topology)
+    placed = _placed(shapes, jax.sharding.SingleDeviceSharding(devices[0]))
+    target = transformer.language_model(pair.target)
+    draft = model_draft(transformer.language_model(pair.draft), settings.draft_length)
+    stops = tuple(range(pair.target.vocab - pair.stops, pair.target.vocab))
+    prefill, prefill_s = _compile(
+        jax.jit(speculate.init, static_argnums=(0, 2, 5, 6)).lower(
+            target, placed.target_params, draft, placed.draft_params, placed.request, settings.capacity, stops
+        )
+    )
+    loop, loop_s = _compile(speculate._generate.lower(target, draft, settings.capacity, stops, *placed))
+    program = hlo.parse(loop.as_text())
+    caches = {hlo.identity(_KINDS[c.dtype], (settings.batch, settings.cells, c.kv_heads, c.head_dim)) for c in pair[:2]}
+    return {
+        **dataclasses.asdict(settings),
+        "target_layers": pair.target.layers,
+        "draft_layers": pair.draft.layers,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "devices_per_chip": chip.devices,
+        "memory": parts | _memory(loop, program, caches, chip.device().memory_bytes),
+        "prefill": _figures(prefill, hlo.parse(prefill.as_text()), chip.device()) | {"compile_s": prefill_s},
+        "round": _round(settings, pair, loop, prefill, program, chip.device()) | {"compile_s": loop_s},
+        "checks": hlo.checks(program, pair.target.vocab, caches),
+    }
+
+
+def pair_of(settings: Settings) -> Pair:
+    """The shapes of target and draft.
+
+    Raises:
+        ValueError: neither a preset nor a folder, or a draft that does not fit.
+    """
+    if settings.model in presets.PAIRS:
+        pair = presets.pair(settings.model, settings.dtype)
+    elif Path(settings.model).is_dir():
+        model = _described(settings.model)
+        if settings.draft is None:
+            raise ValueError("expected --draft with a folder: another folder, or how many of the target's layers")
+        pair = Pair(model.shape, model.shape, len(model.stop_ids))
+    else:
+        raise ValueError(
+            f"expected a preset among {', '.join(presets.PAIRS)}, or a folder that `jaxspec convert` made, got {settings.model!r}"
+        )
+    draft = pair.draft
+    if settings.draft is not None and settings.draft.isdecimal():
+        if not 1 <= int(settings.draft) <= pair.target.layers:
+            raise ValueError(f"expected 1 to {pair.target.layers} of the target's layers, got {settings.draft}")
+        draft = dataclasses.replace(pair.target, layers=int(settings.draft))
+    elif settings.draft is not None:
+        draft = _described(settings.draft).shape
+    if draft.vocab != pair.target.vocab:
+        raise ValueError(f"expected a draft of the target's {pair.target.vocab} ids, got one of {draft.vocab}")
+    target, draft = (dataclasses.replace(config, dtype=settings.dtype) for config in (pair.target, draft))
+    return Pair(target, draft, pair.stops)
+
+
+def _described(folder: str) -> family.Model:
+    return family.from_json(checkpoint.read_description(folder), Path(folder) / checkpoint.DESCRIPTION)
+
+
+def arguments(settings: Settings, pair: Pair) -> Arguments:
+    """The shapes that a call of ``generate`` with groups of ``presets.GROUP_SIZE`` would have."""
+
+    def params(config: Config) -> Any:
+        leaves = transformer.abstract_params(config)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype)), leaves)
+
+    vocab, whole = pair.target.vocab, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    codes = vocab - pair.stops
+    size = min(presets.GROUP_SIZE, codes)
+    groups = Groups(whole((vocab, size)), whole((vocab,)), whole((codes * size + pair.stops,)), whole((vocab,)), whole((vocab,)))
+    prompt = np.zeros((settings.batch, settings.prompt_length), np.int32)
+    lengths = np.full(settings.batch, settings.prompt_length)
+    asked = jax.eval_shape(lambda: request.check(jax.random.key(0), prompt, lengths, settings.capacity, None, (), Sampling()))
+    return Arguments(params(pair.target), params(pair.draft), coarse_grained(groups), asked)
+
+
+def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _cache_bytes(config: Config, batch: int, cells: int) -> int:
+    return _bytes(jax.eval_shape(lambda: transformer.language_model(config).init_cache(batch, cells)))
+
+
+def memory_parts(settings: Settings, pair: Pair, shapes: Arguments) -> dict[str, int]:
+    """The bytes of each part by its shape, before the chip's padding.
+
+    ``shared`` is in both models' parameters, one copy of which serves both where the draft was cut from the target.
+    """
+    names = [name for name in shapes.draft_params if name == "head" or name.startswith("table_")]
+    tables = {name: shapes.draft_params[name] for name in names}
+    return {
+        "target": _bytes(shapes.target_params),
+        "draft": _bytes(shapes.draft_params),
+        "shared": _bytes({name: leaf for name, leaf in tables.items() if shapes.target_params.get(name) == leaf}),
+        "groups": _bytes(shapes.verify),
+        "target_cache": _cache_bytes(pair.target, settings.batch, settings.cells),
+        "draft_cache": _cache_bytes(pair.draft, settings.batch, settings.cells),
+    }
+
+
+def check_room(settings: Settings, parts: dict[str, int], room: int) -> None:
+    """Raises ValueError, with the arithmetic, where the parts alone pass the memory of a device."""
+    fixed = parts["target"] + parts["draft"] + parts["groups"]
+    row = (parts["target_cache"] + parts["draft_cache"]) // settings.batch
+    total, most = fixed + settings.batch * row, (room - fixed) // row
+    if most >= settings.batch:
+        return
+    wanted = f"a batch of at most {most}" if most > 0 else "a smaller model, or fewer cells"
+    size = {name: _size(count) for name, count in parts.items()}
+    raise ValueError(
+        f"expected {wanted} on one device of {settings.topology}: target {size['target']} + draft {size['draft']} + groups "
+        f"{size['groups']} + caches {settings.batch} x {_size(row)}, {settings.cells} cells each, = {_size(total)}, but it has "
+        f"{_size(room)}"
+    )
+
+
+def _compile(lowered: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    try:
+        return lowered.compile(), time.perf_counter() - start
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"expected a smaller batch or fewer cells: the compiler finds that the program does not fit ({said})"
+        ) from error
+
+
+def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[str, Any]:
+    """What the compiler says of the loop's program; its temporaries hold the caches."""
+    said = loop.memory_analysis()
+    carried = hlo.arrays(program.loop.shape)
+    total = said.argument_size_in_bytes + said.output_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
+    total -= said.alias_size_in_bytes
+    return {
+        "arguments": said.argument_size_in_bytes,
+        "temporaries": said.temp_size_in_bytes,
+        "outputs": said.output_size_in_bytes,
+        "code": said.generated_code_size_in_bytes,
+        "caches_as_laid_out": sum(hlo.laid_out_bytes(array) for array in carried if array.identity in caches),
+        "parameters_laid_out_anew": sum(hlo.laid_out_bytes(array) for array in hlo.laid_out_anew(program, caches)),
+        "total": total,
+        "room": room,
+        "fits": total <= room,
+    }
+
+
+def _figures(compiled: Any, program: Program, chip: chips.Chip) -> dict[str, Any]:
+    """Operations, bytes and times of a program without a loop of unknown length."""
+    cost = compiled.cost_analysis()
+    cycles = hlo.scheduled_cycles(program, program.entry)
+    return {
+        "operations": cost["flops"],
+        "compute_bound_s": cost["flops"] / chip.bf16_per_s,
+        "bytes": cost["bytes accessed"],
+        "optimal_s": _optimal_s(compiled, chip),
+        "cycles": cycles,
+        "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None,
+    }
+
+
+def _optimal_s(compiled: Any, chip: chips.Chip) -> float:
+    """XLA's own estimate without the whole seconds that it takes off for custom calls, which it does not know."""
+    cost = compiled.cost_analysis()
+    least = 0.5 * cost["flops"] / chip.bf16_per_s
+    return least + (cost["optimal_seconds"] - least) % 1.0
+
+
+def _round(settings: Settings, pair: Pair, loop: Any, prefill: Any, program: Program, chip: chips.Chip) -> dict[str, Any]:
+    """One round of the loop: of what XLA counts, what the program with the loop has more than the prefill."""
+    with_loop, without = loop.cost_analysis(), prefill.cost_analysis()
+    reads = {
+        name: _read_bytes(config) + _cache_bytes(config, settings.batch, settings.cells)
+        for name, config in (("target", pair.target), ("draft", pair.draft))
+    }
+    operations = with_loop["flops"] - without["flops"]
+    needed = reads["target"] + settings.draft_length * reads["draft"]
+    cycles = hlo.scheduled_cycles(program, program.body)
+    return {
+        "operations": operations,
+        "compute_bound_s": operations / chip.bf16_per_s,
+        "bytes": with_loop["bytes accessed"] - without["bytes accessed"],
+        "optimal_s": _optimal_s(loop, chip) - _optimal_s(prefill, chip),
+        "bytes_needed": needed,
+        "bandwidth_bound_s": needed / chip.bytes_per_s,
+        "cycles": cycles,
+        "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None,
+        "cycles_of_draft_steps": hlo.longest_loop_cycles(program),
+    }
+
+
+def _read_bytes(config: Config) -> int:
+    """The parameters that a step reads whole: all but the input tables, of which it takes rows, and the head."""
+    tables = sum(config.input_tables) * config.width - config.tied * config.vocab * config.width
+    return presets.parameter_bytes(config) - tables * jnp.dtype(config.dtype).itemsize
+
+
+def _size(count: float) -> str:
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3)
+    return f"{count / unit:,.4g} {name}"
+
+
+def card(result: dict[str, Any]) -> str:
+    """The plan for people."""
+    memory, prefill, turn = result["memory"], result["prefill"], result["round"]
+    size = {name: _size(count) for name, count in memory.items()}
+    device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
+    lines = [
+        f"{result['model']}, {result['target_layers']} layers, and a draft of {result['draft_layers']}, in {result['dtype']}: "
+        f"batch {result['batch']}, {result['cells']} cells, prompt of {result['prompt_length']}, K = {result['draft_length']}",
+        f"on {device} of {result['topology']} ({result['device']}); nothing was run, and compiling took "
+        f"{prefill['compile_s'] + turn['compile_s']:.0f} s",
+        "memory by shape",
+        f"  target {size['target']}, draft {size['draft']} ({size['shared']} of both are tables that may be the same)",
+        f"  groups {size['groups']}, caches {size['target_cache']} + {size['draft_cache']}",
+        "memory as compiled",
+        f"  arguments {size['arguments']}, outputs {size['outputs']}, program {size['code']}, temporaries {size['temporaries']}",
+        f"  of the temporaries: caches as laid out in HBM {size['caches_as_laid_out']}, parameters in another layout "
+        f"{size['parameters_laid_out_anew']}",
+        f"  in all {size['total']} of {size['room']}: {'fits' if memory['fits'] else 'DOES NOT FIT'}",
+        *_times("prefill", prefill),
+        *_times("one round, for 1 to K + 1 tokens a row", turn),
+        f"  of these cycles {turn['cycles_of_draft_steps']:,} in the draft's steps after its first",
+        f"  {_size(turn['bytes_needed'])} of parameters and caches to be read: at full bandwidth "
+        f"{turn['bandwidth_bound_s'] * 1e3:.3g} ms",
+        "checks of the compiled program",
+    ]
+    for check in result["checks"].values():
+        lines.append(f"  {'holds' if check['holds'] else 'FAILS'}: {check['what']}")
+        if not check["holds"]:
+            lines += [f"    by {check['count']} instructions, such as", *(f"      {op}" for op in check["found"])]
+    return "\n".join(lines)
+
+
+def _times(name: str, figures: dict[str, Any]) -> list[str]:
+    seconds = "" if figures["cycles_s"] is None else f" = {figures['cycles_s'] * 1e3:.3g} ms"
+    return [
+        name,
+        f"  {figures['operations'] / 1e9:,.4g} G operations: at peak {figures['compute_bound_s'] * 1e3:.3g} ms",
+        f"  {_size(figures['bytes'])} moved as XLA counts: its optimal time {figures['optimal_s'] * 1e3:.3g} ms",
+        f"  {figures['cycles']:,} cycles scheduled{seconds}",
+    ]

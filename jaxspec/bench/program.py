@@ -1,0 +1,226 @@
+"""Reads a compiled program as XLA prints it: what it repeats, how long that is scheduled to take, and what must not be in it."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+class Op(NamedTuple):
+    """One instruction of a compiled program: name, shape as XLA writes it, opcode, what stands in its brackets, attributes."""
+
+    name: str
+    shape: str
+    code: str
+    inside: str
+    rest: str
+
+    def __str__(self) -> str:
+        made = re.search(r'op_name="([^"]*)"', self.rest)
+        shape = re.sub(r":[^}]*?(S\(1\))?}", r"\1}", self.shape)  # of the tiles only whether it lies on the chip, S(1)
+        return f"{self.name} {shape[:90]}" + (f" ({made[1]})" if made else "")
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of what it is applied to."""
+        return re.findall(r"%([\w.\-]+)", self.inside)
+
+    def calls(self, how: str = "") -> list[str]:
+        """The names of the computations that it calls, or of the one in the attribute ``how``."""
+        found = re.findall(rf"\b{how or _ANY}=\{{?((?:%[\w.\-]+(?:, )?)+)", self.rest)
+        return re.findall(r"%([\w.\-]+)", " ".join(found))
+
+
+class Program(NamedTuple):
+    """A compiled program in the order of its schedule, and the ``while`` of its entry that carries the most: the loop."""
+
+    computations: dict[str, list[Op]]
+    entry: str
+    loop: Op | None
+
+    @property
+    def body(self) -> str:
+        """The computation that the loop repeats."""
+        return self.loop.calls("body")[0]
+
+
+class Array(NamedTuple):
+    """An array in a shape, see ``identity``."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    layout: str
+    identity: tuple
+
+    @property
+    def on_chip(self) -> bool:
+        """Whether it lies in the chip's own memory, not in HBM."""
+        return "S(1)" in self.layout
+
+
+_HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+_OP = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)$")
+_ANY = "(?:calls|body|condition|to_apply|branch_computations|called_computations|true_computation|false_computation)"
+
+
+def parse(text: str) -> Program:
+    """Reads a compiled program as XLA prints it."""
+    computations: dict[str, list[Op]] = {}
+    entry, ops = "", []
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            ops = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif found := _OP.match(line):
+            ops.append(Op(*found.groups()))
+    whiles = [op for op in computations[entry] if op.code == "while"]
+    return Program(computations, entry, max(whiles, key=lambda op: op.shape.count("["), default=None))
+
+
+def _within(program: Program, start: str, fusions: bool) -> Iterator[list[Op]]:
+    """The computations that one comes to, with or without those inside fusions, which keep what they make in registers."""
+    seen, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            yield program.computations[name]
+            todo += [other for op in program.computations[name] if fusions or op.code != "fusion" for other in op.calls()]
+
+
+def identity(kind: str, sizes: tuple[int, ...]) -> tuple:
+    """The type and the sizes of an array, in whatever order a layout or a reshape puts them."""
+    return kind, *sorted(size for size in sizes if size > 1)
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays of a shape; a size that is not static has been found before, see ``_dynamic``."""
+    found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
+    sizes = [tuple(int(size) for size in text.split(",") if size) for _, text, _ in found]
+    return [Array(kind, size, layout, identity(kind, size)) for (kind, _, layout), size in zip(found, sizes, strict=True)]
+
+
+def laid_out_bytes(array: Array) -> int:
+    """The bytes of an array in its tiles, 0 where it does not lie in HBM.
+
+    >>> laid_out_bytes(arrays("bf16[1,2048,8,64]{3,1,2,0:T(8,128)(2,1)}")[0]) == 2 * 2048 * 8 * 128
+    True
+    """
+    order, _, tiles = array.layout.partition(":")
+    sizes, tile = list(array.sizes), re.match(r"T\(([\d,]+)\)", tiles)
+    for axis, size in zip(re.findall(r"\d+", order), reversed(tile[1].split(",")) if tile else (), strict=False):
+        sizes[int(axis)] = -(-sizes[int(axis)] // int(size)) * int(size)
+    return 0 if "S(" in tiles else math.prod(sizes) * _BYTES.get(array.kind, 4)
+
+
+def laid_out_anew(program: Program, caches: set[tuple]) -> list[Array]:
+    """What is copied once, from a megabyte on, because the loop wants another layout than it came in; caches apart."""
+    ops = {op.name: op for op in program.computations[program.entry]}
+    carried = [ops[name] for name in ops[program.loop.operands[0]].operands]
+    copies = [arrays(op.shape)[0] for op in carried if op.code == "copy"]
+    return [array for array in copies if array.identity not in caches and laid_out_bytes(array) >= 2**20]
+
+
+def scheduled_cycles(program: Program, name: str) -> int:
+    """The cycles that the compiler gave to the instructions of a computation and of what it calls."""
+    return sum(_cycles(program, op) for op in program.computations[name])
+
+
+def _cycles(program: Program, op: Op) -> int:
+    own = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+    within = [scheduled_cycles(program, name) for name in op.calls()] if op.code in ("while", "conditional", "call") else []
+    if op.code == "while":
+        within = [_trips(program, op) * sum(within)]
+    elif op.code == "conditional":
+        within = [min(within)]
+    return (int(own[1]) if own else 0) + sum(within)
+
+
+def _trips(program: Program, loop: Op) -> int:
+    """How often a loop that counts up to a constant runs; 1 for another."""
+    condition = program.computations[loop.calls("condition")[0]]
+    constants = [op.inside for op in condition if op.code == "constant"]
+    counts = {op.code for op in condition} <= {"constant", "parameter", "get-tuple-element", "compare"}
+    return int(constants[0]) if counts and len(constants) == 1 and constants[0].isdigit() else 1
+
+
+def longest_loop_cycles(program: Program) -> int:
+    """The cycles a round of the longest loop in it: the draft's steps after its first."""
+    return max((_cycles(program, op) for op in program.computations[program.body] if op.code == "while"), default=0)
+
+
+_PASSES = set(
+    "parameter tuple get-tuple-element bitcast while conditional call copy-done async-done slice-start slice-done custom-call "
+    "optimization-barrier".split()
+)
+_WRITES = {"dynamic-update-slice", "scatter"}
+_HOST = re.compile(r"infeed|outfeed|send|recv|callback|host", re.IGNORECASE)
+
+
+def checks(program: Program, vocab: int, caches: set[tuple]) -> dict[str, dict[str, Any]]:
+    """What must hold of the compiled loop, whether it does, and the first instructions that break it."""
+    everything = [op for ops in _within(program, program.body, fusions=True) for op in ops]
+    writes, copies = _cache_traffic(program, caches)
+    found = {
+        "host": ("no transfer to or from the host in the loop", [op for op in everything if _to_host(op)]),
+        "caches": (
+            f"caches are written in place in the loop, in {len(writes)} writes, and never copied",
+            copies or ([] if writes else [program.loop]),
+        ),
+        "vocabulary": (f"no sort or gather over the {vocab} ids in the loop", [op for op in everything if _over(op, vocab)]),
+        "shapes": ("no dynamic shape", [op for ops in program.computations.values() for op in ops if _dynamic(op)]),
+    }
+    return {
+        name: {"holds": not ops, "what": what, "count": len(ops), "found": [str(op) for op in ops[:5]]}
+        for name, (what, ops) in found.items()
+    }
+
+
+def _target(op: Op) -> str:
+    """The opcode, and of a custom call what it calls."""
+    called = re.search(r'custom_call_target="([^"]*)"', op.rest)
+    return f"{op.code} {called[1]}" if called else op.code
+
+
+def _to_host(op: Op) -> bool:
+    return bool(_HOST.search(_target(op))) or "S(5)" in op.shape  # memory space 5 is the host's
+
+
+def _over(op: Op, vocab: int) -> bool:
+    """Whether an instruction sorts a vocabulary, or takes as many pieces from somewhere as there are ids."""
+    if "TopK" in _target(op) or op.code == "sort":
+        return any(size >= vocab for array in arrays(op.shape)[:1] for size in array.sizes)
+    piece = re.search(r"slice_sizes=\{([\d,]*)\}", op.rest)
+    if op.code != "gather" or not piece:
+        return False
+    return math.prod(arrays(op.shape)[0].sizes) >= vocab * math.prod(int(size) for size in piece[1].split(",") if size)
+
+
+def _dynamic(op: Op) -> bool:
+    return bool(re.search(r"\[[^\]]*<=", op.shape) or re.search("set-dimension-size|PadToStatic|SliceToDynamic", _target(op)))
+
+
+def _cache_traffic(program: Program, caches: set[tuple]) -> tuple[list[Op], list[Op]]:
+    """The instructions of the loop that write into a cache in place, and those that make a cache anew.
+
+    Moving one into the chip's memory ahead of its use is a read. What is written in place must not be read later as it was.
+    """
+    writes, copies = [], []
+    for ops in _within(program, program.body, fusions=False):
+        shapes = {op.name: arrays(op.shape) for op in ops}
+        of_cache = {name for name, arrays in shapes.items() if any(array.identity in caches for array in arrays)}
+        for at, op in enumerate(ops):
+            if op.name not in of_cache or op.code in _PASSES:
+                continue
+            if op.code == "copy-start" and shapes[op.name][0].on_chip and not shapes[op.name][1].on_chip:
+                continue
+            inner = [other for name in op.calls("calls") for other in program.computations[name]] if op.code == "fusion" else [op]
+            if any(other.code in _WRITES and arrays(other.shape)[0].identity in caches for other in inner):
+                writes.append(op)
+                old = [name for name in op.operands if name in of_cache]
+                copies += [later for later in ops[at + 1 :] if set(old) & set(later.operands)]
+            else:
+                copies.append(op)
+    return writes, copies
