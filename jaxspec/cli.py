@@ -25,7 +25,7 @@ class Say:
     file: Path | None = None
     """A text file, one text a line, in place of TEXT."""
     out_dir: Path | None = None
-    """The folder for 001.wav, 002.wav ... when --file is given."""
+    """The folder for 001.wav, 002.wav ... when --file is given; .npy of codes where there is no codec."""
     model: Path | None = None
     """A checkpoint that `jaxspec convert` made; without it, the built-in voice."""
     draft: Path | None = None
@@ -67,18 +67,19 @@ class Say:
             reference=self.prompt_text,
             reference_codes=say.read_codes(self.prompt_codes) if self.prompt_codes else (),
         )
-        texts, outs = self._texts()
+        texts = self._texts()
         speaker = say.open_speaker(self.model, self.draft, self.codec)
+        outs = self._outs(len(texts), "wav" if speaker.decode else "npy")
         result = say.say(texts, outs, settings, speaker, self.plot)
         print(say.card(result, outs))
         if self.json:
             print(json.dumps(result))
 
-    def _texts(self) -> tuple[list[str], list[Path]]:
+    def _texts(self) -> list[str]:
         if self.file is None:
             if self.text is None or self.out is None:
                 raise ValueError('expected a text and where to write it: jaxspec say "..." --out hello.wav')
-            return [self.text], [self.out]
+            return [self.text]
         if self.out_dir is None or self.text is not None:
             raise ValueError(
                 "expected --file together with --out-dir and without a text: jaxspec say --file texts.txt --out-dir out"
@@ -89,8 +90,13 @@ class Say:
             raise ValueError(f"expected a text file in UTF-8 at {self.file}: {error}") from error
         if not texts:
             raise ValueError(f"expected one text a line in {self.file}, but it is empty")
+        return texts
+
+    def _outs(self, count: int, kind: str) -> list[Path]:
+        if self.file is None:
+            return [self.out]
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        return texts, [self.out_dir / f"{number:03d}.wav" for number in range(1, len(texts) + 1)]
+        return [self.out_dir / f"{number:03d}.{kind}" for number in range(1, count + 1)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,6 +174,10 @@ def test_cosyvoice_writes_codes_and_says_why_there_is_no_sound(spoken, say, tmp_
     assert code == 2
     assert "flow and vocoder are not here" in err
     assert "--out FILE.npy" in err
+    (tmp_path / "texts.txt").write_text("Yes.\nNo.\n")
+    code, _, err = say("--file", "texts.txt", "--model", name, "--out-dir", "out")
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["001.npy", "002.npy"]
 
 
 def test_cosyvoice_says_2_to_20_codes_for_each_token_of_the_text(folder):

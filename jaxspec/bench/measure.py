@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -91,7 +93,13 @@ def _synthetic(
     return verdict._replace(num_accepted=jnp.cumprod(stands.astype(jnp.int32)).sum(), num_exact=None)
 
 
-def run(models: Models, cases: Sequence[Case], turns: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run(
+    models: Models,
+    cases: Sequence[Case],
+    turns: int,
+    say: Callable[[str], None] = print,
+    before_turn: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
     """Times every case, all of them once in each turn, after each has run once; see ``_row`` for what is told.
 
     ``cases`` must hold the autoregressive case of each batch and prompt length, which the others are compared with.
@@ -107,6 +115,7 @@ def run(models: Models, cases: Sequence[Case], turns: int, say: Callable[[str], 
         say(f"{models.name}: {_name(case)} compiled in {compile_s[case]:.1f} s")
     before = compilations()
     for turn in range(1, turns + 1):
+        before_turn()
         for case in cases:
             timed[case].turn(turn)
         say(f"{models.name}: turn {turn} of {turns}")
@@ -183,10 +192,12 @@ class _Timed:
         self.rounds.append(int(info.rounds.max()))
         self.counts += np.array([int(info.accepted.sum()), int(info.drafted.sum()), int(info.rounds.sum())])
 
-    def memory_bytes(self) -> int | None:
-        """The most that the device held since the process began; where it does not tell, None."""
-        stats = jax.devices()[0].memory_stats()
-        return stats.get("peak_bytes_in_use") if stats else None
+
+def _peak_bytes() -> int:
+    """The most that the device held since the process began; of a CPU, the process."""
+    stats = jax.devices()[0].memory_stats()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return stats["peak_bytes_in_use"] if stats else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _propose(draft: Draft, params: Params, state: State) -> Any:
@@ -214,7 +225,7 @@ def _row(case: Case, timed: _Timed) -> dict[str, Any]:
         "codes_per_s": float(np.median(rates)),
         "codes_per_s_spread": [float(rates.min()), float(rates.max())],
         "tokens_per_round": sum(timed.tokens) / max(rounds, 1),
-        "memory_bytes": timed.memory_bytes(),
+        "peak_bytes": _peak_bytes(),
     }
     if timed.rule is None:
         return row

@@ -21,6 +21,10 @@ def _percent(name: str) -> Callable[[Row], str]:
     return lambda row: f"{row[name]:.0%}" if name in row else ""
 
 
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "verifier": lambda row: row["rule"],
     "K": lambda row: str(row["draft_length"] or ""),
@@ -32,11 +36,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "draft": _seconds("draft_s"),
     "target": _seconds("target_s"),
     "verify": _seconds("settle_s"),
-    "codes/s": lambda row: f"{row['codes_per_s']:.1f} ({row['codes_per_s_spread'][0]:.1f}-{row['codes_per_s_spread'][1]:.1f})",
+    "codes/s": lambda row: _rate(row["codes_per_s"]),
+    "spread": lambda row: "-".join(map(_rate, row["codes_per_s_spread"])),
     "codes a round": lambda row: f"{row['tokens_per_round']:.2f}",
     "speed-up": lambda row: f"{row['speed_up']:.2f}x",
     "at the bound": lambda row: f"{row['ideal_speed_up']:.2f}x" if "ideal_speed_up" in row else "",
     "of the bound": lambda row: f"{row.get('roofline_step', row.get('roofline_target')):.0%}",
+    "peak GB": lambda row: f"{row['peak_bytes'] / 1e9:.1f}",
     "compile s": lambda row: f"{row['compile_s']:.1f}",
     "recompiled": lambda row: str(row["compilations_after_warm_up"]),
 }
@@ -52,7 +58,7 @@ def show(result: Mapping[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "verifier" else "right")
     for row in result["rows"]:
         table.add_row(*(cell(row) for cell in COLUMNS.values()))
-    Console(width=200).print(table)
+    Console(width=220).print(table)
     for peer in result.get("peers", []):
         print(
             f"{peer['name']}: {peer['codes_per_s']:.1f} codes/s; jaxspec {peer['against']} is {peer['ratio']:.2f} times as fast"

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,19 +41,26 @@ def seconds(call: Callable[[], Any], times: int = 5) -> float:
     return statistics.median(taken)
 
 
-def measure(dtype: str) -> Device:
-    """Reads half a GB (on a GPU or TPU 4 GB) in the two ways that XLA is quickest at, and multiplies square matrices."""
+def meter(dtype: str) -> Callable[[], Device]:
+    """What measures this device, each time that it is called: half a GB is read (on a GPU or TPU 4 GB) in the two ways that XLA
+    is quickest at, and square matrices are multiplied."""
     small = jax.default_backend() == "cpu"
     size = jnp.dtype(dtype).itemsize
-    rows = (1 << 29 if small else 1 << 32) // (4096 * size)
-    matrix, vector = jnp.ones((rows, 4096), dtype), jnp.ones(4096, dtype)
-    product = jax.jit(lambda m, v: jnp.dot(m, v, preferred_element_type=jnp.float32))
-    total = jax.jit(lambda m: jnp.max(m))
-    read_s = min(seconds(lambda: product(matrix, vector)), seconds(lambda: total(matrix)))
-    side = 2048 if small else 8192
-    square = jnp.ones((side, side), dtype)
-    multiply = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
-    return Device(rows * 4096 * size / read_s, 2 * side**3 / seconds(lambda: multiply(square)))
+    rows, side = (1 << 29 if small else 1 << 32) // (4096 * size), 2048 if small else 8192
+    matrix, vector, square = jnp.ones((rows, 4096), dtype), jnp.ones(4096, dtype), jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    largest = jax.jit(jnp.max)
+
+    def measure() -> Device:
+        read_s = min(seconds(lambda: product(matrix, vector)), seconds(lambda: largest(matrix)))
+        return Device(rows * 4096 * size / read_s, 2 * side**3 / seconds(lambda: product(square, square)))
+
+    return measure
+
+
+def middle(devices: Sequence[Device]) -> Device:
+    """The median of each rate."""
+    return Device(*map(statistics.median, zip(*devices, strict=True)))
 
 
 def model_pass(config: Config, batch: int, block: int, cells: int) -> Work:
@@ -77,13 +84,3 @@ def expected_tokens(acceptance: float, draft_length: int) -> float:
     4.0
     """
     return sum(acceptance**i for i in range(draft_length + 1)) * 1.0
-
-
-def ideal_speed_up(
-    target: Config, draft: Config, device: Device, batch: int, cells: int, draft_length: int, acceptance: float
-) -> float:
-    """What a round gives over autoregressive where every pass takes its bound and nothing else takes time."""
-    plain = model_pass(target, batch, 1, cells).bound_s(device)
-    drafting = draft_length * model_pass(draft, batch, 1, cells).bound_s(device)
-    scoring = model_pass(target, batch, draft_length + 1, cells).bound_s(device)
-    return expected_tokens(acceptance, draft_length) * plain / (drafting + scoring)

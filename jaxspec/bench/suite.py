@@ -96,15 +96,15 @@ def bench(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     rows, rates, peers = [], {}, []
     for dtype in plan.dtypes:
         models = _models(plan, dtype)
-        rates[dtype] = roofline.measure(dtype)
-        say(f"{dtype}: reads {rates[dtype].bytes_per_s / 1e9:.1f} GB/s, multiplies {rates[dtype].flops_per_s / 1e12:.3f} Tflop/s")
+        measure = roofline.meter(dtype)
+        seen = [measure()]
         if plan.peer and not peers:
             shape = plan.prompts[0], plan.draft_lengths[0], plan.turns
             peers = [row for batch in plan.batches for row in compare(models, batch, *shape, say)]
-        rows += [
-            _beside_roofline(row, models, rates[dtype], plan) | {"dtype": dtype}
-            for row in run(models, plan.cases(), plan.turns, say)
-        ]
+        made = run(models, plan.cases(), plan.turns, say, lambda measure=measure, seen=seen: seen.append(measure()))
+        rates[dtype] = roofline.middle(seen)
+        say(f"{dtype}: reads {rates[dtype].bytes_per_s / 1e9:.1f} GB/s, multiplies {rates[dtype].flops_per_s / 1e12:.3f} Tflop/s")
+        rows += [_beside_roofline(row, models, rates[dtype], plan) | {"dtype": dtype} for row in made]
     device = {dtype: rate._asdict() for dtype, rate in rates.items()}
     return {
         "preset": plan.preset,
