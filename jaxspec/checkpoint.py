@@ -8,7 +8,6 @@ larger than the memory; they are restored in any type and onto any mesh.
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -22,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from blake3 import blake3
 from flax import traverse_util
 
 from jaxspec.tensors import Tensor
@@ -173,17 +173,17 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
         )
         spec["store_data_equal_to_fill_value"] = True  # or zeros are not written, and look as if they were missing
         store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-        sha = hashlib.sha256()
+        digest = blake3()
         for start in starts:
             stop = min(start + step, leaf.shape[0]) if leaf.shape else 1
             try:
-                numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, sha)
+                numbers = await asyncio.to_thread(_read, leaf.tensor, start, stop, digest)
                 await asyncio.to_thread(_write, store[start:stop] if leaf.shape else store, numbers)
             except (ValueError, OSError) as error:
                 errors.append(error)
                 return
             del numbers  # before the next are read
-        digests[info.name] = f"sha256:{sha.hexdigest()}"
+        digests[info.name] = f"blake3:{digest.hexdigest()}"
 
     class Lazy(handlers.TypeHandler):
         def typestr(self) -> str:
@@ -235,8 +235,8 @@ def _unwritten(error: Exception) -> OSError:
     return OSError(f"expected to write the parameters, but {str(error).splitlines()[0]}: make room, or choose another disk")
 
 
-def _read(tensor: Tensor, start: int, stop: int, sha: Any) -> np.ndarray:
-    """Some rows, told to ``sha``, in pieces that fit a processor's cache.
+def _read(tensor: Tensor, start: int, stop: int, digest: blake3) -> np.ndarray:
+    """Some rows, told to ``digest``, in pieces that fit a processor's cache.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -247,7 +247,7 @@ def _read(tensor: Tensor, start: int, stop: int, sha: Any) -> np.ndarray:
         piece = flat[first : first + 2**18]
         if not _finite(piece):
             raise ValueError(f"{tensor.name}: expected finite numbers, came NaN or infinity; download it again")
-        sha.update(piece.view(np.uint8))
+        digest.update(piece.view(np.uint8))
     return flat.reshape(numbers.shape)
 
 

@@ -5,7 +5,6 @@ A family is one settings file in ``jaxspec.models`` or ``jaxspec.codec``, and on
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from blake3 import blake3
 from flax import traverse_util
 
 from jaxspec import checkpoint
@@ -107,9 +107,9 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
         name = options.family or recognise(opened.tensors, tokenizer)
         layout = _layout(name, opened, tokenizer, options)
         digests = checkpoint.write_params(folder, layout.params)
-        whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        whole = blake3(json.dumps(digests, sort_keys=True).encode()).hexdigest()
         files = [path.name for path in opened.files]
-        description = layout.description | {"source": opened.origin, "files": files, "digest": f"sha256:{whole}"}
+        description = layout.description | {"source": opened.origin, "files": files, "digest": f"blake3:{whole}"}
         if description["kind"] == "language model":
             description["tables"] = {path: digests[path] for path in digests if path.startswith(("table_", "head"))}
             layout.tokenizer.save(str(folder / family.TOKENIZER))
