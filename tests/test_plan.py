@@ -16,6 +16,7 @@ from jaxspec.models import family
 from jaxspec.sampling import Sampling
 
 V, CACHE = 4096, (1, 512, 8, 128)
+MATRICES = {hlo.identity("f32", (V, 128))}
 needs_libtpu = pytest.mark.skipif(
     chips.importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install 'jaxspec[tpu-aot]'"
 )
@@ -92,6 +93,11 @@ def gathers_the_vocabulary(i, cache, law):
     return put(cache, i, law), law[(law * V).astype(jnp.int32)]
 
 
+def multiplies_term_by_term(i, cache, law):
+    cache = put(cache, i, law)
+    return cache, law * (law.astype(cache.dtype) @ cache.reshape(V, 128)).sum()
+
+
 def tells_the_host(i, cache, law):
     jax.debug.callback(lambda first: None, law[0])
     return put(cache, i, law), law * 2
@@ -109,6 +115,7 @@ def compiled(function, *shapes):
         (sound, None),
         (keeps_the_old_cache, "caches"),
         (makes_the_cache_anew, "caches"),
+        (multiplies_term_by_term, "matrices"),
         (sorts_the_vocabulary, "vocabulary"),
         (gathers_the_vocabulary, "vocabulary"),
         (tells_the_host, "host"),
@@ -120,7 +127,7 @@ def test_a_flaw_of_the_loop_is_found_and_named(turn, broken):
 
     cache = jax.ShapeDtypeStruct(CACHE, jnp.bfloat16)
     program = compiled(loop, (cache, cache) if turn is keeps_the_old_cache else cache, jax.ShapeDtypeStruct((V,), jnp.float32))
-    made = hlo.checks(program, V, {hlo.identity("bf16", CACHE)})
+    made = hlo.checks(program, V, {hlo.identity("bf16", CACHE)}, MATRICES)
     assert [name for name, check in made.items() if not check["holds"]] == ([broken] if broken else [])
     assert all(check["found"] for check in made.values() if not check["holds"])
 
@@ -142,7 +149,7 @@ ENTRY %main (p: f32[<=8]) -> f32[<=8] {
   ROOT %end = pred[] parameter(0)
 }
 """
-    made = hlo.checks(hlo.parse(text), V, {hlo.identity("bf16", CACHE)})
+    made = hlo.checks(hlo.parse(text), V, {hlo.identity("bf16", CACHE)}, MATRICES)
     assert made["caches"]["found"] == ["sum bf16[8]{0}"]
     assert made["shapes"]["found"] == ["loop (f32[<=8]{0}, bf16[1,512,8,128]{3,2,1,0})"]
     assert made["host"]["holds"]
@@ -171,7 +178,6 @@ def test_every_chip_has_a_device_to_compile_for():
 
 @needs_libtpu
 def test_the_real_loop_of_a_small_model_on_a_v5e(monkeypatch):
-    """Of its caches only the draft's may still be copied, keys and values, there and back."""
     shapes = [dataclasses.replace(presets.pair("small", "bfloat16").target, layers=layers) for layers in (3, 1)]
     monkeypatch.setitem(presets.PAIRS, "smaller", lambda: presets.Pair(*shapes, 1))
     result = plan.plan(plan.Settings("smaller", "v5e:2x2", cells=512, prompt_length=64))
@@ -180,11 +186,10 @@ def test_the_real_loop_of_a_small_model_on_a_v5e(monkeypatch):
     assert memory["fits"]
     assert memory["arguments"] == pytest.approx(memory["target"] + memory["draft"] + memory["groups"], rel=0.05)
     assert memory["caches_as_laid_out"] <= memory["temporaries"]
-    # Two operations for each parameter and row: four rows of the target, two of the draft's first step, and one of its others.
-    assert turn["operations"] == pytest.approx(4 * plan._read_bytes(shapes[0]) + 3 * plan._read_bytes(shapes[1]), rel=0.2)
+    # Two operations for each parameter and row: four rows of the target, and two of the draft in its first step and the others.
+    assert turn["operations"] == pytest.approx(4 * plan._read_bytes(shapes[0]) + 4 * plan._read_bytes(shapes[1]), rel=0.2)
     assert turn["cycles_s"] > turn["bandwidth_bound_s"] / 2
     # Each layer's keys and values: the target's once, the draft's in its first step and in the others.
     assert "in 10 writes" in result["checks"]["caches"]["what"]
-    broken = {name: check["count"] for name, check in result["checks"].items() if not check["holds"]}
-    assert all(name == "caches" and count <= 4 for name, count in broken.items())
-    assert ("FAILS" in plan.card(result)) == bool(broken)
+    assert all(check["holds"] for check in result["checks"].values()), result["checks"]
+    assert "FAILS" not in plan.card(result)

@@ -122,6 +122,29 @@ def test_a_model_that_drafts_for_itself_is_always_right():
     assert fast.info.rounds.tolist() == [16, 16]
 
 
+def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
+    """To the last cell that the row may fill: the second one's cell must lie within the cache."""
+    config = dataclasses.replace(SMALL, layers=2)
+    params, prompt, length = init_params(jax.random.key(3), config), np.arange(7, dtype=np.int32)[None], np.array([7], np.int32)
+    once = language_model(config)
+    said = autoregressive(jax.random.key(0), once, params, prompt, length, **GREEDY)
+    asked = []
+
+    def as_a_tpu(*arguments, tpu, default):
+        asked.append(default)
+        return tpu(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_a_tpu)
+    twice = language_model.__wrapped__(config)
+    assert autoregressive(jax.random.key(0), twice, params, prompt, length, **GREEDY).tokens.tolist() == said.tokens.tolist()
+    for K in (0, 1, 3):
+        own = draft.model_draft(twice, K)
+        fast = generate(jax.random.key(0), twice, params, own, params, verify.exact(), prompt, length, **GREEDY)
+        assert fast.tokens.tolist() == said.tokens.tolist()
+        assert fast.info.rounds.tolist() == [-(-64 // (K + 1))]
+    assert asked
+
+
 def test_a_block_sees_no_later_token():
     config = dataclasses.replace(SMALL, qk_norm=True)
     params, tokens = init_params(jax.random.key(0), config), jnp.arange(9)[None]

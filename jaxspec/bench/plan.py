@@ -104,6 +104,7 @@ def plan(settings: Settings) -> dict[str, Any]:
     loop, loop_s = _compile(speculate._generate.lower(target, draft, settings.capacity, stops, *placed))
     program = hlo.parse(loop.as_text())
     caches = {hlo.identity(_KINDS[c.dtype], (settings.batch, settings.cells, c.kv_heads, c.head_dim)) for c in pair[:2]}
+    matrices = {hlo.identity("f32", leaf.shape) for leaf in jax.tree.leaves(shapes[:2]) if leaf.ndim == 2}
     return {
         **dataclasses.asdict(settings),
         "target_layers": pair.target.layers,
@@ -114,7 +115,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         "memory": parts | _memory(loop, program, caches, chip.device().memory_bytes),
         "prefill": _figures(prefill, hlo.parse(prefill.as_text()), chip.device()) | {"compile_s": prefill_s},
         "round": _round(settings, pair, loop, prefill, program, chip.device()) | {"compile_s": loop_s},
-        "checks": hlo.checks(program, pair.target.vocab, caches),
+        "checks": hlo.checks(program, pair.target.vocab, caches, matrices),
     }
 
 

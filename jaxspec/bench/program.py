@@ -159,16 +159,21 @@ _WRITES = {"dynamic-update-slice", "scatter"}
 _HOST = re.compile(r"infeed|outfeed|send|recv|callback|host", re.IGNORECASE)
 
 
-def checks(program: Program, vocab: int, caches: set[tuple]) -> dict[str, dict[str, Any]]:
-    """What must hold of the compiled loop, whether it does, and the first instructions that break it."""
+def checks(program: Program, vocab: int, caches: set[tuple], matrices: set[tuple]) -> dict[str, dict[str, Any]]:
+    """What must hold of the compiled loop, whether it does, and the first instructions that break it.
+
+    caches, matrices: each one's ``identity``; of a matrix of parameters that of its float32 terms.
+    """
     everything = [op for ops in _within(program, program.body, fusions=True) for op in ops]
     writes, copies = _cache_traffic(program, caches)
+    by_terms = [op for op in everything if op.code == "multiply" and arrays(op.shape)[0].identity in matrices]
     found = {
         "host": ("no transfer to or from the host in the loop", [op for op in everything if _to_host(op)]),
         "caches": (
             f"caches are written in place in the loop, in {len(writes)} writes, and never copied",
             copies or ([] if writes else [program.loop]),
         ),
+        "matrices": ("no matrix of parameters multiplied term by term, on the vector unit", by_terms),
         "vocabulary": (f"no sort or gather over the {vocab} ids in the loop", [op for op in everything if _over(op, vocab)]),
         "shapes": ("no dynamic shape", [op for ops in program.computations.values() for op in ops if _dynamic(op)]),
     }
@@ -205,7 +210,8 @@ def _dynamic(op: Op) -> bool:
 def _cache_traffic(program: Program, caches: set[tuple]) -> tuple[list[Op], list[Op]]:
     """The instructions of the loop that write into a cache in place, and those that make a cache anew.
 
-    Moving one into the chip's memory ahead of its use is a read. What is written in place must not be read later as it was.
+    Moving one into the chip's memory ahead of its use is a read, and moving one back that was written there belongs to the
+    write, though the whole of it moves. What is written in place must not be read later as it was.
     """
     writes, copies = [], []
     for ops in _within(program, program.body, fusions=False):
@@ -214,7 +220,7 @@ def _cache_traffic(program: Program, caches: set[tuple]) -> tuple[list[Op], list
         for at, op in enumerate(ops):
             if op.name not in of_cache or op.code in _PASSES:
                 continue
-            if op.code == "copy-start" and shapes[op.name][0].on_chip and not shapes[op.name][1].on_chip:
+            if op.code == "copy-start" and shapes[op.name][0].on_chip != shapes[op.name][1].on_chip:
                 continue
             inner = [other for name in op.calls("calls") for other in program.computations[name]] if op.code == "fusion" else [op]
             if any(other.code in _WRITES and arrays(other.shape)[0].identity in caches for other in inner):
