@@ -188,7 +188,10 @@ def test_the_real_loop_of_a_small_model_on_a_v5e(monkeypatch):
     assert memory["caches_as_laid_out"] <= memory["temporaries"]
     # Two operations for each parameter and row: four rows of the target, and two of the draft in its first step and the others.
     assert turn["operations"] == pytest.approx(4 * plan._read_bytes(shapes[0]) + 4 * plan._read_bytes(shapes[1]), rel=0.2)
-    assert turn["cycles_s"] > turn["bandwidth_bound_s"] / 2
+    for part in (result["step"], turn):
+        assert part["cycles_s"] > part["bandwidth_bound_s"] / 2
+    assert turn["cycles"] > result["step"]["cycles"]
+    assert f"a round is {turn['cycles'] / result['step']['cycles']:.2f} steps" in plan.card(result)
     # Each layer's keys and values: the target's once, the draft's in its first step and in the others.
     assert "in 10 writes" in result["checks"]["caches"]["what"]
     assert all(check["holds"] for check in result["checks"].values()), result["checks"]

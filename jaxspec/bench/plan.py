@@ -1,7 +1,8 @@
-"""Compiles the real prefill and the real loop for a TPU that is not there, from shapes alone: memory, time, and what is checked.
+"""Compiles the real prefill and the real loops for a TPU that is not there, from shapes alone: memory, time, and what is checked.
 
-Two programs: ``speculate.init``, and ``speculate._generate`` with the whole loop in it. For now all arguments lie on the first
-device of the topology; to spread them is to give ``_placed`` another sharding for each, see ``transformer.logical_axes``.
+Three programs: ``speculate.init``, ``speculate._generate`` with the whole loop in it, and ``speculate._autoregressive``, of which
+the time of a step is taken. For now all arguments lie on the first device of the topology; to spread them is to give ``_placed``
+another sharding for each, see ``transformer.logical_axes``.
 
 How far the figures go. XLA's cost analysis counts the body of a loop once, traffic within the chip as if it were HBM's, and
 minus one second for each custom call. Cycles are those of the schedule that the compiler made, most waiting for HBM left out:
@@ -89,7 +90,8 @@ def plan(settings: Settings) -> dict[str, Any]:
     chip = chips.chip_of(settings.topology)
     shapes = arguments(settings, pair)
     parts = memory_parts(settings, pair, shapes)
-    check_room(settings, parts, chip.device().memory_bytes)
+    device = chip.device()
+    check_room(settings, parts, device.memory_bytes)
 
     devices = chips.devices(settings.topology)
     placed = _placed(shapes, jax.sharding.SingleDeviceSharding(devices[0]))
@@ -102,7 +104,14 @@ def plan(settings: Settings) -> dict[str, Any]:
         )
     )
     loop, loop_s = _compile(speculate._generate.lower(target, draft, settings.capacity, stops, *placed))
-    program = hlo.parse(loop.as_text())
+    before, program = hlo.parse(prefill.as_text()), hlo.parse(loop.as_text())
+    plain, plain_s = _compile(
+        speculate._autoregressive.lower(target, settings.capacity, stops, placed.target_params, placed.request)
+    )
+    reads = {
+        name: _read_bytes(config) + _cache_bytes(config, settings.batch, settings.cells)
+        for name, config in (("target", pair.target), ("draft", pair.draft))
+    }
     caches = {hlo.identity(_KINDS[c.dtype], (settings.batch, settings.cells, c.kv_heads, c.head_dim)) for c in pair[:2]}
     matrices = {hlo.identity("f32", leaf.shape) for leaf in jax.tree.leaves(shapes[:2]) if leaf.ndim == 2}
     return {
@@ -112,9 +121,12 @@ def plan(settings: Settings) -> dict[str, Any]:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "devices_per_chip": chip.devices,
-        "memory": parts | _memory(loop, program, caches, chip.device().memory_bytes),
-        "prefill": _figures(prefill, hlo.parse(prefill.as_text()), chip.device()) | {"compile_s": prefill_s},
-        "round": _round(settings, pair, loop, prefill, program, chip.device()) | {"compile_s": loop_s},
+        "memory": parts | _memory(loop, program, caches, device.memory_bytes),
+        "prefill": _counts(prefill, device) | _schedule(before, before.entry, device) | {"compile_s": prefill_s},
+        "step": _turn(hlo.parse(plain.as_text()), device, reads["target"]) | {"compile_s": plain_s},
+        "round": _turn(program, device, reads["target"] + settings.draft_length * reads["draft"])
+        | _counts(loop, device, prefill)
+        | {"cycles_of_draft_steps": hlo.longest_loop_cycles(program), "compile_s": loop_s},
         "checks": hlo.checks(program, pair.target.vocab, caches, matrices),
     }
 
@@ -247,48 +259,37 @@ def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[
     }
 
 
-def _figures(compiled: Any, program: Program, chip: chips.Chip) -> dict[str, Any]:
-    """Operations, bytes and times of a program without a loop of unknown length."""
-    cost = compiled.cost_analysis()
-    cycles = hlo.scheduled_cycles(program, program.entry)
-    return {
-        "operations": cost["flops"],
-        "compute_bound_s": cost["flops"] / chip.bf16_per_s,
-        "bytes": cost["bytes accessed"],
-        "optimal_s": _optimal_s(compiled, chip),
-        "cycles": cycles,
-        "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None,
-    }
+def _schedule(program: Program, name: str, chip: chips.Chip) -> dict[str, Any]:
+    """The cycles that a computation is scheduled to take."""
+    cycles = hlo.scheduled_cycles(program, name)
+    return {"cycles": cycles, "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None}
 
 
-def _optimal_s(compiled: Any, chip: chips.Chip) -> float:
-    """XLA's own estimate without the whole seconds that it takes off for custom calls, which it does not know."""
-    cost = compiled.cost_analysis()
-    least = 0.5 * cost["flops"] / chip.bf16_per_s
-    return least + (cost["optimal_seconds"] - least) % 1.0
+def _turn(program: Program, chip: chips.Chip, needed: int) -> dict[str, Any]:
+    """One turn of a loop: what it must read, and its schedule."""
+    bound = {"bytes_needed": needed, "bandwidth_bound_s": needed / chip.bytes_per_s}
+    return bound | _schedule(program, program.body, chip)
 
 
-def _round(settings: Settings, pair: Pair, loop: Any, prefill: Any, program: Program, chip: chips.Chip) -> dict[str, Any]:
-    """One round of the loop: of what XLA counts, what the program with the loop has more than the prefill."""
-    with_loop, without = loop.cost_analysis(), prefill.cost_analysis()
-    reads = {
-        name: _read_bytes(config) + _cache_bytes(config, settings.batch, settings.cells)
-        for name, config in (("target", pair.target), ("draft", pair.draft))
-    }
-    operations = with_loop["flops"] - without["flops"]
-    needed = reads["target"] + settings.draft_length * reads["draft"]
-    cycles = hlo.scheduled_cycles(program, program.body)
+def _counts(compiled: Any, chip: chips.Chip, without: Any = None) -> dict[str, Any]:
+    """What XLA counts in a program, or what that has more than another."""
+    operations, moved, optimal_s = (
+        of_program - of_other
+        for of_program, of_other in zip(_cost(compiled, chip), _cost(without, chip) if without else (0, 0, 0), strict=True)
+    )
     return {
         "operations": operations,
         "compute_bound_s": operations / chip.bf16_per_s,
-        "bytes": with_loop["bytes accessed"] - without["bytes accessed"],
-        "optimal_s": _optimal_s(loop, chip) - _optimal_s(prefill, chip),
-        "bytes_needed": needed,
-        "bandwidth_bound_s": needed / chip.bytes_per_s,
-        "cycles": cycles,
-        "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None,
-        "cycles_of_draft_steps": hlo.longest_loop_cycles(program),
+        "bytes": moved,
+        "optimal_s": optimal_s,
     }
+
+
+def _cost(compiled: Any, chip: chips.Chip) -> tuple[float, float, float]:
+    """Operations, bytes, and XLA's own estimate without the whole seconds that it takes off for custom calls."""
+    cost = compiled.cost_analysis()
+    least = 0.5 * cost["flops"] / chip.bf16_per_s
+    return cost["flops"], cost["bytes accessed"], least + (cost["optimal_seconds"] - least) % 1.0
 
 
 def _read_bytes(config: Config) -> int:
@@ -304,14 +305,14 @@ def _size(count: float) -> str:
 
 def card(result: dict[str, Any]) -> str:
     """The plan for people."""
-    memory, prefill, turn = result["memory"], result["prefill"], result["round"]
+    memory, prefill, step, turn = result["memory"], result["prefill"], result["step"], result["round"]
     size = {name: _size(count) for name, count in memory.items()}
     device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
     lines = [
         f"{result['model']}, {result['target_layers']} layers, and a draft of {result['draft_layers']}, in {result['dtype']}: "
         f"batch {result['batch']}, {result['cells']} cells, prompt of {result['prompt_length']}, K = {result['draft_length']}",
         f"on {device} of {result['topology']} ({result['device']}); nothing was run, and compiling took "
-        f"{prefill['compile_s'] + turn['compile_s']:.0f} s",
+        f"{prefill['compile_s'] + step['compile_s'] + turn['compile_s']:.0f} s",
         "memory by shape",
         f"  target {size['target']}, draft {size['draft']} ({size['shared']} of both are tables that may be the same)",
         f"  groups {size['groups']}, caches {size['target_cache']} + {size['draft_cache']}",
@@ -320,11 +321,19 @@ def card(result: dict[str, Any]) -> str:
         f"  of the temporaries: caches as laid out in HBM {size['caches_as_laid_out']}, parameters in another layout "
         f"{size['parameters_laid_out_anew']}",
         f"  in all {size['total']} of {size['room']}: {'fits' if memory['fits'] else 'DOES NOT FIT'}",
-        *_times("prefill", prefill),
-        *_times("one round, for 1 to K + 1 tokens a row", turn),
+        "prefill",
+        *_counted(prefill),
+        _scheduled(prefill),
+        "one step of the plain loop, for one token a row",
+        _bound(step),
+        _scheduled(step),
+        "one round, for 1 to K + 1 tokens a row",
+        *_counted(turn),
+        _bound(turn),
+        _scheduled(turn),
         f"  of these cycles {turn['cycles_of_draft_steps']:,} in the draft's steps after its first",
-        f"  {_size(turn['bytes_needed'])} of parameters and caches to be read: at full bandwidth "
-        f"{turn['bandwidth_bound_s'] * 1e3:.3g} ms",
+        f"  a round is {turn['cycles'] / step['cycles']:.2f} steps as scheduled, "
+        f"{turn['bytes_needed'] / step['bytes_needed']:.2f} by what is read: with more tokens a round it pays",
         "checks of the compiled program",
     ]
     for check in result["checks"].values():
@@ -334,11 +343,18 @@ def card(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _times(name: str, figures: dict[str, Any]) -> list[str]:
-    seconds = "" if figures["cycles_s"] is None else f" = {figures['cycles_s'] * 1e3:.3g} ms"
+def _counted(figures: dict[str, Any]) -> list[str]:
     return [
-        name,
         f"  {figures['operations'] / 1e9:,.4g} G operations: at peak {figures['compute_bound_s'] * 1e3:.3g} ms",
         f"  {_size(figures['bytes'])} moved as XLA counts: its optimal time {figures['optimal_s'] * 1e3:.3g} ms",
-        f"  {figures['cycles']:,} cycles scheduled{seconds}",
     ]
+
+
+def _bound(figures: dict[str, Any]) -> str:
+    needed = _size(figures["bytes_needed"])
+    return f"  {needed} of parameters and caches to be read: at full bandwidth {figures['bandwidth_bound_s'] * 1e3:.3g} ms"
+
+
+def _scheduled(figures: dict[str, Any]) -> str:
+    seconds = "" if figures["cycles_s"] is None else f" = {figures['cycles_s'] * 1e3:.3g} ms"
+    return f"  {figures['cycles']:,} cycles scheduled{seconds}"
