@@ -40,8 +40,9 @@ class Say:
     """The most tokens of each piece of the text."""
     voice: str | None = Settings.voice
     """Of the built-in voice slt (a woman) or rms (a man); of a model one that it knows."""
-    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive"] | None = Settings.verify
-    """The rule by which drafted codes are accepted; by default coarse-grained, and autoregressive without a draft."""
+    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive", "auto"] | None = Settings.verify
+    """The rule by which drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. Of the batches
+    of many texts, auto tries both and goes on with the quicker."""
     beta: float = Settings.beta
     """The tolerance of --verify tolerance."""
     threshold: float | None = Settings.threshold
@@ -223,6 +224,8 @@ class Bench:
     """Codes that each row emits, at most."""
     turns: int = 5
     """How often each case is timed; the cases take turns."""
+    auto: bool = False
+    """A row more for each batch: whichever of the others proves the quickest."""
     peer: Literal["transformers"] | None = None
     """Times transformers on the same weights in the same run (preset small)."""
     out_dir: Path | None = None
@@ -245,6 +248,7 @@ class Bench:
             self.synthetic_acceptance,
             self.new_tokens,
             self.turns,
+            self.auto,
             self.peer is not None,
         )
         with jax.profiler.trace(str(self.trace)) if self.trace else contextlib.nullcontext():

@@ -1,5 +1,6 @@
 """The whole way of the data on one page: text -> prompts -> [draft, score, verify, commit]* -> codes -> waves."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxspec import verify
 from jaxspec.draft import model_draft
+from jaxspec.quickest import Quickest
 from jaxspec.speaker.builtin import builtin
 from jaxspec.speaker.contract import Settings, Speaker
 from jaxspec.speculate import autoregressive, generate
@@ -35,12 +37,16 @@ class Spoken(NamedTuple):
 
 
 def speak(
-    texts: Sequence[str], settings: Settings | None = None, speaker: Speaker | None = None, rule: Verify | None = None
+    texts: Sequence[str],
+    settings: Settings | None = None,
+    speaker: Speaker | None = None,
+    rule: Verify | None = None,
+    quickest: Quickest | None = None,
 ) -> Spoken:
     """Speaks each text: long ones are cut into pieces, all pieces go through the models in batches, and are joined again.
 
     The same texts, settings and seed give the same samples. ``speaker`` is by default the built-in voice. ``rule`` is what
-    ``verifier`` makes of the settings; who speaks often makes it once.
+    ``verifier`` makes of the settings; who speaks often makes it once, and for "auto" keeps what it learns in ``quickest``.
 
     Raises:
         ValueError: a text is empty or cannot be spoken, or the weights give laws that are not finite.
@@ -48,22 +54,23 @@ def speak(
     settings, speaker = settings or Settings(), speaker or builtin()
     pieces = [speaker.pieces(one) for one in texts]
     flat = list(itertools.chain.from_iterable(pieces))
-    rule, watch, keys = (
-        rule or verifier(speaker, settings),
-        Stopwatch(),
-        jax.random.split(jax.random.key(settings.seed), len(flat)),
-    )
+    name, rule = speaker.rule(settings), rule or verifier(speaker, settings)
+    keys = jax.random.split(jax.random.key(settings.seed), len(flat))
+    watch, quickest = Stopwatch(), quickest or Quickest(("coarse-grained", "autoregressive") if name == "auto" else (name,))
     spoken, generations = [], []
     for first in range(0, len(flat), speaker.max_batch):
         some = slice(first, first + speaker.max_batch)
+        batch, began = _batch(len(flat[some])), watch.seconds.get("lm", 0.0)
+        way = quickest.pick(batch)
         with watch("lm"):
-            generation = tokens_of(flat[some], keys[some], speaker, settings, rule)
+            generation = tokens_of(flat[some], keys[some], speaker, dataclasses.replace(settings, verify=way), rule)
+        quickest.tell(batch, way, generation.length.sum(), watch.seconds["lm"] - began)
         with watch("codec"):
             spoken += decode(generation, speaker, settings)
         generations.append(generation)
     each = iter(spoken)
     joined = [_join(list(itertools.islice(each, len(some)))) for some in pieces]
-    return Spoken(joined, count(generations, speaker.rule(settings), settings.seed), watch.seconds)
+    return Spoken(joined, count(generations, name, settings.seed), watch.seconds)
 
 
 def verifier(speaker: Speaker, settings: Settings) -> Verify:
@@ -71,7 +78,7 @@ def verifier(speaker: Speaker, settings: Settings) -> Verify:
     name = speaker.rule(settings)
     if name == "tolerance":
         return verify.tolerance(settings.beta)
-    if name == "coarse-grained":
+    if name in ("coarse-grained", "auto"):
         threshold = speaker.threshold if settings.threshold is None else settings.threshold
         return verify.coarse_grained(speaker.groups(threshold, settings.matrix))
     return verify.exact()
@@ -79,7 +86,7 @@ def verifier(speaker: Speaker, settings: Settings) -> Verify:
 
 def tokens_of(pieces: Sequence[str], keys: jax.Array, speaker: Speaker, settings: Settings, rule: Verify) -> Generation:
     """Pieces of text to tokens, in one batch, on the host. ``keys`` has one key for each."""
-    batch = 1 << (len(pieces) - 1).bit_length()  # few batch sizes, so that few are compiled
+    batch = _batch(len(pieces))
     filled = [*pieces, *pieces[:1] * (batch - len(pieces))]  # the rows that fill the batch up say nothing
     asked = speaker.requests(filled, settings)
     limit = np.where(np.arange(batch) < len(pieces), asked.limit, 0)
@@ -95,6 +102,11 @@ def tokens_of(pieces: Sequence[str], keys: jax.Array, speaker: Speaker, settings
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
     return generation
+
+
+def _batch(count: int) -> int:
+    """The size of the batch that so many pieces go in: there are few, so that few are compiled."""
+    return 1 << (count - 1).bit_length()
 
 
 def decode(generation: Generation, speaker: Speaker, settings: Settings) -> list[Speech]:
@@ -119,7 +131,8 @@ def count(generations: Sequence[Generation], rule: str, seed: int) -> dict[str, 
     rounds, drafted, accepted, exact = (
         sum(int(getattr(info, name).sum()) for info in infos) for name in ("rounds", "drafted", "accepted", "exact_matches")
     )
-    positions = sum(info.accepted_per_position.sum(0) for info in infos)
+    drafting = [info for info in infos if info.accepted_per_position.shape[1]] or infos  # "auto" may have batches without
+    positions = sum(info.accepted_per_position.sum(0) for info in drafting)
     return {
         "tokens": tokens,
         "rounds": rounds,

@@ -45,21 +45,22 @@ def jaxspec(monkeypatch, capsys, *arguments):
 
 def test_bench_tells_a_table_json_and_a_picture(monkeypatch, capsys, tmp_path):
     out = tmp_path / "bench"
-    sizes = ["--new-tokens", "16", "--turns", "2", "--prompts", "4", "--batches", "2", "--out-dir", out]
+    sizes = ["--new-tokens", "16", "--turns", "2", "--prompts", "4", "--batches", "2", "--auto", "--out-dir", out]
     code, printed, err = jaxspec(monkeypatch, capsys, "bench", "--preset", "small", "--synthetic-acceptance", "0.5", *sizes)
     assert code == 0, err
     assert "synthetic acceptance" in printed
     result = json.loads(printed.splitlines()[-1])
     assert result == json.loads((out / "bench.json").read_text())
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert [row["rule"] for row in result["rows"]] == ["autoregressive", "exact", "coarse-grained"]
+    assert [row["rule"] for row in result["rows"]] == ["autoregressive", "exact", "coarse-grained", "auto"]
+    assert result["rows"][3]["taken"] in ("autoregressive", "exact K=3", "coarse-grained K=3")
     plain = result["rows"][0]
     for row in result["rows"]:
         assert row["compilations_after_warm_up"] == 0
         assert row["codes_per_s_spread"][0] <= row["codes_per_s"] <= row["codes_per_s_spread"][1]
-        assert row["compile_s"] > 0
+        assert (row["compile_s"] > 0) == (row["rule"] != "auto")  # which has nothing of its own to compile
         assert row["speed_up"] == pytest.approx(row["codes_per_s"] / plain["codes_per_s"])
-        if row["rule"] != "autoregressive":
+        if row["draft_length"]:
             assert min(row["draft_s"], row["target_s"], row["settle_s"], row["prefill_s"]) > 0
             assert 1 <= row["tokens_per_round"] <= 4
 

@@ -12,8 +12,10 @@ import soundfile
 from jaxspec import cli
 from jaxspec.evaluate.compare import held_out
 from jaxspec.models import voice as voices
+from jaxspec.quickest import Quickest
 from jaxspec.speaker import builtin
 from jaxspec.speaker.contract import Settings
+from jaxspec.state import BONUS
 from jaxspec.synthesize import speak
 
 TEXT = "The rain has stopped, so we can go."
@@ -93,6 +95,41 @@ def test_no_draft_length_is_autoregressive():
     np.testing.assert_array_equal(plain.speeches[0].wave, none.speeches[0].wave)
     assert none.counts["verify"] == "autoregressive"
     assert none.counts["tokens_per_round"] == 1
+
+
+def test_auto_tries_both_loops_and_goes_on_with_the_quicker():
+    """What a batch says tells which loop it went through."""
+    ways, told = ("coarse-grained", "autoregressive"), []
+
+    class Recording(Quickest):
+        def tell(self, *what):
+            told.append(what)
+            super().tell(*what)
+
+    speaker = builtin.builtin()._replace(max_batch=2)
+    spoken = speak(["One day we met."] * 8, Settings(verify="auto"), speaker, quickest=Recording(ways))
+    assert spoken.counts["verify"] == "auto"
+    assert len(spoken.counts["accepted_per_position"]) == Settings.draft_length
+    replay = Quickest(ways)
+    for turn, (batch, way, tokens, seconds) in enumerate(told):
+        assert way == (ways[turn] if turn < 2 else replay.pick(batch))
+        pair = spoken.speeches[2 * turn : 2 * turn + 2]
+        assert any((speech.origin != BONUS).any() for speech in pair) == (way == "coarse-grained")
+        assert tokens == sum(len(speech.codes) + 1 for speech in pair)  # each ends with a stop
+        replay.tell(batch, way, tokens, seconds)
+    assert len(told) == 4
+
+
+def test_the_quickest_is_what_was_told_last():
+    quickest = Quickest("ab")
+    for way, tokens in (("a", 2), ("b", 1)):
+        assert quickest.pick(4) == way
+        quickest.tell(4, way, tokens, 1.0)
+    assert quickest.pick(4) == "a"
+    for _ in range(3):
+        quickest.tell(4, "a", 1, 2.0)
+    assert quickest.pick(4) == "b"
+    assert quickest.pick(8) == "a"
 
 
 def test_coarse_graining_accepts_more_than_the_exact_rule():

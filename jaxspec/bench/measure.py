@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from jaxspec.draft import model_draft
 from jaxspec.groups import Groups
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
+from jaxspec.quickest import Quickest
 from jaxspec.sampling import Sampling
 from jaxspec.state import Generation, State
 from jaxspec.stopwatch import Stopwatch, compilations
@@ -29,7 +31,7 @@ _ACCEPT_STREAM = 77
 
 
 class Case(NamedTuple):
-    """One row of the table: one of ``RULES``, or "autoregressive" (with a draft length of 0)."""
+    """One row of the table: one of ``RULES``; or, with a draft length of 0, "autoregressive" or "auto", the quickest of all."""
 
     rule: str
     draft_length: int
@@ -102,13 +104,15 @@ def run(
 ) -> list[dict[str, Any]]:
     """Times every case, all of them once in each turn, after each has run once; see ``_row`` for what is told.
 
-    ``cases`` must hold the autoregressive case of each batch and prompt length, which the others are compared with.
+    ``cases`` must hold the autoregressive case of each batch and prompt length, which the others are compared with, and "auto"
+    after those that it chooses from.
     """
     timed, compile_s = {}, {}
     for case in cases:
         watch = Stopwatch()
         with watch("run"):
-            timed[case] = _Timed(models, case)
+            ways = [way for way in timed if way[2:] == case[2:]]
+            timed[case] = _Auto(models, case, ways) if case.rule == "auto" else _Timed(models, case)
             timed[case].turn(0)
         timed[case].clear()
         compile_s[case] = watch.seconds["compile"]
@@ -128,7 +132,11 @@ def run(
 
 
 def _name(case: Case) -> str:
-    return f"{case.rule} K={case.draft_length} batch={case.batch} prompt={case.prompt}"
+    return f"{_way(case)} batch={case.batch} prompt={case.prompt}"
+
+
+def _way(case: Case) -> str:
+    return f"{case.rule} K={case.draft_length}" if case.draft_length else case.rule
 
 
 class _Timed:
@@ -155,6 +163,12 @@ class _Timed:
 
     def turn(self, number: int) -> None:
         """Runs prefill, the whole loop and the parts of a round once."""
+        state = self.loop(number)
+        if self.rule is not None:
+            self._time_parts(state)
+
+    def loop(self, number: int) -> State:
+        """Runs prefill and the whole loop once; returns the state between them."""
         asked = self.models.ask(self.case, number)
         key = jax.random.key(number)
         fields = asked._asdict()
@@ -169,8 +183,7 @@ class _Timed:
         else:
             loop = functools.partial(speculate.generate, key, *models, self.rule, prompt, length, **fields)
         self._count(self._clock("loop", loop))
-        if self.rule is not None:
-            self._time_parts(state)
+        return state
 
     def _time_parts(self, state: State) -> None:
         target_params, draft_params = self.models.target_params, self.models.draft_params
@@ -193,6 +206,34 @@ class _Timed:
         self.counts += np.array([int(info.accepted.sum()), int(info.drafted.sum()), int(info.rounds.sum())])
 
 
+class _Auto:
+    """The quickest so far of the other cases of a batch and prompt length, each of which it tries before the first turn."""
+
+    def __init__(self, models: Models, case: Case, ways: Sequence[Case]):
+        self.batch, self.ways = case.batch, {way: _Timed(models, way) for way in ways}
+        self.quickest = Quickest(ways)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the times, but not which way is the quickest."""
+        self.seconds, self.tokens, self.rounds, self.counts = {"prefill": [], "loop": []}, [], [], np.zeros(3, np.int64)
+        self.taken: list[str] = []
+
+    def turn(self, number: int) -> None:
+        """Runs the quickest loop once."""
+        for way in self.ways if number == 0 else [self.quickest.pick(self.batch)]:
+            timed = self.ways[way]
+            timed.clear()
+            timed.loop(number)
+            for name, some in self.seconds.items():
+                some += timed.seconds[name]
+            self.tokens += timed.tokens
+            self.rounds += timed.rounds
+            self.counts += timed.counts
+            self.taken.append(_way(way))
+            self.quickest.tell(self.batch, way, self.tokens[-1], self.seconds["loop"][-1] - self.seconds["prefill"][-1])
+
+
 def _peak_bytes() -> int:
     """The most that the device held since the process began; of a CPU, the process."""
     stats = jax.devices()[0].memory_stats()
@@ -212,7 +253,7 @@ def _settle(rule: Verify, state: State, proposal: Any, target_probs: Array, feat
     return speculate.judge(rule, state, proposal, target_probs, features)
 
 
-def _row(case: Case, timed: _Timed) -> dict[str, Any]:
+def _row(case: Case, timed: _Timed | _Auto) -> dict[str, Any]:
     """A case's figures: seconds are medians of the turns; codes_per_s counts all rows, and the prefill apart."""
     prefill, loop = np.array(timed.seconds["prefill"]), np.array(timed.seconds["loop"])
     decode = np.maximum(loop - prefill, 1e-9)
@@ -227,6 +268,8 @@ def _row(case: Case, timed: _Timed) -> dict[str, Any]:
         "tokens_per_round": sum(timed.tokens) / max(rounds, 1),
         "peak_bytes": _peak_bytes(),
     }
+    if isinstance(timed, _Auto):
+        return row | {"taken": statistics.mode(timed.taken)}
     if timed.rule is None:
         return row
     parts = {f"{name}_s": float(np.median(timed.seconds[name])) for name in ("draft", "target", "settle")}

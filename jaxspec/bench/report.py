@@ -21,12 +21,16 @@ def _percent(name: str) -> Callable[[Row], str]:
     return lambda row: f"{row[name]:.0%}" if name in row else ""
 
 
+def _share(row: Row) -> float:
+    return row["roofline_target"] if row["draft_length"] else row["roofline_step"]
+
+
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "verifier": lambda row: row["rule"],
+    "verifier": lambda row: f"auto ({row['taken']})" if "taken" in row else row["rule"],
     "K": lambda row: str(row["draft_length"] or ""),
     "batch": lambda row: str(row["batch"]),
     "prompt": lambda row: str(row["prompt"]),
@@ -41,7 +45,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "codes a round": lambda row: f"{row['tokens_per_round']:.2f}",
     "speed-up": lambda row: f"{row['speed_up']:.2f}x",
     "at the bound": lambda row: f"{row['ideal_speed_up']:.2f}x" if "ideal_speed_up" in row else "",
-    "of the bound": lambda row: f"{row.get('roofline_step', row.get('roofline_target')):.0%}",
+    "of the bound": lambda row: f"{_share(row):.0%}" if row["rule"] != "auto" else "",
     "peak GB": lambda row: f"{row['peak_bytes'] / 1e9:.1f}",
     "compile s": lambda row: f"{row['compile_s']:.1f}",
     "recompiled": lambda row: str(row["compilations_after_warm_up"]),
@@ -144,14 +148,14 @@ def _throughput(axes: Any, rows: Sequence[Row]) -> None:
         some = sorted(
             (row["batch"], row["codes_per_s"]) for row in rows if (row["rule"], row["draft_length"], row["dtype"]) == name
         )
-        axes.plot(*zip(*some, strict=True), "o-", label=f"{name[0]} K={name[1]} {name[2]}")
+        axes.plot(*zip(*some, strict=True), "o-", label=f"{name[0]} K={name[1]} {name[2]}", alpha=0.6)
     axes.set(xlabel="batch", ylabel="codes/s", xscale="log", yscale="log")
     axes.legend(fontsize=7)
 
 
 def _bounds(axes: Any, rows: Sequence[Row]) -> None:
-    shares = [row.get("roofline_step", row.get("roofline_target")) for row in rows]
-    axes.barh(range(len(rows)), shares)
+    rows = [row for row in rows if row["rule"] != "auto"]
+    axes.barh(range(len(rows)), list(map(_share, rows)))
     axes.set(
         yticks=range(len(rows)),
         yticklabels=[_label(row) for row in rows],

@@ -36,6 +36,7 @@ class Plan:
     preset: a name of ``presets.PAIRS``, "builtin", or a folder that ``jaxspec convert`` made, with ``draft`` another.
     synthetic_acceptance: of each position, for the presets without real weights, which need it.
     new_tokens: how many each row emits (of real models: at most, as their texts end).
+    auto: whether the quickest loop of each batch and prompt length, found by trying, is a row of its own.
     peer: whether transformers is timed too, on the first dtype, prompt length and draft length.
 
     Raises:
@@ -52,6 +53,7 @@ class Plan:
     synthetic_acceptance: float | None = None
     new_tokens: int = 64
     turns: int = 5
+    auto: bool = False
     peer: bool = False
 
     def __post_init__(self) -> None:
@@ -81,7 +83,8 @@ class Plan:
         """Every row of one dtype, the autoregressive ones included."""
         shapes = list(itertools.product(self.batches, self.prompts))
         plain = [Case("autoregressive", 0, *shape) for shape in shapes]
-        return plain + [Case(rule, k, *shape) for shape in shapes for rule in self.rules for k in self.draft_lengths]
+        drafted = [Case(rule, k, *shape) for shape in shapes for rule in self.rules for k in self.draft_lengths]
+        return plain + drafted + [Case("auto", 0, *shape) for shape in shapes if self.auto]
 
 
 def bench(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -204,6 +207,8 @@ def memory_bytes() -> int | None:
 
 def _beside_roofline(row: dict[str, Any], models: Models, device: Device, plan: Plan) -> dict[str, Any]:
     """Adds the share of the bound that each part reaches, and what a round would give with every part at its bound."""
+    if row["rule"] == "auto":
+        return row
     k, batch = row["draft_length"], row["batch"]
     cells = row["prompt"] + plan.new_tokens // 2
     one = roofline.model_pass(models.target, batch, 1, cells).bound_s(device)

@@ -10,7 +10,7 @@ from jaxspec.groups import Groups
 from jaxspec.sampling import Sampling
 from jaxspec.types import LanguageModel, Params
 
-VERIFIERS = ("exact", "tolerance", "coarse-grained", "autoregressive")
+VERIFIERS = ("exact", "tolerance", "coarse-grained", "autoregressive", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Settings:
     voice: a name that the speaker knows.
     verify: "exact", "tolerance" (SSD, with ``beta``), "coarse-grained" (PCG, with groups of cosine above ``threshold`` among the
         rows of ``matrix``: the "target"'s embeddings or, of the built-in voice, the "codec"'s code vectors), or "autoregressive"
-        (no draft). The default is coarse-grained, and autoregressive where there is no draft.
+        (no draft), or "auto": of the batches of each size the first is coarse-grained, the second autoregressive, and the rest
+        are whatever was quicker, so the samples depend on the machine too. The default is coarse-grained, and autoregressive
+        where there is no draft.
     draft_length: K; 0 is autoregressive.
     max_codes: the most tokens of a piece of text.
     reference: what the reference says; reference_codes: its codes, which the speaker goes on from.
