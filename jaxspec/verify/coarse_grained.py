@@ -8,8 +8,8 @@ from jaxspec.groups import Groups, pick_group
 from jaxspec.types import Array, Verdict, Verify
 from jaxspec.verify.exact import exact_among, laws_after, leading, of_drafted
 
-_CANDIDATES = 4  # thinning candidates per trip; one trip is enough for most rejections (the paper saw at most 3 trials)
-_TRIPS = 1024
+_CANDIDATES = 2  # thinning candidates per trip; one trip is enough for most rejections
+_TRIPS = 2048
 
 
 def coarse_grained(groups: Groups) -> Verify:
@@ -20,12 +20,13 @@ def coarse_grained(groups: Groups) -> Verify:
     group, nor about a relabelling of the emitted tokens. With groups of one token it has the law of ``exact()`` and accepts
     alike. The bonus token has the law q.
 
-    A drafted x with its group K ~ w[., x] stands if u P_c(K) < Q_c(K), equations 6 and 7. The correction comes from the group
-    residual [Q_c - P_c]_+ by thinning, equations 8 to 10: y ~ q and K ~ w[., y] are kept with probability
-    [1 - P_c(K) / Q_c(K)]_+, some candidates at a time. A rejection has probability TV(P_c, Q_c) and takes 1 / TV(P_c, Q_c)
-    candidates, so a position takes one on average, whatever the laws. After 4,096 candidates in vain the last one is emitted, of
-    law q: the residual is then empty by rounding, or TV(P_c, Q_c) is so small that this moves the law of the group by less than
-    1e-4.
+    A drafted x with its group K ~ w[., x] stands if u P_c(K) < Q_c(K), equations 6 and 7. The correction has the law of
+    equations 8 to 10: its group that of the residual [Q_c - P_c]_+, and in the group K the token t that of q(t) w[K, t]. The
+    paper thins candidates from q, and needs 1 / TV(P_c, Q_c) of them for a rejection. Here they come from the residual of the
+    tokens, r = [q - p]_+, whose R_c(K) is never below Q_c(K) - P_c(K): z ~ r and K ~ w[., z] are kept with probability
+    [Q_c(K) - P_c(K)]_+ / R_c(K), which takes TV(p, q) / TV(P_c, Q_c) candidates, and the token is drawn from the group that is
+    kept. After 4,096 in vain the last one's group is taken: the residual is then empty by rounding, or this moves the law of the
+    group by less than 1e-4.
 
     Only the groups drawn are summed, at most G values each.
 
@@ -46,12 +47,11 @@ def _verify(groups: Groups, key: Array, draft_tokens: Array, draft_probs: Array,
     latent = pick_group(jax.random.uniform(group_key, (length,)), groups, draft_tokens)
     members, weights = _members(groups, latent)
     place = jnp.arange(length)[:, None]
-    draft_mass = _mass(draft_probs, (place, members), weights)
-    target_mass = _mass(target_probs, (place, members), weights)
+    draft_mass, target_mass = ((_at(law, (place, members)) * weights).sum(-1) for law in (draft_probs, target_probs))
     num_accepted = leading(uniforms * draft_mass < target_mass)
 
     drafted, wanted = of_drafted(draft_tokens, draft_probs, target_probs)
-    token = _thin(token_key, groups, *laws_after(num_accepted, draft_probs, target_probs))
+    token = _of_group_residual(token_key, groups, *laws_after(num_accepted, draft_probs, target_probs))
     return Verdict(num_accepted, token, num_exact=exact_among(num_accepted, uniforms * drafted < wanted))
 
 
@@ -61,13 +61,17 @@ def _members(groups: Groups, group: Array) -> tuple[Array, Array]:
     return members, 1.0 / groups.token_count.at[members].get(mode="fill", fill_value=1)
 
 
-def _mass(law: Array, index: Array | tuple[Array, Array], weights: Array) -> Array:
-    """P_c of some groups [N]: equations 4 and 5. The padding gathers 0."""
-    return (law.at[index].get(mode="fill", fill_value=0) * weights).sum(-1)
+def _at(law: Array, index: Array | tuple[Array, Array]) -> Array:
+    """What a law has at some tokens, and 0 for the padding."""
+    return law.at[index].get(mode="fill", fill_value=0)
 
 
-def _thin(key: Array, groups: Groups, draft: Array, target: Array) -> Array:
-    """A token of the group residual. Where ``draft`` is 0, beyond the last drafted token, the first candidate is the bonus."""
+def _of_group_residual(key: Array, groups: Groups, draft: Array, target: Array) -> Array:
+    """The correction: int32 []. Where ``draft`` is 0, beyond the last drafted token, the first candidate's group is kept."""
+    thin_key, token_key = jax.random.split(key)
+    difference = target - draft
+    residual = jnp.maximum(difference, 0.0)
+    proposed = jnp.where((residual > 0).any(), residual, target)
 
     def undone(state: tuple[Array, Array, Array]) -> Array:
         trip, kept, _ = state
@@ -75,12 +79,13 @@ def _thin(key: Array, groups: Groups, draft: Array, target: Array) -> Array:
 
     def draw(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         trip, _, _ = state
-        uniforms = jax.random.uniform(jax.random.fold_in(key, trip), (_CANDIDATES, 4))
-        tokens = sampling.invert(uniforms[:, :2], target)
-        members, weights = _members(groups, pick_group(uniforms[:, 2], groups, tokens))
-        draft_mass, target_mass = (_mass(law, members, weights) for law in (draft, target))
-        keep = uniforms[:, 3] * target_mass < target_mass - draft_mass
-        return trip + 1, keep.any(), tokens[jnp.where(keep.any(), jnp.argmax(keep), _CANDIDATES - 1)]
+        uniforms = jax.random.uniform(jax.random.fold_in(thin_key, trip), (_CANDIDATES, 4))
+        group = pick_group(uniforms[:, 2], groups, sampling.invert(uniforms[:, :2], proposed))
+        members, weights = _members(groups, group)
+        parts = _at(difference, members) * weights
+        keep = uniforms[:, 3] * jnp.maximum(parts, 0.0).sum(-1) < parts.sum(-1)
+        return trip + 1, keep.any(), group[jnp.where(keep.any(), jnp.argmax(keep), _CANDIDATES - 1)]
 
-    _, _, token = jax.lax.while_loop(undone, draw, (jnp.int32(0), jnp.bool_(False), jnp.int32(0)))
-    return token
+    _, _, group = jax.lax.while_loop(undone, draw, (jnp.int32(0), jnp.bool_(False), jnp.int32(0)))
+    members, weights = _members(groups, group)
+    return members[sampling.sample(token_key, _at(target, members) * weights)]
