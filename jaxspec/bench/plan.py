@@ -32,6 +32,7 @@ from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.verify import coarse_grained
 
+_NARROW = 64  # a table of so few rows may have the shape of a batch's activations
 _KINDS = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
 
 
@@ -113,7 +114,8 @@ def plan(settings: Settings) -> dict[str, Any]:
         for name, config in (("target", pair.target), ("draft", pair.draft))
     }
     caches = {hlo.identity(_KINDS[c.dtype], (settings.batch, settings.cells, c.kv_heads, c.head_dim)) for c in pair[:2]}
-    matrices = {hlo.identity("f32", leaf.shape) for leaf in jax.tree.leaves(shapes[:2]) if leaf.ndim == 2}
+    tables = [leaf.shape for leaf in jax.tree.leaves(shapes[:2]) if leaf.ndim == 2 and min(leaf.shape) > _NARROW]
+    matrices = {hlo.identity("f32", shape) for shape in tables}
     return {
         **dataclasses.asdict(settings),
         "target_layers": pair.target.layers,

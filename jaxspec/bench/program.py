@@ -19,7 +19,7 @@ class Op(NamedTuple):
 
     def __str__(self) -> str:
         made = re.search(r'op_name="([^"]*)"', self.rest)
-        shape = re.sub(r":[^}]*?(S\(1\))?}", r"\1}", self.shape)  # of the tiles only whether it lies on the chip, S(1)
+        shape = re.sub(r":[^}]*?(S\(\d\))?}", r"\1}", self.shape)  # of the tiles only in which memory it lies
         return f"{self.name} {shape[:90]}" + (f" ({made[1]})" if made else "")
 
     @property
@@ -56,8 +56,8 @@ class Array(NamedTuple):
 
     @property
     def on_chip(self) -> bool:
-        """Whether it lies in the chip's own memory, not in HBM."""
-        return "S(1)" in self.layout
+        """Whether it lies in the chip's own memory, not in HBM: VMEM, or a v4's CMEM."""
+        return bool(re.search(r"S\([13]\)", self.layout))
 
 
 _HEAD = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
