@@ -4,12 +4,15 @@ Invariant: cell s of a row holds position s. A query at position t sees the cell
 rejected token is overwritten before any query can see it, and to roll a row back is to set its length.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.types import Array
+
+_UNROLLED = 64  # rows; more would compile for minutes
 
 
 class KVCache(NamedTuple):
@@ -30,11 +33,28 @@ def write(cache: KVCache, key: Array, value: Array, length: Array) -> KVCache:
 
     Like ``dynamic_update_slice``, a block that would pass the last cell is moved back: callers keep K + 1 cells of slack.
     """
+    blocks = KVCache(key.astype(cache.key.dtype), value.astype(cache.value.dtype))
+    return jax.lax.platform_dependent(cache, blocks, length, tpu=_row_by_row, default=_at_once)
 
-    def put(cells: Array, block: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(cells, block.astype(cells.dtype), start, axis=0)
 
-    return KVCache(jax.vmap(put)(cache.key, key, length), jax.vmap(put)(cache.value, value, length))
+def _at_once(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
+    """As one scatter, which a GPU does in place in one kernel."""
+    put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    return jax.tree.map(lambda cells, block: put(cells, block, length), cache, blocks)
+
+
+def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
+    """One write after the other: of a scatter a TPU makes a slow loop, for which it lays the cache out twice as large."""
+
+    def put(cells: Array, block: Array) -> Array:
+        def row(i: Array, cells: Array) -> Array:
+            one = jax.lax.dynamic_slice_in_dim(block, i, 1)
+            return jax.lax.dynamic_update_slice(cells, one, (i, length[i], 0, 0))
+
+        batch = len(length)
+        return jax.lax.fori_loop(0, batch, row, cells, unroll=min(batch, _UNROLLED))
+
+    return jax.tree.map(put, cache, blocks)
 
 
 def visible(length: Array, block: int, cells: int) -> Array:

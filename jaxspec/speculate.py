@@ -291,14 +291,14 @@ def _last(state: State) -> Array:
 
 
 def _write(buffer: Array, block: Array, start: Array, count: Array) -> Array:
-    """Writes the first ``count`` [B] of each row of ``block`` [B T] to ``buffer`` [B S] from ``start`` [B]."""
+    """Writes the first ``count`` [B] of each row of ``block`` [B T] to ``buffer`` [B S] from ``start`` [B].
 
-    def put(row: Array, block: Array, start: Array, count: Array) -> Array:
-        old = jax.lax.dynamic_slice_in_dim(row, start, block.shape[0])
-        new = jnp.where(jnp.arange(block.shape[0]) < count, block, old)
-        return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)
-
-    return jax.vmap(put)(buffer, block, start, count)
+    As a choice in each cell: T is small, and of a scatter a TPU makes a loop.
+    """
+    place = jnp.arange(buffer.shape[1]) - start[:, None]
+    for t in range(block.shape[1]):
+        buffer = jnp.where((place == t) & (t < count[:, None]), block[:, t, None], buffer)
+    return buffer
 
 
 def _sound(proposal: Proposal, target_probs: Array) -> tuple[Proposal, Array, Array]:

@@ -85,6 +85,11 @@ def makes_the_cache_anew(i, cache, law):
     return cache[:, ::-1] * 2, law * 2
 
 
+def scatters_into_the_cache(i, cache, law):
+    place = (law[:4] * 512).astype(jnp.int32)
+    return cache.at[0, place].set(law[:1024].reshape(8, 128).astype(cache.dtype)), law * 2
+
+
 def sorts_the_vocabulary(i, cache, law):
     return put(cache, i, law), jnp.sort(law)
 
@@ -115,6 +120,7 @@ def compiled(function, *shapes):
         (sound, None),
         (keeps_the_old_cache, "caches"),
         (makes_the_cache_anew, "caches"),
+        (scatters_into_the_cache, "caches"),
         (multiplies_term_by_term, "matrices"),
         (sorts_the_vocabulary, "vocabulary"),
         (gathers_the_vocabulary, "vocabulary"),
@@ -127,7 +133,7 @@ def test_a_flaw_of_the_loop_is_found_and_named(turn, broken):
 
     cache = jax.ShapeDtypeStruct(CACHE, jnp.bfloat16)
     program = compiled(loop, (cache, cache) if turn is keeps_the_old_cache else cache, jax.ShapeDtypeStruct((V,), jnp.float32))
-    made = hlo.checks(program, V, {hlo.identity("bf16", CACHE)}, MATRICES)
+    made = hlo.checks(program, 1, V, {hlo.identity("bf16", CACHE)}, MATRICES)
     assert [name for name, check in made.items() if not check["holds"]] == ([broken] if broken else [])
     assert all(check["found"] for check in made.values() if not check["holds"])
 
@@ -149,7 +155,7 @@ ENTRY %main (p: f32[<=8]) -> f32[<=8] {
   ROOT %end = pred[] parameter(0)
 }
 """
-    made = hlo.checks(hlo.parse(text), V, {hlo.identity("bf16", CACHE)}, MATRICES)
+    made = hlo.checks(hlo.parse(text), 1, V, {hlo.identity("bf16", CACHE)}, MATRICES)
     assert made["caches"]["found"] == ["sum bf16[8]{0}"]
     assert made["shapes"]["found"] == ["loop (f32[<=8]{0}, bf16[1,512,8,128]{3,2,1,0})"]
     assert made["host"]["holds"]
@@ -176,10 +182,23 @@ def test_every_chip_has_a_device_to_compile_for():
         chips.devices("v5e:3x3")
 
 
-@needs_libtpu
-def test_the_real_loop_of_a_small_model_on_a_v5e(monkeypatch):
+@pytest.fixture
+def smaller(monkeypatch):
+    """The small preset's shapes with fewer layers."""
     shapes = [dataclasses.replace(presets.pair("small", "bfloat16").target, layers=layers) for layers in (3, 1)]
     monkeypatch.setitem(presets.PAIRS, "smaller", lambda: presets.Pair(*shapes, 1))
+    return shapes
+
+
+@needs_libtpu
+def test_each_row_of_a_batch_is_written_in_place(smaller):
+    result = plan.plan(plan.Settings("smaller", "v5e:2x2", batch=3, cells=512, prompt_length=64))
+    assert "in 30 writes" in result["checks"]["caches"]["what"]
+    assert all(check["holds"] for check in result["checks"].values()), result["checks"]
+
+
+@needs_libtpu
+def test_the_real_loop_of_a_small_model_on_a_v5e(smaller):
     result = plan.plan(plan.Settings("smaller", "v5e:2x2", cells=512, prompt_length=64))
     memory, turn = result["memory"], result["round"]
     assert json.loads(json.dumps(result)) == result
@@ -187,7 +206,7 @@ def test_the_real_loop_of_a_small_model_on_a_v5e(monkeypatch):
     assert memory["arguments"] == pytest.approx(memory["target"] + memory["draft"] + memory["groups"], rel=0.05)
     assert memory["caches_as_laid_out"] <= memory["temporaries"]
     # Two operations for each parameter and row: four rows of the target, and two of the draft in its first step and the others.
-    assert turn["operations"] == pytest.approx(4 * plan._read_bytes(shapes[0]) + 4 * plan._read_bytes(shapes[1]), rel=0.2)
+    assert turn["operations"] == pytest.approx(4 * plan._read_bytes(smaller[0]) + 4 * plan._read_bytes(smaller[1]), rel=0.2)
     for part in (result["step"], turn):
         assert part["cycles_s"] > part["bandwidth_bound_s"] / 2
     assert turn["cycles"] > result["step"]["cycles"]

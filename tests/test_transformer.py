@@ -10,6 +10,7 @@ import torch
 import transformers
 from checkpoints import folded, planned
 
+from jaxspec import cache as kv
 from jaxspec import draft, verify
 from jaxspec.convert import llama
 from jaxspec.models.transformer import (
@@ -131,7 +132,7 @@ def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
     asked = []
 
     def as_a_tpu(*arguments, tpu, default):
-        asked.append(default)
+        asked.append(default.__name__)
         return tpu(*arguments)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", as_a_tpu)
@@ -142,7 +143,18 @@ def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
         fast = generate(jax.random.key(0), twice, params, own, params, verify.exact(), prompt, length, **GREEDY)
         assert fast.tokens.tolist() == said.tokens.tolist()
         assert fast.info.rounds.tolist() == [-(-64 // (K + 1))]
-    assert asked
+    assert {"once", "_at_once"} <= set(asked)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 67])
+def test_a_cache_written_row_by_row_is_the_cache_written_at_once(rows):
+    """To the last cell and beyond it, where a block is moved back; 67 rows are more than one turn of the loop unrolls."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = kv.KVCache(*jax.random.normal(keys[0], (2, rows, 9, 2, 4)))
+    blocks = kv.KVCache(*jax.random.normal(keys[1], (2, rows, 3, 2, 4)))
+    length = jax.random.randint(keys[2], (rows,), 0, 9)
+    for ours, theirs in zip(kv._row_by_row(cache, blocks, length), kv._at_once(cache, blocks, length), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_block_sees_no_later_token():

@@ -129,7 +129,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         "round": _turn(program, device, reads["target"] + settings.draft_length * reads["draft"])
         | _counts(loop, device, prefill)
         | {"cycles_of_draft_steps": hlo.longest_loop_cycles(program), "compile_s": loop_s},
-        "checks": hlo.checks(program, pair.target.vocab, caches, matrices),
+        "checks": hlo.checks(program, settings.batch, pair.target.vocab, caches, matrices),
     }
 
 

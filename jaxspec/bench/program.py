@@ -159,22 +159,26 @@ _WRITES = {"dynamic-update-slice", "scatter"}
 _HOST = re.compile(r"infeed|outfeed|send|recv|callback|host", re.IGNORECASE)
 
 
-def checks(program: Program, vocab: int, caches: set[tuple], matrices: set[tuple]) -> dict[str, dict[str, Any]]:
-    """What must hold of the compiled loop, whether it does, and the first instructions that break it.
+def checks(program: Program, rows: int, vocab: int, caches: set[tuple], matrices: set[tuple]) -> dict[str, dict[str, Any]]:
+    """What must hold of the compiled loop for a batch of ``rows``, whether it does, and the first instructions that break it.
 
     caches, matrices: each one's ``identity``; of a matrix of parameters that of its float32 terms.
     """
     everything = [op for ops in _within(program, program.body, fusions=True) for op in ops]
     writes, copies = _cache_traffic(program, caches)
+    scattered = [op for op in writes if "scatter" in op.rest]
     by_terms = [op for op in everything if op.code == "multiply" and arrays(op.shape)[0].identity in matrices]
     found = {
         "host": ("no transfer to or from the host in the loop", [op for op in everything if _to_host(op)]),
         "caches": (
-            f"caches are written in place in the loop, in {len(writes)} writes, and never copied",
-            copies or ([] if writes else [program.loop]),
+            f"caches are written in place in the loop, in {len(writes)} writes, none of them a scatter, and never copied",
+            copies + scattered or ([] if writes else [program.loop]),
         ),
         "matrices": ("no matrix of parameters multiplied term by term, on the vector unit", by_terms),
-        "vocabulary": (f"no sort or gather over the {vocab} ids in the loop", [op for op in everything if _over(op, vocab)]),
+        "vocabulary": (
+            f"no sort or gather over the {vocab} ids in the loop",
+            [op for op in everything if _over(op, rows, vocab)],
+        ),
         "shapes": ("no dynamic shape", [op for ops in program.computations.values() for op in ops if _dynamic(op)]),
     }
     return {
@@ -193,14 +197,14 @@ def _to_host(op: Op) -> bool:
     return bool(_HOST.search(_target(op))) or "S(5)" in op.shape  # memory space 5 is the host's
 
 
-def _over(op: Op, vocab: int) -> bool:
-    """Whether an instruction sorts a vocabulary, or takes as many pieces from somewhere as there are ids."""
+def _over(op: Op, rows: int, vocab: int) -> bool:
+    """Whether an instruction sorts a vocabulary, or takes as many pieces from somewhere as there are ids for each row."""
     if "TopK" in _target(op) or op.code == "sort":
         return any(size >= vocab for array in arrays(op.shape)[:1] for size in array.sizes)
     piece = re.search(r"slice_sizes=\{([\d,]*)\}", op.rest)
     if op.code != "gather" or not piece:
         return False
-    return math.prod(arrays(op.shape)[0].sizes) >= vocab * math.prod(int(size) for size in piece[1].split(",") if size)
+    return math.prod(arrays(op.shape)[0].sizes) >= rows * vocab * math.prod(int(size) for size in piece[1].split(",") if size)
 
 
 def _dynamic(op: Op) -> bool:

@@ -73,4 +73,5 @@ def _draw(keys: Array, logits: Array, tokens: Array, context: Context, i: Array)
 
     probs = laws.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i))
     token = jax.vmap(lambda key, law: laws.sample(jax.random.fold_in(key, i), law))(keys, probs)
-    return token, probs, tokens.at[jnp.arange(token.shape[0]), context.length + i].set(token)
+    here = jnp.arange(tokens.shape[1]) == (context.length + i)[:, None]
+    return token, probs, jnp.where(here, token[:, None], tokens)
