@@ -198,9 +198,9 @@ def _to_host(op: Op) -> bool:
 
 
 def _over(op: Op, rows: int, vocab: int) -> bool:
-    """Whether an instruction sorts a vocabulary, or takes as many pieces from somewhere as there are ids for each row."""
+    """Whether an instruction sorts as many numbers as there are ids for each row, or takes as many pieces from somewhere."""
     if "TopK" in _target(op) or op.code == "sort":
-        return any(size >= vocab for array in arrays(op.shape)[:1] for size in array.sizes)
+        return math.prod(arrays(op.shape)[0].sizes) >= rows * vocab
     piece = re.search(r"slice_sizes=\{([\d,]*)\}", op.rest)
     if op.code != "gather" or not piece:
         return False
