@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import checkpoint, request, speculate
-from jaxspec.bench import chips, presets
+from jaxspec.bench import chips, presets, roofline
 from jaxspec.bench import program as hlo
 from jaxspec.bench.presets import Pair
 from jaxspec.bench.program import Program
@@ -81,7 +81,7 @@ class Arguments(NamedTuple):
 
 
 def plan(settings: Settings) -> dict[str, Any]:
-    """Compiles both programs and says what they need.
+    """Compiles the three programs and says what they need.
 
     Raises:
         ValueError: an unknown model or topology, or more than the chip holds.
@@ -110,7 +110,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         speculate._autoregressive.lower(target, settings.capacity, stops, placed.target_params, placed.request)
     )
     reads = {
-        name: _read_bytes(config) + _cache_bytes(config, settings.batch, settings.cells)
+        name: roofline.model_pass(config, settings.batch, 1, settings.cells).bytes
         for name, config in (("target", pair.target), ("draft", pair.draft))
     }
     caches = {hlo.identity(_KINDS[c.dtype], (settings.batch, settings.cells, c.kv_heads, c.head_dim)) for c in pair[:2]}
@@ -192,10 +192,6 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _cache_bytes(config: Config, batch: int, cells: int) -> int:
-    return _bytes(jax.eval_shape(lambda: transformer.language_model(config).init_cache(batch, cells)))
-
-
 def memory_parts(settings: Settings, pair: Pair, shapes: Arguments) -> dict[str, int]:
     """The bytes of each part by its shape, before the chip's padding.
 
@@ -208,8 +204,8 @@ def memory_parts(settings: Settings, pair: Pair, shapes: Arguments) -> dict[str,
         "draft": _bytes(shapes.draft_params),
         "shared": _bytes({name: leaf for name, leaf in tables.items() if shapes.target_params.get(name) == leaf}),
         "groups": _bytes(shapes.verify),
-        "target_cache": _cache_bytes(pair.target, settings.batch, settings.cells),
-        "draft_cache": _cache_bytes(pair.draft, settings.batch, settings.cells),
+        "target_cache": presets.cache_bytes(pair.target, settings.batch, settings.cells),
+        "draft_cache": presets.cache_bytes(pair.draft, settings.batch, settings.cells),
     }
 
 
@@ -292,12 +288,6 @@ def _cost(compiled: Any, chip: chips.Chip) -> tuple[float, float, float]:
     cost = compiled.cost_analysis()
     least = 0.5 * cost["flops"] / chip.bf16_per_s
     return cost["flops"], cost["bytes accessed"], least + (cost["optimal_seconds"] - least) % 1.0
-
-
-def _read_bytes(config: Config) -> int:
-    """The parameters that a step reads whole: all but the input tables, of which it takes rows, and the head."""
-    tables = sum(config.input_tables) * config.width - config.tied * config.vocab * config.width
-    return presets.parameter_bytes(config) - tables * jnp.dtype(config.dtype).itemsize
 
 
 def _size(count: float) -> str:

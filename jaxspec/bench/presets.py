@@ -101,3 +101,8 @@ def parameter_bytes(config: Config) -> int:
     """The bytes of a shape's parameters in its own type."""
     size = jnp.dtype(config.dtype).itemsize
     return sum(leaf.size * size for leaf in jax.tree.leaves(transformer.abstract_params(config)))
+
+
+def cache_bytes(config: Config, batch: int, cells: int) -> int:
+    """The bytes of the caches of a batch, in the shape's own type."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * cells * batch * jnp.dtype(config.dtype).itemsize

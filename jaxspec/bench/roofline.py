@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxspec.bench import presets
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 
@@ -70,9 +71,8 @@ def model_pass(config: Config, batch: int, block: int, cells: int) -> Work:
     weights = sum(leaf.size for path, leaf in leaves if not path[0].key.startswith("table_"))
     if config.tied:
         weights += config.vocab * config.width
-    cache = 2 * config.layers * config.kv_heads * config.head_dim * cells * batch
     attention = 2 * 2 * config.layers * config.heads * config.head_dim * cells * batch * block
-    return Work((weights + cache) * size, 2 * weights * batch * block + attention)
+    return Work(weights * size + presets.cache_bytes(config, batch, cells), 2 * weights * batch * block + attention)
 
 
 def expected_tokens(acceptance: float, draft_length: int) -> float:

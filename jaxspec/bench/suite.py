@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import pretrained
@@ -178,8 +177,7 @@ def _check_fits(plan: Plan, pair: presets.Pair) -> None:
     batch, draft_length = max(plan.batches), max(plan.draft_lengths)
     cells = max(plan.prompts) + plan.new_tokens + draft_length + 1
     weights = sum(map(presets.parameter_bytes, pair[:2]))
-    size = jnp.dtype(pair.target.dtype).itemsize
-    caches = sum(2 * c.layers * c.kv_heads * c.head_dim * cells * batch * size for c in pair[:2])
+    caches = sum(presets.cache_bytes(config, batch, cells) for config in pair[:2])
     laws = 4 * 4 * batch * (2 * draft_length + 1) * pair.target.vocab
     limit = memory_bytes()
     if limit and weights + caches + laws > limit:
