@@ -168,6 +168,19 @@ def test_a_large_parameter_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
     assert written(tmp_path / "other", {"a": tensor("a", array + np.eye(101, 8, -93, np.float32))}) != whole
 
 
+@pytest.mark.parametrize("piece", [1, 96, 1000, 2**23])
+def test_numbers_are_written_in_the_order_of_their_rows(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 2000)
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(checkpoint, "_WRITE_BYTES", 40)
+    arrays = {"a": numbers(37, 41).T, "b": numbers(35, 50, dtype=BFLOAT16).T, "c": numbers(5, 6, 7).transpose(2, 1, 0)}
+    views = written(tmp_path / "views", {path: tensor(path, array) for path, array in arrays.items()})
+    copies = {path: tensor(path, np.ascontiguousarray(array)) for path, array in arrays.items()}
+    assert written(tmp_path / "copies", copies) == views
+    for path, leaf in flat(checkpoint.read_params(tmp_path / "views")).items():
+        np.testing.assert_array_equal(leaf, arrays[path])
+
+
 def test_parameters_are_restored_in_any_type(tmp_path):
     written(tmp_path / "a", {path: tensor(path, array) for path, array in ARRAYS.items()})
     for dtype in ("float32", "bfloat16", "float16"):

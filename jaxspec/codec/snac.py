@@ -221,5 +221,5 @@ def codec(config: Config) -> Codec:
 def abstract_params(config: Config) -> Params:
     """The shape and type of every parameter, as a tree of ShapeDtypeStruct."""
     codes = jnp.zeros((1, 1, sum(map(len, config.slots))), jnp.int32)
-    variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), codes, jnp.ones(1, jnp.int32), None)
+    variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), codes, jnp.ones(1, jnp.int32), None))
     return nn.meta.unbox(variables["params"])

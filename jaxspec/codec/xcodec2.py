@@ -186,4 +186,4 @@ def codec(config: Config) -> Codec:
 def abstract_params(config: Config) -> Params:
     """The shape and type of every parameter, as a tree of ShapeDtypeStruct."""
     one_code = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    return nn.meta.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), *one_code)["params"])
+    return nn.meta.unbox(jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), *one_code))["params"])

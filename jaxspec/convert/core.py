@@ -12,8 +12,6 @@ import numpy as np
 
 from jaxspec.tensors import Tensor, rows
 
-_STRIP = 16  # rows
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -23,11 +21,8 @@ def same(array: np.ndarray) -> np.ndarray:
 
 
 def transpose(array: np.ndarray) -> np.ndarray:
-    """torch's linear layer [out in] -> a kernel [in out], in strips, which is five times as quick as all at once."""
-    kernel = np.empty(array.shape[::-1], array.dtype)
-    for start in range(0, len(array), _STRIP):
-        kernel[:, start : start + _STRIP] = array[start : start + _STRIP].T
-    return kernel
+    """torch's linear layer [out in] -> a kernel [in out]."""
+    return array.T
 
 
 def conv(array: np.ndarray) -> np.ndarray:
@@ -137,9 +132,5 @@ def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, T
 
 
 def _changed(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    if change is transpose:
-        return tensor._replace(
-            shape=tensor.shape[::-1], read=lambda start, stop: transpose(tensor.all()[:, start : min(stop, tensor.shape[1])])
-        )
     shape = change(np.zeros(tensor.shape, bool)).shape
     return tensor._replace(shape=shape, read=lambda start, stop: change(tensor.all())[start:stop])

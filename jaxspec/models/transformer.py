@@ -284,5 +284,5 @@ def logical_axes(config: Config) -> Any:
 def _abstract(config: Config) -> Any:
     """Traces one layer, which all the others are like."""
     one = Transformer(dataclasses.replace(config, layers=1))
-    params = jax.eval_shape(one.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.eval_shape(lambda: one.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     return params | {f"layer_{i}": params["layer_0"] for i in range(config.layers)}
