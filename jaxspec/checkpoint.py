@@ -177,7 +177,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
         await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)  # writes what zarr says of an array
         digest = blake3()
         for index, start in enumerate(starts):
-            file = Path(info.path, ".".join([str(index), *("0" for _ in leaf.shape[1:])]))
+            file = Path(info.path, _chunk_name((index, *(0 for _ in leaf.shape[1:]))[: len(leaf.shape)]))
             try:
                 await asyncio.to_thread(_write, file, leaf.tensor, start, step, digest)
             except (ValueError, OSError) as error:
@@ -185,10 +185,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
                 return
         digests[info.name] = f"blake3:{digest.hexdigest()}"
 
-    class Lazy(handlers.TypeHandler):
-        def typestr(self) -> str:
-            return "np.ndarray"
-
+    class Lazy(handlers.NumpyHandler):
         async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
             room = _Room(_BYTES_AT_A_TIME)
 
@@ -204,12 +201,6 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
 
             return [ocp.future.CommitFutureAwaitingContractedSignals(all_of_them(), name="lazy_tensors")]
 
-        async def metadata(self, infos: Sequence[Any]) -> Any:
-            raise NotImplementedError("lazy tensors are written alone")
-
-        async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Any:
-            raise NotImplementedError("lazy tensors are written alone")
-
     return Lazy()
 
 
@@ -222,6 +213,11 @@ def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
     count, size = shape[0] if shape else 1, math.prod(shape) * dtype.itemsize
     step = max(1, -(-count // max(1, -(-size // _BLOCK_BYTES))))
     return range(0, max(count, 1), step), step
+
+
+def _chunk_name(at: Sequence[int]) -> str:
+    """The file in which zarr keeps a chunk."""
+    return ".".join(map(str, at)) or "0"
 
 
 def _unwritten(error: Exception) -> OSError:
@@ -251,14 +247,19 @@ def _write(file: Path, tensor: Tensor, start: int, step: int, digest: blake3) ->
 def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
     """The numbers of a block in the order of its rows, some rows at a time, each piece flat."""
     rows = np.atleast_1d(block).view(f"u{block.itemsize}")  # as numpy copies numbers of ml_dtypes one by one
-    count = max(1, _PIECE_BYTES * len(rows) // max(1, rows.nbytes))
+    count = max(1, _PIECE_BYTES // max(1, rows[:1].nbytes))
     for start in range(0, len(rows), count):
-        part = rows[start : start + count]
-        if part.ndim == 2 and not part.flags.c_contiguous:  # transposed: in strips, which is five times as quick as all at once
-            part = np.empty(part.shape, part.dtype)
-            for first in range(0, part.shape[1], _STRIP):
-                part[:, first : first + _STRIP] = rows[start : start + count, first : first + _STRIP]
-        yield np.ascontiguousarray(part).reshape(-1).view(block.dtype)
+        yield _in_order(rows[start : start + count]).reshape(-1).view(block.dtype)
+
+
+def _in_order(array: np.ndarray) -> np.ndarray:
+    """Row-major, as numpy would; a transposed matrix in strips, which is five times as quick as all at once."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    ordered = np.empty(array.shape, array.dtype)
+    for first in range(0, array.shape[1], _STRIP):
+        ordered[:, first : first + _STRIP] = array[:, first : first + _STRIP]
+    return ordered
 
 
 def _finite(numbers: np.ndarray) -> bool:
@@ -319,7 +320,7 @@ def _check_whole(path: Path, flat: Mapping[str, Any]) -> None:
         chunk = json.loads((folder / ".zarray").read_text(encoding="utf-8"))["chunks"]
         size = math.prod(chunk) * np.dtype(leaf.dtype).itemsize
         for at in itertools.product(*(range(-(-count // step)) for count, step in zip(leaf.shape, chunk, strict=True))):
-            file = folder / (".".join(map(str, at)) or "0")
+            file = folder / _chunk_name(at)
             came = file.stat().st_size
             if came != size:
                 raise ValueError(f"{file.name} of {name} has {came} bytes in place of {size}")
