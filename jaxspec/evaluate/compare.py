@@ -4,7 +4,7 @@ import dataclasses
 import platform
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,16 +66,16 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         RuntimeError: flite is missing, which speaks the recordings that all else is compared with.
     """
     sentences, voice = held_out()[: plan.sentences], builtin()
-    speed_ups = _speed_ups(plan, voice, sentences)  # first, before the recogniser and the rest are in memory
+    ways = _ways(plan, voice)
+    speed_ups = _speed_ups(ways, sentences)  # first, before the recogniser and the rest are in memory
     say(f"codes a second, over autoregressive: {', '.join(f'{name} {ratio:.2f}x' for name, ratio in speed_ups.items())}")
     recordings = [record(text.normalize(s), _voice_of(i)).signal / np.float32(32768) for i, s in enumerate(sentences)]
     faces = {name: _face(recordings[i :: len(VOICES)]) for i, name in enumerate(VOICES)}
     rows = [_measures("recordings", sentences, recordings, recordings, faces)]
     rows.append(_measures("codec's copy", sentences, _copies(recordings, voices.load()), recordings, faces))
     say(f"{rows[0]['row']}: wer {rows[0]['wer']:.1%}; {rows[1]['row']}: wer {rows[1]['wer']:.1%}")
-    for name, settings in plan.spoken().items():
-        speaker = _draft_alone(voice) if name == "draft alone" else voice
-        row, plain = _spoken_row(name, settings, speaker, sentences, recordings, faces, plan.seeds)
+    for name, way in ways.items():
+        row, plain = _spoken_row(name, way, sentences, recordings, faces, plan.seeds)
         rows.append(row | {"speed_up": speed_ups[name]})
         say(f"{name}: wer {row['wer']:.1%}, acceptance {row.get('acceptance_rate', 0.0):.1%}")
         if name == "autoregressive":
@@ -126,14 +126,26 @@ def _copies(recordings: Waves, voice: Voice) -> Waves:
     return copies
 
 
-def _draft_alone(voice: Speaker) -> Speaker:
-    return voice._replace(target=voice.draft, target_params=voice.draft_params)
+class _Way(NamedTuple):
+    """How a row speaks."""
+
+    settings: Settings
+    speaker: Speaker
+    rule: Verify
 
 
-def _speak_all(settings: Settings, voice: Speaker, rule: Verify, sentences: Sequence[str]) -> tuple[list[Speech], list[Spoken]]:
+def _ways(plan: Plan, voice: Speaker) -> dict[str, _Way]:
+    alone = voice._replace(target=voice.draft, target_params=voice.draft_params)
+    return {
+        name: _Way(settings, alone if name == "draft alone" else voice, verifier(voice, settings))
+        for name, settings in plan.spoken().items()
+    }
+
+
+def _speak_all(way: _Way, sentences: Sequence[str], seed: int) -> tuple[list[Speech], list[Spoken]]:
     """Every sentence by its voice: the speeches in order, and what each voice's batch came to."""
     parts = [
-        speak(sentences[i :: len(VOICES)], dataclasses.replace(settings, voice=name), voice, rule)
+        speak(sentences[i :: len(VOICES)], dataclasses.replace(way.settings, voice=name, seed=seed), way.speaker, way.rule)
         for i, name in enumerate(VOICES)
     ]
     return [parts[i % len(VOICES)].speeches[i // len(VOICES)] for i in range(len(sentences))], parts
@@ -141,16 +153,15 @@ def _speak_all(settings: Settings, voice: Speaker, rule: Verify, sentences: Sequ
 
 def _spoken_row(
     name: str,
-    settings: Settings,
-    voice: Speaker,
+    way: _Way,
     sentences: list[str],
     recordings: Waves,
     faces: dict[str, np.ndarray],
     seeds: int,
 ) -> tuple[dict[str, Any], list[list[Speech]]]:
-    speeches, totals, rule = [], [], verifier(voice, settings)
+    speeches, totals = [], []
     for seed in range(seeds):
-        some, parts = _speak_all(dataclasses.replace(settings, seed=seed), voice, rule, sentences)
+        some, parts = _speak_all(way, sentences, seed)
         speeches.append(some)
         totals += [part.counts for part in parts]
     waves = [speech.wave for some in speeches for speech in some]
@@ -176,14 +187,12 @@ def _swapped(speeches: list[Speech], voice: Speaker, threshold: float, matrix: s
     return waves
 
 
-def _speed_ups(plan: Plan, voice: Speaker, sentences: Sequence[str]) -> dict[str, float]:
+def _speed_ups(ways: dict[str, _Way], sentences: Sequence[str]) -> dict[str, float]:
     """Codes a second of each row over those of autoregressive, the median over some sentences, on which the rows take turns."""
-    rates: dict[str, list[float]] = {name: [] for name in plan.spoken()}
-    rules = {name: verifier(voice, settings) for name, settings in plan.spoken().items()}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn, sentence in enumerate(["Warm up, please.", *sentences[:16]]):
-        for name, settings in plan.spoken().items():
-            speaker = _draft_alone(voice) if name == "draft alone" else voice
-            spoken = speak([sentence], dataclasses.replace(settings, seed=turn), speaker, rules[name])
+        for name, way in ways.items():
+            spoken = speak([sentence], dataclasses.replace(way.settings, seed=turn), way.speaker, way.rule)
             if turn:
                 rates[name].append(spoken.counts["tokens"] / spoken.seconds["lm"])
     return {name: float(np.median(np.divide(some, rates["autoregressive"]))) for name, some in rates.items()}
