@@ -1,6 +1,5 @@
 """Acoustic similarity groups: which speech tokens sound alike, from the cosine of their embeddings."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.files import replacing
 from jaxspec.types import Array
 
 _LIMIT_BYTES = 4 << 30  # of the table of members, and of the list of pairs that it is made from
@@ -35,7 +33,7 @@ def acoustic_similarity_groups(
     trained: np.ndarray | None = None,
     distinct: bool = True,
     block: int = 1024,
-    say: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Groups:
     """Groups tokens whose embeddings have a cosine above a threshold: equation 1 of PCG (arXiv 2511.13732).
 
@@ -63,12 +61,12 @@ def acoustic_similarity_groups(
     """
     unit, single = _directions(embeddings, threshold, num_codes, trained, block)
     vocab = len(unit)
-    pairs = _similar_pairs(unit, single, threshold, block, say or (lambda done, all: None))
+    pairs = _similar_pairs(unit, single, threshold, block, progress or (lambda done, all: None))
     centre, token = np.divmod(pairs, vocab)
     sets = np.split(token.astype(np.int32), np.searchsorted(centre, np.arange(1, vocab)))
     if distinct:
         sets = list({members.tobytes(): members for members in sets}.values())
-    return _tabulate(sets, vocab)
+    return tabulate(sets, vocab)
 
 
 def _directions(
@@ -99,7 +97,7 @@ def _directions(
 
 
 def _similar_pairs(
-    unit: np.ndarray, single: np.ndarray, threshold: float, block: int, say: Callable[[int, int], None]
+    unit: np.ndarray, single: np.ndarray, threshold: float, block: int, progress: Callable[[int, int], None]
 ) -> np.ndarray:
     """The sorted codes t * V + t' of all pairs in one group. Each product is made once and mirrored, so that the relation is
     symmetric whatever the rounding."""
@@ -112,7 +110,7 @@ def _similar_pairs(
         if 4 * count > _LIMIT_BYTES:
             raise ValueError(f"more than {count:,} pairs of tokens have a cosine above {threshold}: raise the threshold")
         found += [left * vocab + right, right * vocab + left]
-        say(min(start + block, vocab), vocab)
+        progress(min(start + block, vocab), vocab)
     return np.sort(np.concatenate(found))
 
 
@@ -128,7 +126,7 @@ def _pairs_from(start: int, unit: np.ndarray, single: np.ndarray, threshold: flo
     return left[above] + start, right[above] + start
 
 
-def _tabulate(sets: list[np.ndarray], vocab: int) -> Groups:
+def tabulate(sets: list[np.ndarray], vocab: int) -> Groups:
     """Pads the groups and makes the index from tokens to groups."""
     sizes = np.array([len(members) for members in sets], np.int32)
     if 4 * sizes.size * int(sizes.max()) > _LIMIT_BYTES:
@@ -145,7 +143,7 @@ def _tabulate(sets: list[np.ndarray], vocab: int) -> Groups:
     return Groups(*map(jnp.asarray, (members, sizes, groups, start, count)))
 
 
-def placed(parts: Sequence[Groups], firsts: Sequence[int], vocab: int) -> Groups:
+def offset_groups(parts: Sequence[Groups], firsts: Sequence[int], vocab: int) -> Groups:
     """Groups of a vocabulary of ``vocab`` tokens, whose token ``firsts[i]`` is token 0 of ``parts[i]``; all others are alone."""
     sets, alone = [], np.ones(vocab, bool)
     for part, first in zip(parts, firsts, strict=True):
@@ -153,7 +151,7 @@ def placed(parts: Sequence[Groups], firsts: Sequence[int], vocab: int) -> Groups
             np.asarray(row[:size]) + first for row, size in zip(np.asarray(part.members), np.asarray(part.sizes), strict=True)
         ]
         alone[first : first + len(part.token_start)] = False
-    return _tabulate([*sets, *np.flatnonzero(alone)[:, None].astype(np.int32)], vocab)
+    return tabulate([*sets, *np.flatnonzero(alone)[:, None].astype(np.int32)], vocab)
 
 
 def pick_group(uniform: Array, groups: Groups, tokens: Array) -> Array:
@@ -173,60 +171,3 @@ def swap(key: Array, groups: Groups, tokens: Array) -> Array:
     group = pick_group(which, groups, tokens)
     size = groups.sizes[group]
     return groups.members[group, jnp.minimum((member * size).astype(jnp.int32), size - 1)]
-
-
-def save(path: str | os.PathLike, groups: Groups) -> None:
-    """Writes groups as .npz; a file of that name is replaced at once or, on an error, left as it was."""
-    vocab, sizes, members = len(groups.token_start), np.asarray(groups.sizes), np.asarray(groups.members)
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, vocab=vocab, sizes=sizes, tokens=members[members < vocab])
-
-
-def load(path: str | os.PathLike) -> Groups:
-    """Reads what ``save`` wrote.
-
-    Raises:
-        ValueError: the file is damaged, or holds no groups.
-        OSError: it cannot be read.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            vocab, sizes, tokens = int(file["vocab"]), file["sizes"], file["tokens"]
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file may fail anywhere in the readers of zip, deflate and npy
-        raise ValueError(f"{path} is not a file of groups, or is damaged ({error}): save the groups again") from error
-    whole = sizes.ndim == tokens.ndim == 1 and sizes.dtype == tokens.dtype == np.int32 and tokens.size > 0
-    whole = whole and sizes.min() > 0 and sizes.sum() == tokens.size and set(np.unique(tokens)) == set(range(vocab))
-    if not whole:
-        raise ValueError(f"{path} does not hold groups of a whole vocabulary: save the groups again")
-    return _tabulate(np.split(tokens, np.cumsum(sizes)[:-1]), vocab)
-
-
-def report(groups: Groups) -> dict[str, float]:
-    """What the groups look like: how many, how large, how often tokens are shared, and what they cost in memory."""
-    sizes, count = np.asarray(groups.sizes), np.asarray(groups.token_count)
-    alone = np.asarray(groups.members)[sizes == 1, 0]
-    return {
-        "tokens": count.size,
-        "groups": sizes.size,
-        "size_mean": float(sizes.mean()),
-        "size_median": float(np.median(sizes)),
-        "size_max": int(sizes.max()),
-        "singletons": int((count[alone] == 1).sum()),
-        "groups_per_token_mean": float(count.mean()),
-        "groups_per_token_max": int(count.max()),
-        "memory_bytes": sum(int(array.nbytes) for array in groups),
-    }
-
-
-def plot(groups: Groups, path: str | os.PathLike) -> None:
-    """Draws the histogram of the sizes of the groups as PNG."""
-    from matplotlib.figure import Figure  # slow to import, and needed here alone
-
-    sizes = np.asarray(groups.sizes)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(sizes, bins=np.arange(0.5, sizes.max() + 1.5, max(1, sizes.max() // 60)), log=True)
-    axes.set(xlabel="tokens in the group", ylabel="groups", title=f"{sizes.size:,} groups, mean size {sizes.mean():.1f}")
-    figure.savefig(path, format="png", dpi=120)

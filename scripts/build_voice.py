@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec.codec import voice as codecs
-from jaxspec.models import transformer, voice
+from jaxspec.codec import builtin as codecs
+from jaxspec.models import builtin as voice
+from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
-from jaxspec.train import codec, corpus, distil, language_model
 from jaxspec.train.loop import Schedule, averaged, fit
+from jaxspec.train.voice import codec, corpus, distil, language_model
 
 CODEC = codecs.Config(len(voice.VOICES), voice.LEVELS)
 FRAME_S = CODEC.samples_per_code / CODEC.sample_rate_hz

@@ -11,9 +11,9 @@ import torch
 import transformers
 from flax import traverse_util
 
+from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.convert import core, pipeline
 from jaxspec.models.cosyvoice import V2, V3
-from jaxspec.tensors import Tensor
 
 CODES = 96  # of the families whose tokenizer says how many there are
 SIZES = {

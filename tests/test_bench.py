@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import cli, speculate, verify
 from jaxspec import request as requests
+from jaxspec import speculate, verify
 from jaxspec.bench import measure, presets, roofline
 from jaxspec.bench.measure import Case
+from jaxspec.commands import main as cli
+from jaxspec.common.stopwatch import compilations
 from jaxspec.draft import model_draft
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
-from jaxspec.speaker import builtin
-from jaxspec.speaker.contract import Settings
-from jaxspec.stopwatch import compilations
-from jaxspec.synthesize import speak
+from jaxspec.synthesis import builtin
+from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.pipeline import speak
 
 TINY = Config((64, 8), 64, 16, 2, 2, 1, 8, 32)
 

@@ -16,7 +16,7 @@ import torch
 from checkpoints import tensor
 from flax import traverse_util
 
-from jaxspec import checkpoint, pretrained, tensors
+from jaxspec.checkpoint import pretrained, store, tensors
 from jaxspec.convert.core import Rule, conv, fold_weight_norm, plan, transpose
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -123,9 +123,9 @@ def test_views_read_the_rows_that_are_asked_for():
 
 def written(folder, params):
     """Writes parameters as a checkpoint; returns their digests."""
-    with checkpoint.creating(folder) as partial:
-        digests = checkpoint.write_params(partial, params)
-        checkpoint.write_description(partial, {"kind": "test"})
+    with store.creating(folder) as partial:
+        digests = store.write_params(partial, params)
+        store.write_description(partial, {"kind": "test"})
     return digests
 
 
@@ -143,7 +143,7 @@ ARRAYS = {
 
 def test_parameters_come_back_bit_for_bit(tmp_path):
     written(tmp_path / "a", {path: tensor(path, array) for path, array in ARRAYS.items()})
-    back = flat(checkpoint.read_params(tmp_path / "a"))
+    back = flat(store.read_params(tmp_path / "a"))
     assert back.keys() == ARRAYS.keys()
     for path, array in ARRAYS.items():
         assert (back[path].shape, back[path].dtype) == (array.shape, array.dtype)
@@ -160,31 +160,31 @@ def test_a_large_parameter_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
         return array[start:stop]
 
     whole = written(tmp_path / "whole", {"a": tensor("a", array)})
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 320)
+    monkeypatch.setattr(store, "_BLOCK_BYTES", 320)
     parts = written(tmp_path / "parts", {"a": tensor("a", array)._replace(read=read)})
     assert sorted(asked) == [(start, min(start + 10, 101)) for start in range(0, 101, 10)]
-    np.testing.assert_array_equal(checkpoint.read_params(tmp_path / "parts")["a"], array)
+    np.testing.assert_array_equal(store.read_params(tmp_path / "parts")["a"], array)
     assert parts == whole
     assert written(tmp_path / "other", {"a": tensor("a", array + np.eye(101, 8, -93, np.float32))}) != whole
 
 
 @pytest.mark.parametrize("piece", [1, 96, 1000, 2**23])
 def test_numbers_are_written_in_the_order_of_their_rows(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 2000)
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece)
-    monkeypatch.setattr(checkpoint, "_WRITE_BYTES", 40)
+    monkeypatch.setattr(store, "_BLOCK_BYTES", 2000)
+    monkeypatch.setattr(store, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(store, "_WRITE_BYTES", 40)
     arrays = {"a": numbers(37, 41).T, "b": numbers(35, 50, dtype=BFLOAT16).T, "c": numbers(5, 6, 7).transpose(2, 1, 0)}
     views = written(tmp_path / "views", {path: tensor(path, array) for path, array in arrays.items()})
     copies = {path: tensor(path, np.ascontiguousarray(array)) for path, array in arrays.items()}
     assert written(tmp_path / "copies", copies) == views
-    for path, leaf in flat(checkpoint.read_params(tmp_path / "views")).items():
+    for path, leaf in flat(store.read_params(tmp_path / "views")).items():
         np.testing.assert_array_equal(leaf, arrays[path])
 
 
 def test_parameters_are_restored_in_any_type(tmp_path):
     written(tmp_path / "a", {path: tensor(path, array) for path, array in ARRAYS.items()})
     for dtype in ("float32", "bfloat16", "float16"):
-        for path, leaf in flat(checkpoint.read_params(tmp_path / "a", dtype)).items():
+        for path, leaf in flat(store.read_params(tmp_path / "a", dtype)).items():
             assert leaf.dtype == dtype
             np.testing.assert_array_equal(leaf, ARRAYS[path].astype(leaf.dtype))
 
@@ -202,7 +202,7 @@ mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 rules = [("vocab", "model"), ("mlp", "model"), ("heads", "model"), ("kv_heads", None), ("embed", None)]
 shardings = nn.logical_to_mesh_sharding(logical_axes(alone.model.shape), mesh, rules)
 spread = pretrained.load(sys.argv[1], sharding=shardings)
-everywhere = checkpoint.read_params(sys.argv[1], sharding=NamedSharding(mesh, PartitionSpec()))
+everywhere = store.read_params(sys.argv[1], sharding=NamedSharding(mesh, PartitionSpec()))
 for one, part, copy in zip(*map(jax.tree.leaves, (alone.params, spread.params, everywhere)), strict=True):
     assert len(one.devices()) == 1 and len(part.devices()) == len(copy.devices()) == 8
     np.testing.assert_array_equal(one, part)
@@ -265,8 +265,8 @@ from jaxspec.tensors import Tensor
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 array = np.random.default_rng(0).standard_normal((1000, 100)).astype(np.float32)
 try:
-    with checkpoint.creating(sys.argv[1]) as folder:
-        checkpoint.write_params(folder, {"a": Tensor("a", array.shape, array.dtype, lambda start, stop: array[start:stop])})
+    with store.creating(sys.argv[1]) as folder:
+        store.write_params(folder, {"a": Tensor("a", array.shape, array.dtype, lambda start, stop: array[start:stop])})
 except OSError as error:
     print(error)
 """
@@ -280,7 +280,7 @@ def test_a_disk_that_refuses_what_is_written_is_an_os_error(tmp_path):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     def stopped():
-        with checkpoint.creating(tmp_path / "a") as folder:
+        with store.creating(tmp_path / "a") as folder:
             (folder / "x").touch()
             assert not (tmp_path / "a").exists()
             raise KeyboardInterrupt
@@ -297,7 +297,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         ("none/a", "none does not"),
         ("file/a", "does not"),
     ]:
-        with pytest.raises(ValueError, match=why), checkpoint.creating(tmp_path / name):
+        with pytest.raises(ValueError, match=why), store.creating(tmp_path / name):
             raise AssertionError("not reached")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
@@ -305,7 +305,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_a_folder_in_the_working_directory_needs_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written("a", {"a": tensor("a", numbers(7))})
-    assert checkpoint.read_description("a") == {"kind": "test"}
+    assert store.read_description("a") == {"kind": "test"}
     assert [path.name for path in Path().iterdir()] == ["a"]
 
 
@@ -313,7 +313,7 @@ def test_a_folder_in_the_working_directory_needs_no_path(tmp_path, monkeypatch):
 def test_a_damaged_description_is_refused(tmp_path, text):
     (tmp_path / "jaxspec.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"expected .*(jaxspec convert|install a newer)"):
-        checkpoint.read_description(tmp_path)
+        store.read_description(tmp_path)
 
 
 @pytest.fixture(scope="module")

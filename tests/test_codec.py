@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxspec.codec import fsq, spectrum
-from jaxspec.codec.voice import Config, VoiceCodec, codec
+from jaxspec.codec.builtin import Config, VoiceCodec, codec
 
 LEVELS = [(7, 5, 5, 5, 5), (4, 4, 4), (8, 5, 2)]
 

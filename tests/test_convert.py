@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxspec import Sampling, autoregressive, draft, generate, pretrained, sampling, verify
+from jaxspec import Sampling, autoregressive, draft, generate, sampling, verify
+from jaxspec.checkpoint import pretrained
 from jaxspec.convert import cosyvoice
 from jaxspec.convert.pipeline import Options, convert
-from jaxspec.models import family
+from jaxspec.models import card
 from jaxspec.models.cosyvoice import V2, V3
 from jaxspec.models.transformer import Transformer
 from jaxspec.types import History
@@ -130,7 +131,7 @@ def test_both_layouts_of_cosyvoice_are_one_model(load, name):
     params = plain.params | {text: plain.params[text][:rows]}
     jax.tree.map(np.testing.assert_array_equal, params, other.params)
     for asked in ({}, {"reference": "Hello", "codes": [0, 6560]}):
-        ids = [family.prompt_ids(one.model, one.tokenizer, TEXT, **asked) for one in (plain, other)]
+        ids = [card.prompt_ids(one.model, one.tokenizer, TEXT, **asked) for one in (plain, other)]
         np.testing.assert_array_equal(*ids)
 
 
@@ -160,7 +161,7 @@ def test_a_head_of_speech_gives_the_same_logits_of_fewer_ids(made, load, name):
     assert {0, 1} <= set((moved < codes).ravel().tolist())
     all_logits = np.stack([reference(made(name)[1])(row) for row in ids])
     np.testing.assert_allclose(logits(speech, moved), all_logits[:, :, [*range(first, first + codes), stop]], atol=1e-4)
-    one, other = (family.prompt_ids(loaded.model, loaded.tokenizer, TEXT) for loaded in (whole, speech))
+    one, other = (card.prompt_ids(loaded.model, loaded.tokenizer, TEXT) for loaded in (whole, speech))
     np.testing.assert_array_equal(one + speech.model.text_first, other)
 
 
@@ -171,7 +172,7 @@ def test_padding_changes_no_law(made, load, name):
     assert all(rows % 128 == 0 for rows in (*shape.input_tables, shape.vocab))
     assert shape.vocab - shape.padding == vocab < shape.vocab
     assert padded.model.stop_ids == plain.model.stop_ids
-    ids, moved = (family.prompt_ids(loaded.model, loaded.tokenizer, TEXT) for loaded in (plain, padded))
+    ids, moved = (card.prompt_ids(loaded.model, loaded.tokenizer, TEXT) for loaded in (plain, padded))
     same, more = np.split(logits(padded, moved[None])[0], [vocab], axis=1)
     np.testing.assert_allclose(same, reference(made(name)[1])(ids), atol=1e-4)
     assert np.isneginf(more).all()
@@ -183,7 +184,7 @@ def test_padding_and_a_head_of_speech_go_together(load):
     for path, rows in (("table_0", 97), ("table_1", 409)):
         np.testing.assert_array_equal(padded.params[path][:rows], plain.params[path])
         assert not padded.params[path][rows:].any()
-    ids = [family.prompt_ids(loaded.model, loaded.tokenizer, TEXT) - loaded.model.text_first for loaded in (plain, padded)]
+    ids = [card.prompt_ids(loaded.model, loaded.tokenizer, TEXT) - loaded.model.text_first for loaded in (plain, padded)]
     np.testing.assert_array_equal(*ids)
 
 

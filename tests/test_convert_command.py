@@ -12,7 +12,7 @@ import snac
 import test_say
 import torch
 
-from jaxspec import pretrained
+from jaxspec.checkpoint import pretrained
 from jaxspec.convert import llama, pipeline
 from jaxspec.convert.pipeline import convert
 

@@ -102,25 +102,25 @@ def test_giant_groups_are_refused(monkeypatch):
 def test_placed_groups_are_shifted_and_the_rest_is_alone(distinct):
     tables, firsts = (CODES[:10], CODES[10:15]), (7, 30)
     parts = [groups.acoustic_similarity_groups(table, 0.2, distinct=distinct) for table in tables]
-    placed = groups.placed(parts, firsts, 40)
+    offset_groups = groups.offset_groups(parts, firsts, 40)
     expected = [
         frozenset(token + first for token in row)
         for table, first in zip(tables, firsts, strict=True)
         for row in (list(dict.fromkeys(brute_force(table, 0.2))) if distinct else brute_force(table, 0.2))
     ]
     alone = [frozenset([token]) for token in range(40) if not (7 <= token < 17 or 30 <= token < 35)]
-    assert as_sets(placed) == expected + alone
+    assert as_sets(offset_groups) == expected + alone
     assert max(map(len, expected)) > 1
-    assert_index(placed)
+    assert_index(offset_groups)
 
 
 def test_slots_with_the_same_vectors_are_never_in_one_group():
     part = groups.acoustic_similarity_groups(CODES[:10], -0.5)
-    placed = groups.placed([part] * 3, [2, 12, 22], 32)
-    assert len(as_sets(placed)) == 2 + 3 * len(as_sets(part))
-    assert all(len({(token - 2) // 10 for token in row}) == 1 for row in as_sets(placed))
+    offset_groups = groups.offset_groups([part] * 3, [2, 12, 22], 32)
+    assert len(as_sets(offset_groups)) == 2 + 3 * len(as_sets(part))
+    assert all(len({(token - 2) // 10 for token in row}) == 1 for row in as_sets(offset_groups))
     alone = groups.acoustic_similarity_groups(CODES[:5], 0.2)
-    jax.tree.map(np.testing.assert_array_equal, groups.placed([alone], [0], 5), alone)
+    jax.tree.map(np.testing.assert_array_equal, groups.offset_groups([alone], [0], 5), alone)
 
 
 def test_save_and_load(tmp_path):

@@ -13,9 +13,8 @@ ROOT = pathlib.Path(jaxspec.__file__).parent
 
 # A module imports only from those before it, and from its own folder. This is the order to read the code in.
 ORDER = """
-types files tensors sampling state request cache groups verify draft speculate
-pronounce normalize text phonemes weights checkpoint stopwatch quickest codec models
-pretrained speaker synthesize say convert train evaluate bench cli
+types sampling cache groups request state verify draft speculate
+common text codec models checkpoint convert synthesis train evaluate bench commands
 """.split()
 
 NEVER = {"torch", "transformers"}

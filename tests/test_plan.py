@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec import checkpoint
-from jaxspec.bench import chips, plan, presets, roofline
-from jaxspec.bench import program as hlo
-from jaxspec.models import family
+from jaxspec.bench import chips, hlo, plan, presets, roofline
+from jaxspec.checkpoint import store
+from jaxspec.models import card
 from jaxspec.sampling import Sampling
 
 V, CACHE = 4096, (1, 512, 8, 128)
@@ -50,15 +49,15 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
 
 def test_the_command_ends_with_2_on_bad_input():
     arguments = ["plan", "--model", "small", "--topology", "v5e:2x2", "--batch", "5000"]
-    done = subprocess.run([sys.executable, "-m", "jaxspec.cli", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "jaxspec.commands.main", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("jaxspec: expected a batch of at most 565")
 
 
 def test_a_converted_folder_gives_the_shape(tmp_path):
     shape = presets.pair("small", "float32").target
-    model = family.Model("llasa", shape, 0, shape.vocab - 1, (shape.vocab - 1,), 0, (), Sampling(), "", "")
-    checkpoint.write_description(tmp_path, family.to_json(model))
+    model = card.Model("llasa", shape, 0, shape.vocab - 1, (shape.vocab - 1,), 0, (), Sampling(), "", "")
+    store.write_description(tmp_path, card.to_json(model))
     pair = plan.pair_of(plan.Settings(str(tmp_path), "v5e:2x2", draft="2"))
     assert pair == presets.pair("small", "bfloat16")
     assert plan.pair_of(plan.Settings("small", "v5e:2x2", draft=str(tmp_path))).draft == pair.target

@@ -11,12 +11,13 @@ import tokenizers
 import torch
 import transformers
 
-from jaxspec import phonemes, pretrained
+from jaxspec.checkpoint import pretrained
 from jaxspec.convert import cosyvoice
-from jaxspec.models import family
+from jaxspec.models import card
 from jaxspec.models.cosyvoice import V2, V3
-from jaxspec.speaker import pretrained as speakers
-from jaxspec.speaker.contract import Settings
+from jaxspec.synthesis import converted
+from jaxspec.synthesis.contract import Settings
+from jaxspec.text import phonemes
 
 TEXT, REFERENCE, CODES = "The rain has stopped, so we can go.", "Hello, world 12!", (5, 0, 95, 7)
 ASKED = {
@@ -63,7 +64,7 @@ def load(tmp_path_factory):
 
 def prompt(target, text, **settings):
     """The ids that a speaker of the model asks for."""
-    asked = speakers.speaker(target).requests([text], Settings(**settings))
+    asked = converted.synthesizer(target).requests([text], Settings(**settings))
     assert not asked.prompts[0, asked.length[0] :].any()
     return asked.prompts[0, : asked.length[0]].tolist()
 
@@ -197,11 +198,11 @@ def test_what_a_family_cannot_take_is_refused(load, name, settings, message):
 def test_sentences_are_joined_as_long_as_they_fit(load):
     size = lambda text: len(encode(load("llasa"), text))  # noqa: E731
     sentence = "The rain has stopped, so we can go."
-    fit = speakers.PIECE_TOKENS // size(f"{sentence} ")
-    pieces = speakers.pieces(load("llasa"), " ".join([sentence] * (2 * fit + 1)))
+    fit = converted.PIECE_TOKENS // size(f"{sentence} ")
+    pieces = converted.pieces(load("llasa"), " ".join([sentence] * (2 * fit + 1)))
     assert fit > 1
     assert pieces == [" ".join([sentence] * fit)] * 2 + [sentence]
-    assert size(f"{pieces[0]} {sentence}") > speakers.PIECE_TOKENS >= size(pieces[0])
+    assert size(f"{pieces[0]} {sentence}") > converted.PIECE_TOKENS >= size(pieces[0])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_sentences_are_joined_as_long_as_they_fit(load):
     ],
 )
 def test_joined_sentences_have_the_space_of_their_language(load, text, piece):
-    assert speakers.pieces(load("llasa"), text) == [piece]
+    assert converted.pieces(load("llasa"), text) == [piece]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +230,9 @@ def test_joined_sentences_have_the_space_of_their_language(load, text, piece):
     ],
 )
 def test_a_long_sentence_is_halved_between_its_parts(load, text, space, ends):
-    pieces = speakers.pieces(load("llasa"), text)
+    pieces = converted.pieces(load("llasa"), text)
     sizes = [len(encode(load("llasa"), piece)) for piece in pieces]
-    assert speakers.PIECE_TOKENS / 4 < min(sizes) <= max(sizes) <= speakers.PIECE_TOKENS
+    assert converted.PIECE_TOKENS / 4 < min(sizes) <= max(sizes) <= converted.PIECE_TOKENS
     assert space.join(pieces) == text.strip()
     assert all(piece.endswith(ends) for piece in pieces[:-1])
 
@@ -239,12 +240,12 @@ def test_a_long_sentence_is_halved_between_its_parts(load, text, space, ends):
 @pytest.mark.parametrize("text", ["", "  \n", "?! ...", "。"])
 def test_a_text_without_a_word_is_refused(load, text):
     with pytest.raises(ValueError, match="something to speak"):
-        speakers.pieces(load("llasa"), text)
+        converted.pieces(load("llasa"), text)
 
 
 def test_an_endless_word_is_refused(load):
     with pytest.raises(ValueError, match=r"words of at most 80 tokens, but 'xxx.* is longer: break it up"):
-        speakers.pieces(load("llasa"), f"A fine word is {'x' * 300}.")
+        converted.pieces(load("llasa"), f"A fine word is {'x' * 300}.")
 
 
 # --- phonemes -----------------------------------------------------------------------------------------------------------
@@ -313,8 +314,8 @@ def test_the_tokenizer_of_cosyvoice_is_that_of_qwen_with_its_tokens(backbone, ve
     theirs.add_special_tokens({"additional_special_tokens": added[1:]})
     assert [theirs.convert_tokens_to_ids(token) for token in added] == list(range(first, ours.get_vocab_size()))
     for text in PLAIN_TEXTS + SPECIAL_TEXTS:
-        assert family.tokenize(ours, text) == theirs(text)["input_ids"]
-    assert family.tokenize(ours, "[laughter]") == [first + 8]
+        assert card.tokenize(ours, text) == theirs(text)["input_ids"]
+    assert card.tokenize(ours, "[laughter]") == [first + 8]
 
 
 def test_the_added_tokens_are_those_of_cosyvoice_in_its_order(backbone):

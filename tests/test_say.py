@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from jaxspec import cli
-from jaxspec.evaluate.compare import held_out
-from jaxspec.models import voice as voices
-from jaxspec.quickest import Quickest
-from jaxspec.speaker import builtin
-from jaxspec.speaker.contract import Settings
+from jaxspec.commands import main as cli
+from jaxspec.models import builtin as voices
 from jaxspec.state import BONUS
-from jaxspec.synthesize import speak
+from jaxspec.synthesis import builtin
+from jaxspec.synthesis.autotune import Autotuner
+from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.pipeline import speak
+from jaxspec.text.held_out import held_out
 
 TEXT = "The rain has stopped, so we can go."
 KEYS = set(
@@ -81,55 +81,55 @@ def test_the_seed_decides_and_each_line_gets_a_file(tmp_path, monkeypatch, capsy
 
 
 def test_long_text_is_cut_and_joined_and_voices_differ():
-    long = speak(["One day we met. " * 3], Settings(verify="autoregressive")).speeches[0]
-    short = speak(["One day we met."], Settings(verify="autoregressive")).speeches[0]
+    long = speak(["One day we met. " * 3], Settings(verify="autoregressive")).utterances[0]
+    short = speak(["One day we met."], Settings(verify="autoregressive")).utterances[0]
     assert len(long.wave) > 2 * len(short.wave)
     assert len(long.wave) == 640 * len(long.codes) == 640 * len(long.origin)
-    other = speak(["One day we met."], Settings(verify="autoregressive", voice="rms")).speeches[0]
+    other = speak(["One day we met."], Settings(verify="autoregressive", voice="rms")).utterances[0]
     assert not np.array_equal(short.codes, other.codes)
 
 
 def test_no_draft_length_is_autoregressive():
     plain = speak([TEXT], Settings(verify="autoregressive"))
     none = speak([TEXT], Settings(verify="exact", draft_length=0))
-    np.testing.assert_array_equal(plain.speeches[0].wave, none.speeches[0].wave)
+    np.testing.assert_array_equal(plain.utterances[0].wave, none.utterances[0].wave)
     assert none.counts["verify"] == "autoregressive"
     assert none.counts["tokens_per_round"] == 1
 
 
 def test_auto_tries_both_loops_and_goes_on_with_the_quicker():
     """What a batch says tells which loop it went through."""
-    ways, told = ("coarse-grained", "autoregressive"), []
+    candidates, told = ("coarse-grained", "autoregressive"), []
 
-    class Recording(Quickest):
-        def tell(self, *what):
+    class Recording(Autotuner):
+        def record(self, *what):
             told.append(what)
-            super().tell(*what)
+            super().record(*what)
 
-    speaker = builtin.builtin()._replace(max_batch=2)
-    spoken = speak(["One day we met."] * 8, Settings(verify="auto"), speaker, quickest=Recording(ways))
+    synthesizer = builtin.builtin()._replace(max_batch=2)
+    spoken = speak(["One day we met."] * 8, Settings(verify="auto"), synthesizer, autotuner=Recording(candidates))
     assert spoken.counts["verify"] == "auto"
     assert len(spoken.counts["accepted_per_position"]) == Settings.draft_length
-    replay = Quickest(ways)
-    for turn, (batch, way, tokens, seconds) in enumerate(told):
-        assert way == (ways[turn] if turn < 2 else replay.pick(batch))
-        pair = spoken.speeches[2 * turn : 2 * turn + 2]
-        assert any((speech.origin != BONUS).any() for speech in pair) == (way == "coarse-grained")
-        assert tokens == sum(len(speech.codes) + 1 for speech in pair)  # each ends with a stop
-        replay.tell(batch, way, tokens, seconds)
+    replay = Autotuner(candidates)
+    for turn, (batch, candidate, tokens, seconds) in enumerate(told):
+        assert candidate == (candidates[turn] if turn < 2 else replay.choose(batch))
+        pair = spoken.utterances[2 * turn : 2 * turn + 2]
+        assert any((utterance.origin != BONUS).any() for utterance in pair) == (candidate == "coarse-grained")
+        assert tokens == sum(len(utterance.codes) + 1 for utterance in pair)  # each ends with a stop
+        replay.record(batch, candidate, tokens, seconds)
     assert len(told) == 4
 
 
 def test_the_quickest_is_what_was_told_last():
-    quickest = Quickest("ab")
-    for way, tokens in (("a", 2), ("b", 1)):
-        assert quickest.pick(4) == way
-        quickest.tell(4, way, tokens, 1.0)
-    assert quickest.pick(4) == "a"
+    autotuner = Autotuner("ab")
+    for candidate, tokens in (("a", 2), ("b", 1)):
+        assert autotuner.choose(4) == candidate
+        autotuner.record(4, candidate, tokens, 1.0)
+    assert autotuner.choose(4) == "a"
     for _ in range(3):
-        quickest.tell(4, "a", 1, 2.0)
-    assert quickest.pick(4) == "b"
-    assert quickest.pick(8) == "a"
+        autotuner.record(4, "a", 1, 2.0)
+    assert autotuner.choose(4) == "b"
+    assert autotuner.choose(8) == "a"
 
 
 def test_coarse_graining_accepts_more_than_the_exact_rule():
@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_refused_when_read_and_when_met(tmp_path
     voice = voices.load()
     broken = jax.tree.map(lambda leaf: leaf * np.nan, voice.target_params)
     with pytest.raises(ValueError, match="finite logits"):
-        speak([TEXT], Settings(verify="autoregressive"), builtin.speaker(voice._replace(target_params=broken)))
+        speak([TEXT], Settings(verify="autoregressive"), builtin.synthesizer(voice._replace(target_params=broken)))
     voices.save(tmp_path / "voice.safetensors", voice._replace(target_params=broken))
     with pytest.raises(ValueError, match="finite weights"):
         voices.load(tmp_path / "voice.safetensors")

@@ -13,11 +13,11 @@ import test_say
 import torch
 
 from jaxspec import groups as asg
-from jaxspec import pretrained
-from jaxspec.models import family
-from jaxspec.speaker import pretrained as speakers
-from jaxspec.speaker.contract import Settings
-from jaxspec.synthesize import speak
+from jaxspec.checkpoint import pretrained
+from jaxspec.models import card
+from jaxspec.synthesis import converted
+from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.pipeline import speak
 
 TEXT = "The rain has stopped."
 own_cache = test_say.own_cache
@@ -132,12 +132,12 @@ def test_the_wave_goes_on_after_the_reference_whose_own_part_is_cut_off(spoken, 
 
 
 def test_pieces_of_a_long_text_are_joined_in_their_order(folder):
-    speaker = speakers.speaker(pretrained.load(folder("target")))
+    synthesizer = converted.synthesizer(pretrained.load(folder("target")))
     text, settings = "The rain has stopped so we can go. " * 8, Settings(max_codes=20)
-    together = speak([text], settings, speaker).speeches[0].codes
-    alone = speak([text], settings, speaker._replace(max_batch=1)).speeches[0].codes
+    together = speak([text], settings, synthesizer).utterances[0].codes
+    alone = speak([text], settings, synthesizer._replace(max_batch=1)).utterances[0].codes
     np.testing.assert_array_equal(together, alone)
-    first = speak(speaker.pieces(text)[:1], settings, speaker).speeches[0].codes
+    first = speak(synthesizer.pieces(text)[:1], settings, synthesizer).utterances[0].codes
     np.testing.assert_array_equal(together[: len(first)], first)
     assert len(together) > len(first)
 
@@ -156,10 +156,10 @@ def test_frames_with_an_id_of_a_wrong_slot_are_dropped(folder):
     good, last = frame(0, 1, 2, 3, 4, 5, 6), frame(15, 15, 15, 15, 15, 15, 15)
     wrong = [*good[:3], good[3] + 16, *good[4:]]
     ids = np.array([1, *good, *wrong, 2, *last[:3], model.codes_first + 7 * 16, *last[3:], *model.stop_ids, *good[:6]], np.int32)
-    codes, at = family.codes_of(model, ids)
+    codes, at = card.codes_of(model, ids)
     assert codes.tolist() == [[0, 1, 2, 3, 4, 5, 6], [15] * 7]
     assert at.tolist() == [list(range(1, 8)), [16, 17, 18, 20, 21, 22, 23]]
-    codes, at = family.codes_of(model, ids[:4])
+    codes, at = card.codes_of(model, ids[:4])
     assert codes.shape == at.shape == (0, 7)
 
 
@@ -183,27 +183,27 @@ def test_cosyvoice_writes_codes_and_says_why_there_is_no_sound(spoken, say, tmp_
 def test_cosyvoice_says_2_to_20_codes_for_each_token_of_the_text(folder):
     """What holds it back is the first stop id alone, as in its own code."""
     target = pretrained.load(folder("cosyvoice2"))
-    bias, count = target.params["head_bias"], len(family.tokenize(target.tokenizer, "Yes."))
+    bias, count = target.params["head_bias"], len(card.tokenize(target.tokenizer, "Yes."))
 
     def said(bias):
-        speaker = speakers.speaker(target._replace(params=target.params | {"head_bias": bias}))
-        return len(speak(["Yes."], speaker=speaker).speeches[0].codes)
+        synthesizer = converted.synthesizer(target._replace(params=target.params | {"head_bias": bias}))
+        return len(speak(["Yes."], synthesizer=synthesizer).utterances[0].codes)
 
     never = bias.at[6561:].set(-1e3)
     assert said(never) == 20 * count
     assert said(never.at[6561].set(1e3)) == 2 * count
     assert said(never.at[6562].set(1e3)) == 0
-    assert len(speak(["Yes."], Settings(max_codes=5), speakers.speaker(target)).speeches[0].codes) == 5
+    assert len(speak(["Yes."], Settings(max_codes=5), converted.synthesizer(target)).utterances[0].codes) == 5
 
 
 def test_llasa_says_no_more_than_its_context_holds(folder):
     target = pretrained.load(folder("target"))
-    asked = speakers.speaker(target).requests([TEXT, TEXT + TEXT], Settings())
+    asked = converted.synthesizer(target).requests([TEXT, TEXT + TEXT], Settings())
     np.testing.assert_array_equal(asked.limit + asked.length, 2048)
     assert asked.limit.max() <= asked.capacity
     room = dataclasses.replace(target.model, max_tokens=int(asked.length[0]) + 7)
-    speech = speak([TEXT], speaker=speakers.speaker(target._replace(model=room))).speeches[0]
-    assert len(speech.codes) == 7
+    utterance = speak([TEXT], synthesizer=converted.synthesizer(target._replace(model=room))).utterances[0]
+    assert len(utterance.codes) == 7
 
 
 def test_neutts_speaks_phonemes(spoken, folder):
@@ -212,7 +212,7 @@ def test_neutts_speaks_phonemes(spoken, folder):
     assert (rate, len(wave), figures["tokens"]) == (24_000, 480 * len(codes), 20)  # no stop id before 50
     assert 0 < len(codes) < 20  # what is no code is left out
     assert 0 <= codes.min() <= codes.max() < checkpoints.CODES
-    asked = speakers.speaker(pretrained.load(folder("neutts-air"))).requests([TEXT], Settings())
+    asked = converted.synthesizer(pretrained.load(folder("neutts-air"))).requests([TEXT], Settings())
     assert (asked.sampling[0].min_new_tokens, int(asked.limit[0] + asked.length[0])) == (50, 2048)
 
 
@@ -268,9 +268,9 @@ def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(say, folder, tm
         (tmp_path / "altered").mkdir()
         for path in folder("draft").iterdir():
             (tmp_path / "altered" / path.name).symlink_to(path)
-        tokenizer = (tmp_path / "altered" / family.TOKENIZER).read_text()
-        (tmp_path / "altered" / family.TOKENIZER).unlink()
-        (tmp_path / "altered" / family.TOKENIZER).write_text(tokenizer.replace('"&": 5', '"other": 5'))
+        tokenizer = (tmp_path / "altered" / card.TOKENIZER).read_text()
+        (tmp_path / "altered" / card.TOKENIZER).unlink()
+        (tmp_path / "altered" / card.TOKENIZER).write_text(tokenizer.replace('"&": 5', '"other": 5'))
     before = sorted(tmp_path.iterdir())
     code, _, err = say(TEXT, *(() if "--out" in arguments else ("--out", "a.npy")), *arguments)
     assert code == 2
@@ -294,15 +294,15 @@ def test_groups_are_made_once_and_kept(folder, tmp_path, monkeypatch):
     target = pretrained.load(folder("orpheus"))
     first, vocab = target.model.codes_first, target.model.shape.vocab
     target = target._replace(folder=tmp_path, params={"table_0": jnp.ones((vocab, 4))})
-    made = speakers.groups(target, 0.3)
+    made = converted.groups(target, 0.3)
     assert [path.name for path in tmp_path.iterdir()] == ["groups-0.3.npz"]
     assert made.sizes.tolist() == [16] * 7 + [1] * (vocab - 7 * 16)  # a group for each slot, as all codes of it are alike
     np.testing.assert_array_equal(made.members[:7], first + np.arange(7 * 16).reshape(7, 16))
     with monkeypatch.context() as patched:
-        patched.setattr(speakers.asg, "acoustic_similarity_groups", None)
-        jax.tree.map(np.testing.assert_array_equal, speakers.groups(target, 0.3), made)
+        patched.setattr(converted.asg, "acoustic_similarity_groups", None)
+        jax.tree.map(np.testing.assert_array_equal, converted.groups(target, 0.3), made)
     other = pretrained.load(folder("llasa"))._replace(folder=tmp_path)
-    assert len(speakers.groups(other, 0.3).token_start) == other.model.shape.vocab != vocab
+    assert len(converted.groups(other, 0.3).token_start) == other.model.shape.vocab != vocab
     assert len(asg.load(tmp_path / "groups-0.3.npz").token_start) == other.model.shape.vocab
 
 
@@ -310,7 +310,7 @@ def test_groups_are_those_of_the_codes_embeddings(folder, tmp_path):
     target = pretrained.load(folder("llasa"))._replace(folder=tmp_path)
     first = target.model.codes_first
     table = np.asarray(target.params["table_0"])[first : first + checkpoints.CODES]
-    made = speakers.groups(target, 0.2)
+    made = converted.groups(target, 0.2)
     alone = asg.acoustic_similarity_groups(table, 0.2)
     assert len(made.sizes) == len(alone.sizes) + target.model.shape.vocab - checkpoints.CODES
     count = len(alone.sizes)
@@ -321,7 +321,7 @@ def test_groups_are_those_of_the_codes_embeddings(folder, tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_does_not_matter(folder, tmp_path):
     target = pretrained.load(folder("llasa"))._replace(folder=tmp_path / "none")
-    assert len(speakers.groups(target, 0.3).token_start) == target.model.shape.vocab
+    assert len(converted.groups(target, 0.3).token_start) == target.model.shape.vocab
 
 
 def test_the_command_groups_reports_and_draws(folder, tmp_path, monkeypatch, capsys):

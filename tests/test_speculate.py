@@ -4,10 +4,10 @@ import itertools
 import json
 import pathlib
 
+import chi_square
 import fakes
 import jax
 import jax.numpy as jnp
-import laws
 import numpy as np
 import pytest
 
@@ -132,7 +132,7 @@ def sequence_law(law, prompt, vocab, N, params):
 def test_law_of_the_emitted_sequence(loop):
     """10,000 sequences of four tokens, so of two rounds and more, against each of the enumerated laws, which share a batch.
 
-    Four tests of ``laws.FALSE_ALARM`` each.
+    Four tests of ``chi_square.FALSE_ALARM`` each.
     """
     vocab, N, each = 4, 4, 10_000
     params, prompt = fakes.table(3, vocab), [2, 0]
@@ -149,7 +149,7 @@ def test_law_of_the_emitted_sequence(loop):
         assert 0.1 < float(out.info.accepted.sum() / out.info.drafted.sum()) < 0.9
     for i, law in enumerate(LAWS.values()):
         sequences = np.asarray(out.tokens[i * each : (i + 1) * each]) @ vocab ** np.arange(N)[::-1]
-        laws.assert_law(sequences, sequence_law(law, prompt, vocab, N, params))
+        chi_square.assert_law(sequences, sequence_law(law, prompt, vocab, N, params))
 
 
 # --- rows are independent -----------------------------------------------------------------------------------------------

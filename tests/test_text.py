@@ -7,8 +7,8 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from jaxspec.text import SYMBOLS, encode, normalize, pronounce, sentences, symbols
-from jaxspec.train.sentences import _SLOT_WORDS, TEMPLATES
+from jaxspec.text.symbols import SYMBOLS, encode, normalize, pronounce, sentences, to_symbols
+from jaxspec.train.voice.sentences import _SLOT_WORDS, TEMPLATES
 
 SPOKEN = {
     "Hello, World!": "hello, world!",
@@ -76,7 +76,7 @@ def test_normalize_gives_words_and_punctuation_for_any_characters():
 def test_symbols_are_one_table_without_doubles():
     assert len(set(SYMBOLS)) == len(SYMBOLS) == 6 + 27 + 45 + 24
     assert SYMBOLS[0] == "_"
-    ids = encode(symbols("hi, zyqx."))
+    ids = encode(to_symbols("hi, zyqx."))
     assert ids.dtype == np.int32
     assert [SYMBOLS[i] for i in ids] == ["HH", "AY1", ",", " ", "z", "y", "q", "x", "."]
     with pytest.raises(ValueError, match="'QQ'"):
@@ -84,8 +84,8 @@ def test_symbols_are_one_table_without_doubles():
 
 
 def test_symbols_spells_what_it_is_asked_to():
-    assert symbols("the cat", spell=lambda word: word == "cat") == ["DH", "AH0", " ", "c", "a", "t"]
-    assert symbols("cat's", spell=lambda word: True) == ["c", "a", "t", "'", "s"]
+    assert to_symbols("the cat", spell=lambda word: word == "cat") == ["DH", "AH0", " ", "c", "a", "t"]
+    assert to_symbols("cat's", spell=lambda word: True) == ["c", "a", "t", "'", "s"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_sentences_are_cut_at_stops_and_lines():
 def test_long_sentences_are_cut_to_the_limit(limit):
     text = "Hello there, my dear old friend, how are you in this wonderful world? " + "never ending words " * 40
     pieces = sentences(text, limit)
-    assert all(len(symbols(piece)) <= limit and piece[-1] in ",.?!" for piece in pieces)
+    assert all(len(to_symbols(piece)) <= limit and piece[-1] in ",.?!" for piece in pieces)
     assert re.findall(r"[a-z']+", " ".join(pieces)) == re.findall(r"[a-z']+", normalize(text))
 
 
@@ -132,7 +132,7 @@ def test_a_word_that_is_too_long_is_refused():
 
 
 def held_out():
-    return files("jaxspec.evaluate").joinpath("held_out.txt").read_text(encoding="utf-8").splitlines()
+    return files("jaxspec.text").joinpath("held_out.txt").read_text(encoding="utf-8").splitlines()
 
 
 def words(text):

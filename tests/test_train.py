@@ -10,11 +10,11 @@ import pytest
 
 from jaxspec.codec import fsq
 from jaxspec.models import transformer
-from jaxspec.models.voice import CODES, LEVELS, PROMPT_ROWS, STOP, VOCAB
-from jaxspec.train import corpus, distil, language_model
-from jaxspec.train.alignment import align
-from jaxspec.train.language_model import IGNORE, Reading
+from jaxspec.models.builtin import CODES, LEVELS, PROMPT_ROWS, STOP, VOCAB
 from jaxspec.train.loop import Schedule, averaged, fit
+from jaxspec.train.voice import corpus, distil, language_model
+from jaxspec.train.voice.alignment import align
+from jaxspec.train.voice.language_model import IGNORE, Reading
 
 TINY = transformer.Config((VOCAB, PROMPT_ROWS), VOCAB, 8, 2, 2, 1, 4, 8)
 PHONES = [("pau", 0.2), ("hh", 0.28), ("ax", 0.36), ("l", 0.44), ("ow", 0.6), ("pau", 0.8)]
@@ -23,7 +23,7 @@ PHONES = [("pau", 0.2), ("hh", 0.28), ("ax", 0.36), ("l", 0.44), ("ow", 0.6), ("
 def utterance(**changes):
     """ "hello." as flite might speak it, 20 codes long."""
     codes = np.random.default_rng(0).integers(CODES, size=20).astype(np.uint16)
-    return corpus.Utterance("hello.", "slt", PHONES, codes)._replace(**changes)
+    return corpus.Recording("hello.", "slt", PHONES, codes)._replace(**changes)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ import numpy as np
 
 from jaxspec import request as requests
 from jaxspec import speculate, verify
+from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.draft import model_draft
 from jaxspec.groups import Groups
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
-from jaxspec.quickest import Quickest
 from jaxspec.sampling import Sampling
 from jaxspec.state import Generation, State
-from jaxspec.stopwatch import Stopwatch, compilations
+from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
 
 RULES = ("exact", "tolerance", "coarse-grained")
@@ -111,8 +111,8 @@ def run(
     for case in cases:
         watch = Stopwatch()
         with watch("run"):
-            ways = [way for way in timed if way[2:] == case[2:]]
-            timed[case] = _Auto(models, case, ways) if case.rule == "auto" else _Timed(models, case)
+            candidates = [candidate for candidate in timed if candidate[2:] == case[2:]]
+            timed[case] = _Auto(models, case, candidates) if case.rule == "auto" else _Timed(models, case)
             timed[case].turn(0)
         timed[case].clear()
         compile_s[case] = watch.seconds["compile"]
@@ -209,9 +209,9 @@ class _Timed:
 class _Auto:
     """The quickest so far of the other cases of a batch and prompt length, each of which it tries before the first turn."""
 
-    def __init__(self, models: Models, case: Case, ways: Sequence[Case]):
-        self.batch, self.ways = case.batch, {way: _Timed(models, way) for way in ways}
-        self.quickest = Quickest(ways)
+    def __init__(self, models: Models, case: Case, candidates: Sequence[Case]):
+        self.batch, self.candidates = case.batch, {candidate: _Timed(models, candidate) for candidate in candidates}
+        self.autotuner = Autotuner(candidates)
         self.clear()
 
     def clear(self) -> None:
@@ -221,8 +221,8 @@ class _Auto:
 
     def turn(self, number: int) -> None:
         """Runs the quickest loop once."""
-        for way in self.ways if number == 0 else [self.quickest.pick(self.batch)]:
-            timed = self.ways[way]
+        for candidate in self.candidates if number == 0 else [self.autotuner.choose(self.batch)]:
+            timed = self.candidates[candidate]
             timed.clear()
             timed.loop(number)
             for name, some in self.seconds.items():
@@ -230,8 +230,8 @@ class _Auto:
             self.tokens += timed.tokens
             self.rounds += timed.rounds
             self.counts += timed.counts
-            self.taken.append(_way(way))
-            self.quickest.tell(self.batch, way, self.tokens[-1], self.seconds["loop"][-1] - self.seconds["prefill"][-1])
+            self.taken.append(_way(candidate))
+            self.autotuner.record(self.batch, candidate, self.tokens[-1], self.seconds["loop"][-1] - self.seconds["prefill"][-1])
 
 
 def _peak_bytes() -> int:

@@ -28,7 +28,7 @@ _KERNELS = {
 }
 
 
-def compare(
+def time_transformers(
     models: Models, batch: int, prompt: int, draft_length: int, turns: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Codes a second of transformers and of jaxspec, decoding alone, taking turns; acceptance is that of the weights themselves.

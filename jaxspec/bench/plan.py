@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import checkpoint, request, speculate
-from jaxspec.bench import chips, presets, roofline
-from jaxspec.bench import program as hlo
+from jaxspec import request, speculate
+from jaxspec.bench import chips, hlo, presets, roofline
+from jaxspec.bench.hlo import Program
 from jaxspec.bench.presets import Pair
-from jaxspec.bench.program import Program
+from jaxspec.checkpoint import store
 from jaxspec.draft import model_draft
 from jaxspec.groups import Groups
-from jaxspec.models import family, transformer
+from jaxspec.models import card as family
+from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.verify import coarse_grained
@@ -164,7 +165,7 @@ def pair_of(settings: Settings) -> Pair:
 
 
 def _described(folder: str) -> family.Model:
-    return family.from_json(checkpoint.read_description(folder), Path(folder) / checkpoint.DESCRIPTION)
+    return family.from_json(store.read_description(folder), Path(folder) / store.DESCRIPTION)
 
 
 def arguments(settings: Settings, pair: Pair) -> Arguments:

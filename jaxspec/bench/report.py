@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxspec.bench.roofline import expected_tokens
-from jaxspec.files import replacing
+from jaxspec.common.files import replacing
 
 Row = Mapping[str, Any]
 

@@ -12,18 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec import pretrained
 from jaxspec.bench import presets, roofline
 from jaxspec.bench.measure import RULES, Asked, Case, Models, random_asks, run
-from jaxspec.bench.peers import compare
+from jaxspec.bench.peers import time_transformers
 from jaxspec.bench.roofline import Device
-from jaxspec.evaluate.compare import held_out
+from jaxspec.checkpoint import pretrained
+from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
-from jaxspec.models import voice as voices
 from jaxspec.sampling import Sampling
-from jaxspec.speaker import builtin
-from jaxspec.speaker import pretrained as checkpoints
-from jaxspec.speaker.contract import Settings, Speaker
+from jaxspec.synthesis import builtin, converted
+from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.text.held_out import held_out
 
 DTYPES = ("float32", "bfloat16")
 
@@ -102,7 +101,7 @@ def bench(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         seen = [measure()]
         if plan.peer and not peers:
             shape = plan.prompts[0], plan.draft_lengths[0], plan.turns
-            peers = [row for batch in plan.batches for row in compare(models, batch, *shape, say)]
+            peers = [row for batch in plan.batches for row in time_transformers(models, batch, *shape, say)]
         made = run(models, plan.cases(), plan.turns, say, lambda measure=measure, seen=seen: seen.append(measure()))
         rates[dtype] = roofline.middle(seen)
         say(f"{dtype}: reads {rates[dtype].bytes_per_s / 1e9:.1f} GB/s, multiplies {rates[dtype].flops_per_s / 1e12:.3f} Tflop/s")
@@ -146,7 +145,7 @@ def _models(plan: Plan, dtype: str) -> Models:
         if plan.draft is None:
             raise ValueError(f"expected --draft with {plan.preset}, got none: cut one with jaxspec convert --layers")
         draft = pretrained.load(plan.draft, dtype, beside=target)
-        return _real(checkpoints.speaker(target, draft), target.model.shape, draft.model.shape, plan)
+        return _real(converted.synthesizer(target, draft), target.model.shape, draft.model.shape, plan)
     pair = presets.pair(plan.preset, dtype)
     _check_fits(plan, pair)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -156,20 +155,20 @@ def _models(plan: Plan, dtype: str) -> Models:
     return Models(plan.preset, *pair[:2], *params, groups, ask, acceptance=plan.synthetic_acceptance)
 
 
-def _real(speaker: Speaker, target: transformer.Config, draft: transformer.Config, plan: Plan) -> Models:
+def _real(synthesizer: Synthesizer, target: transformer.Config, draft: transformer.Config, plan: Plan) -> Models:
     """Models that speak the held-out sentences, other ones in each turn; prompts are as long as the texts make them."""
     texts = held_out()
 
     def ask(case: Case, turn: int) -> Asked:
-        some = [speaker.pieces(texts[(turn * case.batch + i) % len(texts)])[0] for i in range(case.batch)]
-        asked = speaker.requests(some, Settings(max_codes=plan.new_tokens))
+        some = [synthesizer.pieces(texts[(turn * case.batch + i) % len(texts)])[0] for i in range(case.batch)]
+        asked = synthesizer.requests(some, Settings(max_codes=plan.new_tokens))
         capacity = max(asked.capacity, plan.new_tokens)
         return Asked(
-            asked.prompts, asked.length, capacity, np.minimum(asked.limit, plan.new_tokens), speaker.stop_ids, asked.sampling
+            asked.prompts, asked.length, capacity, np.minimum(asked.limit, plan.new_tokens), synthesizer.stop_ids, asked.sampling
         )
 
-    groups = speaker.groups(speaker.threshold, "target")
-    return Models(plan.preset, target, draft, speaker.target_params, speaker.draft_params, groups, ask)
+    groups = synthesizer.groups(synthesizer.threshold, "target")
+    return Models(plan.preset, target, draft, synthesizer.target_params, synthesizer.draft_params, groups, ask)
 
 
 def _check_fits(plan: Plan, pair: presets.Pair) -> None:

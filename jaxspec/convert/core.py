@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.tensors import Tensor, rows
+from jaxspec.checkpoint.tensors import Tensor, rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 

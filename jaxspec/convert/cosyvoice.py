@@ -4,11 +4,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jaxspec.checkpoint.tensors import Tensor, rows
 from jaxspec.convert import llama
 from jaxspec.convert.source import read_json
-from jaxspec.models import cosyvoice, family
+from jaxspec.models import card, cosyvoice
 from jaxspec.models.cosyvoice import Version
-from jaxspec.tensors import Tensor, rows
 
 MERGED_CODES = "<|s_{}|>"
 BACKBONE = "CosyVoice-BlankEN"  # the folder of the tokenizer and of the backbone's config.json
@@ -41,7 +41,7 @@ def unmerge(
     tensors: dict[str, Tensor], notes: list[str], version: Version, tokenizer: Any
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The merged layout with the codes' tables cut out of the vocabulary; and the names of what is left out."""
-    first, _ = family.code_ids(tokenizer, MERGED_CODES)
+    first, _ = card.code_ids(tokenizer, MERGED_CODES)
     embed, head = llama.tie(tensors, {"tie_word_embeddings": False}, notes)
     bias = tensors.pop("lm_head.bias", None)
     last = first + version.rows + version.markers

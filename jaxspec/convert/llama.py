@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxspec.checkpoint.tensors import Tensor, equal
 from jaxspec.convert.core import Rule, is_count, transpose
 from jaxspec.models.transformer import Config, RopeScaling
-from jaxspec.tensors import Tensor, equal
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QWEN2 = {

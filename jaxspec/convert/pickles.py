@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxspec.tensors import Tensor
+from jaxspec.checkpoint.tensors import Tensor
 
 _PLAIN = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64".split()
 DTYPES = {name: np.dtype(name) for name in _PLAIN} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}

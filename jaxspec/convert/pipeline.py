@@ -15,15 +15,15 @@ import numpy as np
 from blake3 import blake3
 from flax import traverse_util
 
-from jaxspec import checkpoint
+from jaxspec.checkpoint import store
+from jaxspec.checkpoint.tensors import Tensor, cast, joined, padded, rows
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec import xcodec2 as xcodec2_codec
 from jaxspec.convert import cosyvoice, llama, snac, xcodec2
 from jaxspec.convert.core import Rule, fold_weight_norm, plan
 from jaxspec.convert.source import Source, open_source
+from jaxspec.models import card, llasa, neutts, orpheus, transformer
 from jaxspec.models import cosyvoice as cosyvoice_model
-from jaxspec.models import family, llasa, neutts, orpheus, transformer
-from jaxspec.tensors import Tensor, cast, joined, padded, rows
 
 VOCABULARIES = {module.NAME: module for module in (llasa, neutts, orpheus)}  # one vocabulary of text and codes
 CODECS = {
@@ -101,19 +101,19 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
         OSError: ``dest`` cannot be written, or the disk is full.
     """
     options = options or Options()
-    with checkpoint.creating(dest) as folder:
+    with store.creating(dest) as folder:
         opened = open_source(source, revision)
         tokenizer = _tokenizer(opened)
         name = options.family or recognise(opened.tensors, tokenizer)
         layout = _layout(name, opened, tokenizer, options)
-        digests = checkpoint.write_params(folder, layout.params)
+        digests = store.write_params(folder, layout.params)
         whole = blake3(json.dumps(digests, sort_keys=True).encode()).hexdigest()
         files = [path.name for path in opened.files]
         description = layout.description | {"source": opened.origin, "files": files, "digest": f"blake3:{whole}"}
         if description["kind"] == "language model":
             description["tables"] = {path: digests[path] for path in digests if path.startswith(("table_", "head"))}
-            layout.tokenizer.save(str(folder / family.TOKENIZER))
-        checkpoint.write_description(folder, description)
+            layout.tokenizer.save(str(folder / card.TOKENIZER))
+        store.write_description(folder, description)
     sizes = [int(np.prod(tensor.shape)) for tensor in layout.params.values()]
     total = sum(size * tensor.dtype.itemsize for size, tensor in zip(sizes, layout.params.values(), strict=True))
     return Converted(name, sum(sizes), total, layout.dropped, layout.notes)
@@ -143,8 +143,8 @@ def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
 
 
 def _tokenizer(opened: Source) -> Any:
-    if (opened.folder / family.TOKENIZER).exists():
-        return family.tokenizer_of(opened.folder)
+    if (opened.folder / card.TOKENIZER).exists():
+        return card.tokenizer_of(opened.folder)
     if version := cosyvoice.version_of(opened.tensors, None):
         return cosyvoice.tokenizer(opened.folder, version)
     return None
@@ -154,7 +154,7 @@ def _layout(name: str, opened: Source, tokenizer: Any, options: Options) -> Layo
     if name in CODECS:
         return _codec(name, opened, options)
     if tokenizer is None:
-        raise ValueError(f"expected {family.TOKENIZER} beside the weights of {name}, came none; download it with them")
+        raise ValueError(f"expected {card.TOKENIZER} beside the weights of {name}, came none; download it with them")
     if name in VOCABULARIES:
         return _one_vocabulary(VOCABULARIES[name], opened, tokenizer, options)
     return _cosyvoice(cosyvoice_model.VERSIONS[name], opened, tokenizer, options)
@@ -179,7 +179,7 @@ def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Option
     embed, head = llama.tie(tensors, settings, notes)
     bias, vocab = tensors.pop("lm_head.bias", None), settings.get("vocab_size", embed.shape[0])
     first, count = module.codes(tokenizer)
-    codes, stops = module.SLOTS * count, family.token_ids(tokenizer, *module.STOPS)
+    codes, stops = module.SLOTS * count, card.token_ids(tokenizer, *module.STOPS)
     if (last := max(first + codes - 1, *stops)) >= embed.shape[0]:
         raise ValueError(
             f"expected {embed.name} to have a row for each id up to {last}, came {embed.shape[0]}: another tokenizer's?"
@@ -194,7 +194,7 @@ def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Option
     tensors |= {f"table_{i}": table for i, table in enumerate(tables)}
     tensors |= {name: tensor for name, tensor in (("head", head), ("head_bias", bias)) if tensor is not None}
 
-    def make(shape: transformer.Config) -> family.Model:
+    def make(shape: transformer.Config) -> card.Model:
         text_first = shape.vocab if options.head == "speech" else 0
         ids = {"codes_first": first, "num_codes": count, "stop_ids": tuple(stops), "text_first": text_first, "head": options.head}
         return module.model(shape, tokenizer, ids)
@@ -232,7 +232,7 @@ def _language_model(
     tensors: dict[str, Tensor],
     settings: dict[str, Any],
     table_rows: Sequence[int],
-    make: Callable[[transformer.Config], family.Model],
+    make: Callable[[transformer.Config], card.Model],
     options: Options,
     dropped: list[str],
     notes: list[str],
@@ -254,7 +254,7 @@ def _language_model(
         head_bias="head_bias" in tensors,
         dtype=str(dtype),
     )
-    description = family.to_json(make(shape))
+    description = card.to_json(make(shape))
     abstract = transformer.abstract_params(shape)
     return _planned(tensors, llama.RULES, abstract, dtype, description, dropped, notes)._replace(tokenizer=tokenizer)
 

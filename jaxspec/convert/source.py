@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.convert import pickles
 from jaxspec.convert.pickles import DTYPES, some
-from jaxspec.tensors import Tensor
 
 # What a directory's weights may be called. The first pattern that anything matches must be matched by one file.
 PATTERNS = (

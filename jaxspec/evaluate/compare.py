@@ -3,22 +3,23 @@
 import dataclasses
 import platform
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxspec import groups, text
-from jaxspec.codec.voice import codec
+from jaxspec import groups
+from jaxspec.codec.builtin import codec
 from jaxspec.evaluate.recognize import error_rates, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
-from jaxspec.models import voice as voices
-from jaxspec.models.voice import MAX_CODES, VOICES, Voice
-from jaxspec.speaker.builtin import builtin
-from jaxspec.speaker.contract import Settings, Speaker
-from jaxspec.synthesize import Speech, Spoken, speak, verifier
-from jaxspec.train.corpus import SAMPLE_RATE_HZ, record
+from jaxspec.models import builtin as voices
+from jaxspec.models.builtin import MAX_CODES, VOICES, Voice
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak, verifier
+from jaxspec.text import symbols
+from jaxspec.text.held_out import held_out
+from jaxspec.train.voice.corpus import SAMPLE_RATE_HZ, record
 from jaxspec.types import Verify
 
 Waves = list[np.ndarray]
@@ -51,11 +52,6 @@ class Plan:
         return rows
 
 
-def held_out() -> list[str]:
-    """The natural sentences that no training text contains."""
-    return resources.files("jaxspec.evaluate").joinpath("held_out.txt").read_text(encoding="utf-8").split("\n")[:-1]
-
-
 def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures every row; ``say`` is told of each as it is done.
 
@@ -69,7 +65,7 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     ways = _ways(plan, voice)
     speed_ups = _speed_ups(ways, sentences)  # first, before the recogniser and the rest are in memory
     say(f"codes a second, over autoregressive: {', '.join(f'{name} {ratio:.2f}x' for name, ratio in speed_ups.items())}")
-    recordings = [record(text.normalize(s), _voice_of(i)).signal / np.float32(32768) for i, s in enumerate(sentences)]
+    recordings = [record(symbols.normalize(s), _voice_of(i)).signal / np.float32(32768) for i, s in enumerate(sentences)]
     faces = {name: _face(recordings[i :: len(VOICES)]) for i, name in enumerate(VOICES)}
     rows = [_measures("recordings", sentences, recordings, recordings, faces)]
     rows.append(_measures("codec's copy", sentences, _copies(recordings, voices.load()), recordings, faces))
@@ -130,11 +126,11 @@ class _Way(NamedTuple):
     """How a row speaks."""
 
     settings: Settings
-    speaker: Speaker
+    synthesizer: Synthesizer
     rule: Verify
 
 
-def _ways(plan: Plan, voice: Speaker) -> dict[str, _Way]:
+def _ways(plan: Plan, voice: Synthesizer) -> dict[str, _Way]:
     alone = voice._replace(target=voice.draft, target_params=voice.draft_params)
     return {
         name: _Way(settings, alone if name == "draft alone" else voice, verifier(voice, settings))
@@ -142,13 +138,13 @@ def _ways(plan: Plan, voice: Speaker) -> dict[str, _Way]:
     }
 
 
-def _speak_all(way: _Way, sentences: Sequence[str], seed: int) -> tuple[list[Speech], list[Spoken]]:
+def _speak_all(way: _Way, sentences: Sequence[str], seed: int) -> tuple[list[Utterance], list[SynthesisResult]]:
     """Every sentence by its voice: the speeches in order, and what each voice's batch came to."""
     parts = [
-        speak(sentences[i :: len(VOICES)], dataclasses.replace(way.settings, voice=name, seed=seed), way.speaker, way.rule)
+        speak(sentences[i :: len(VOICES)], dataclasses.replace(way.settings, voice=name, seed=seed), way.synthesizer, way.rule)
         for i, name in enumerate(VOICES)
     ]
-    return [parts[i % len(VOICES)].speeches[i // len(VOICES)] for i in range(len(sentences))], parts
+    return [parts[i % len(VOICES)].utterances[i // len(VOICES)] for i in range(len(sentences))], parts
 
 
 def _spoken_row(
@@ -158,13 +154,13 @@ def _spoken_row(
     recordings: Waves,
     faces: dict[str, np.ndarray],
     seeds: int,
-) -> tuple[dict[str, Any], list[list[Speech]]]:
-    speeches, totals = [], []
+) -> tuple[dict[str, Any], list[list[Utterance]]]:
+    utterances, totals = [], []
     for seed in range(seeds):
         some, parts = _speak_all(way, sentences, seed)
-        speeches.append(some)
+        utterances.append(some)
         totals += [part.counts for part in parts]
-    waves = [speech.wave for some in speeches for speech in some]
+    waves = [utterance.wave for some in utterances for utterance in some]
     row = _measures(name, sentences, waves, recordings, faces)
     accepted, drafted, rounds, tokens = (sum(t[key] for t in totals) for key in ("accepted", "drafted", "rounds", "tokens"))
     exact = sum(t["exact_match_rate"] * t["accepted"] for t in totals)
@@ -174,15 +170,15 @@ def _spoken_row(
             "tokens_per_round": tokens / rounds,
             "exact_match_rate": exact / accepted if accepted else 0.0,
         }
-    return row, speeches
+    return row, utterances
 
 
-def _swapped(speeches: list[Speech], voice: Speaker, threshold: float, matrix: str) -> Waves:
+def _swapped(utterances: list[Utterance], voice: Synthesizer, threshold: float, matrix: str) -> Waves:
     """The same codes, each replaced by a random member of a random one of its groups (PCG, Table 2)."""
     members, waves = voice.groups(threshold, matrix), []
-    for index, speech in enumerate(speeches):
-        padded = np.pad(speech.codes, (0, MAX_CODES - len(speech.codes)))  # one length, so that one is compiled
-        other = np.asarray(groups.swap(jax.random.key(index), members, padded))[: len(speech.codes)]
+    for index, utterance in enumerate(utterances):
+        padded = np.pad(utterance.codes, (0, MAX_CODES - len(utterance.codes)))  # one length, so that one is compiled
+        other = np.asarray(groups.swap(jax.random.key(index), members, padded))[: len(utterance.codes)]
         waves += voice.decode([other], Settings(voice=_voice_of(index)))
     return waves
 
@@ -192,7 +188,7 @@ def _speed_ups(ways: dict[str, _Way], sentences: Sequence[str]) -> dict[str, flo
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn, sentence in enumerate(["Warm up, please.", *sentences[:16]]):
         for name, way in ways.items():
-            spoken = speak([sentence], dataclasses.replace(way.settings, seed=turn), way.speaker, way.rule)
+            spoken = speak([sentence], dataclasses.replace(way.settings, seed=turn), way.synthesizer, way.rule)
             if turn:
                 rates[name].append(spoken.counts["tokens"] / spoken.seconds["lm"])
     return {name: float(np.median(np.divide(some, rates["autoregressive"]))) for name, some in rates.items()}

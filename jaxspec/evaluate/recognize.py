@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.normalize import normalize
+from jaxspec.text.normalize import normalize
 
 _LISTENER = Path(__file__).with_name("listen.py")
 _SILENCE = 1e-3  # a wave that stays below this peak is not recognised at all: the recogniser hears words in digital silence

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxspec.files import replacing
+from jaxspec.common.files import replacing
 
 _COLUMNS = {
     "row": ("row", "{}"),

@@ -1,4 +1,4 @@
-"""Speaker similarity: the cosine of two voices' embeddings by resemblyzer's encoder (GE2E, arXiv 1710.10467), on the CPU."""
+"""Synthesizer similarity: the cosine of two voices' embeddings by resemblyzer's encoder (GE2E, arXiv 1710.10467), on the CPU."""
 
 import warnings
 from collections.abc import Sequence

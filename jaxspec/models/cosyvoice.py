@@ -5,7 +5,7 @@ Codes are all that comes out: the flow model and the vocoder, which make sound o
 
 import dataclasses
 
-from jaxspec.models import family
+from jaxspec.models import card
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 
@@ -36,11 +36,11 @@ V3 = Version("cosyvoice3", 6761, 0, 6561, 6563, False, "You are a helpful assist
 VERSIONS = {version.name: version for version in (V2, V3)}
 
 
-def model(version: Version, shape: Config) -> family.Model:
+def model(version: Version, shape: Config) -> card.Model:
     """The description of a checkpoint of a version."""
     moved = shape.vocab - version.rows  # by padding
     start, turn = (i + moved if i >= version.rows else i for i in (version.start, version.turn))
-    return family.Model(
+    return card.Model(
         family=version.name,
         shape=shape,
         codes_first=0,

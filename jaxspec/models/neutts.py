@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxspec.models import family
+from jaxspec.models import card
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 
@@ -16,13 +16,13 @@ _PROMPT = "user: Convert the text to speech:<|TEXT_PROMPT_START|>{text}<|TEXT_PR
 
 def codes(tokenizer: Any) -> tuple[int, int]:
     """The id of the first code, and how many there are."""
-    return family.code_ids(tokenizer, "<|speech_{}|>")
+    return card.code_ids(tokenizer, "<|speech_{}|>")
 
 
-def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> family.Model:
+def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
     """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
-    family.token_ids(tokenizer, "<|TEXT_PROMPT_END|>", "<|SPEECH_GENERATION_START|>")
-    return family.Model(
+    card.token_ids(tokenizer, "<|TEXT_PROMPT_END|>", "<|SPEECH_GENERATION_START|>")
+    return card.Model(
         family=NAME,
         shape=shape,
         prompt=(_PROMPT,),

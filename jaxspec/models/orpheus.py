@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxspec.models import family
+from jaxspec.models import card
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 
@@ -18,14 +18,14 @@ _VOICES = ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe")
 
 def codes(tokenizer: Any) -> tuple[int, int]:
     """The id of the first code of the first slot, and how many codes a slot has."""
-    first, count = family.code_ids(tokenizer, "<custom_token_{}>")
+    first, count = card.code_ids(tokenizer, "<custom_token_{}>")
     return first + 10, (count - 10) // SLOTS
 
 
-def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> family.Model:
+def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
     """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
-    family.token_ids(tokenizer, "<|begin_of_text|>", "<|eot_id|>", *(f"<custom_token_{i}>" for i in (1, 3, 4, 5)))
-    return family.Model(
+    card.token_ids(tokenizer, "<|begin_of_text|>", "<|eot_id|>", *(f"<custom_token_{i}>" for i in (1, 3, 4, 5)))
+    return card.Model(
         family=NAME,
         shape=shape,
         prompt=(_PROMPT,),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxspec import sampling
 from jaxspec.groups import Groups, pick_group
 from jaxspec.types import Array, Verdict, Verify
-from jaxspec.verify.exact import exact_among, laws_after, leading, of_drafted
+from jaxspec.verify.exact import count_accepted, count_exact, drafted_probs, next_probs
 
 _CANDIDATES = 2  # thinning candidates per trip; one trip is enough for most rejections
 _TRIPS = 2048
@@ -48,11 +48,11 @@ def _verify(groups: Groups, key: Array, draft_tokens: Array, draft_probs: Array,
     members, weights = _members(groups, latent)
     place = jnp.arange(length)[:, None]
     draft_mass, target_mass = ((_at(law, (place, members)) * weights).sum(-1) for law in (draft_probs, target_probs))
-    num_accepted = leading(uniforms * draft_mass < target_mass)
+    num_accepted = count_accepted(uniforms * draft_mass < target_mass)
 
-    drafted, wanted = of_drafted(draft_tokens, draft_probs, target_probs)
-    token = _of_group_residual(token_key, groups, *laws_after(num_accepted, draft_probs, target_probs))
-    return Verdict(num_accepted, token, num_exact=exact_among(num_accepted, uniforms * drafted < wanted))
+    drafted, wanted = drafted_probs(draft_tokens, draft_probs, target_probs)
+    token = _of_group_residual(token_key, groups, *next_probs(num_accepted, draft_probs, target_probs))
+    return Verdict(num_accepted, token, num_exact=count_exact(num_accepted, uniforms * drafted < wanted))
 
 
 def _members(groups: Groups, group: Array) -> tuple[Array, Array]:

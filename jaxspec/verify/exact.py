@@ -26,33 +26,33 @@ def exact() -> Verify:
 def _verify(key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
     accept_key, token_key = jax.random.split(key)
     uniforms = jax.random.uniform(accept_key, draft_tokens.shape)
-    drafted, wanted = of_drafted(draft_tokens, draft_probs, target_probs)
-    num_accepted = leading(uniforms * drafted < wanted)
+    drafted, wanted = drafted_probs(draft_tokens, draft_probs, target_probs)
+    num_accepted = count_accepted(uniforms * drafted < wanted)
     token = correct(token_key, num_accepted, draft_probs, target_probs)
     return Verdict(num_accepted, token, num_exact=num_accepted)
 
 
-def of_drafted(draft_tokens: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
+def drafted_probs(draft_tokens: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
     """p(x) and q(x) of the K drafted tokens, each [K]."""
     place = jnp.arange(draft_tokens.shape[0])
     return draft_probs[place, draft_tokens], target_probs[place, draft_tokens]
 
 
-def leading(stands: Array) -> Array:
+def count_accepted(accepted: Array) -> Array:
     """How many stand before the first that falls: int32 [] from bool [K].
 
     >>> leading(jnp.array([True, True, False, True])).item()
     2
     """
-    return jnp.cumprod(stands.astype(jnp.int32)).sum(dtype=jnp.int32)
+    return jnp.cumprod(accepted.astype(jnp.int32)).sum(dtype=jnp.int32)
 
 
-def exact_among(num_accepted: Array, stands: Array) -> Array:
-    """How many of the accepted tokens the exact rule takes too: int32 [] from its verdicts ``stands``, bool [K]."""
-    return (stands & (jnp.arange(stands.size) < num_accepted)).sum(dtype=jnp.int32)
+def count_exact(num_accepted: Array, accepted: Array) -> Array:
+    """How many of the accepted tokens the exact rule takes too: int32 [] from its verdicts ``accepted``, bool [K]."""
+    return (accepted & (jnp.arange(accepted.size) < num_accepted)).sum(dtype=jnp.int32)
 
 
-def laws_after(num_accepted: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
+def next_probs(num_accepted: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
     """p and q [V] at the position after the accepted tokens; p is 0 everywhere after K of them, where nothing was drafted."""
     length = draft_probs.shape[0]
     target = target_probs[num_accepted]
@@ -63,6 +63,6 @@ def laws_after(num_accepted: Array, draft_probs: Array, target_probs: Array) -> 
 
 def correct(key: Array, num_accepted: Array, draft_probs: Array, target_probs: Array) -> Array:
     """The correction, drawn from norm([q - p]_+), or the bonus token, drawn from q: int32 []. The key is consumed."""
-    draft, target = laws_after(num_accepted, draft_probs, target_probs)
+    draft, target = next_probs(num_accepted, draft_probs, target_probs)
     residual = jnp.maximum(target - draft, 0.0)
     return sampling.sample(key, jnp.where((residual > 0).any(), residual, target))

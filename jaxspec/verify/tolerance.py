@@ -1,4 +1,4 @@
-"""Speech speculative decoding (SSD): acceptance with a constant bonus, approximate by a known amount."""
+"""Utterance speculative decoding (SSD): acceptance with a constant bonus, approximate by a known amount."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.types import Array, Verdict, Verify
-from jaxspec.verify.exact import correct, exact_among, leading, of_drafted
+from jaxspec.verify.exact import correct, count_accepted, count_exact, drafted_probs
 
 
 def tolerance(beta: float) -> Verify:
@@ -31,8 +31,8 @@ def tolerance(beta: float) -> Verify:
 def _verify(beta: Array, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
     accept_key, token_key = jax.random.split(key)
     uniforms = jax.random.uniform(accept_key, draft_tokens.shape)
-    drafted, wanted = of_drafted(draft_tokens, draft_probs, target_probs)
+    drafted, wanted = drafted_probs(draft_tokens, draft_probs, target_probs)
     # r < min(1, q/p) + beta, times p; the minimum needs no writing since r is below 1.
-    num_accepted = leading(uniforms * drafted < wanted + beta * drafted)
+    num_accepted = count_accepted(uniforms * drafted < wanted + beta * drafted)
     token = correct(token_key, num_accepted, draft_probs, target_probs)
-    return Verdict(num_accepted, token, num_exact=exact_among(num_accepted, uniforms * drafted < wanted))
+    return Verdict(num_accepted, token, num_exact=count_exact(num_accepted, uniforms * drafted < wanted))

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec import text, weights
+from jaxspec.codec import builtin as codecs
 from jaxspec.codec import fsq
-from jaxspec.codec import voice as codecs
+from jaxspec.common import weights
 from jaxspec.models import transformer
+from jaxspec.text.symbols import SYMBOLS, encode, to_symbols
 from jaxspec.types import Params
 
 VOICES = ("slt", "rms")
@@ -23,7 +24,7 @@ LEVELS = (7, 5, 5, 5, 5)
 CODES = fsq.codebook_size(LEVELS)
 STOP = CODES
 VOCAB = CODES + 1  # the head's vocabulary
-PROMPT_ROWS = len(text.SYMBOLS) + len(VOICES) + 1
+PROMPT_ROWS = len(SYMBOLS) + len(VOICES) + 1
 SPEAK = VOCAB + PROMPT_ROWS - 1
 MAX_SYMBOLS = 72  # the longest text that training saw
 MAX_CODES = 160
@@ -62,13 +63,13 @@ def voice_index(name: str) -> int:
 
 def prompt(symbols: list[str], voice: str) -> np.ndarray:
     """The prompt's ids, int32 [len(symbols) + 2]."""
-    speaker = VOCAB + len(text.SYMBOLS) + voice_index(voice)
-    return np.concatenate([[speaker], VOCAB + text.encode(symbols), [SPEAK]]).astype(np.int32)
+    speaker = VOCAB + len(SYMBOLS) + voice_index(voice)
+    return np.concatenate([[speaker], VOCAB + encode(symbols), [SPEAK]]).astype(np.int32)
 
 
 def prompts(sentences: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The prompts of normalised sentences by their voices, int32 [B MAX_SYMBOLS+2], and their lengths, int32 [B]."""
-    ids = [prompt(text.symbols(sentence), name) for sentence, name in zip(sentences, names, strict=True)]
+    ids = [prompt(to_symbols(sentence), name) for sentence, name in zip(sentences, names, strict=True)]
     padded = np.stack([np.pad(row, (0, MAX_SYMBOLS + 2 - len(row))) for row in ids])
     return padded, np.array([len(row) for row in ids], np.int32)
 

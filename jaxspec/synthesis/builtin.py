@@ -6,26 +6,26 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxspec import text
-from jaxspec.codec.voice import codec
+from jaxspec.codec.builtin import codec
 from jaxspec.groups import Groups, acoustic_similarity_groups
+from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
-from jaxspec.models import voice as voices
-from jaxspec.models.voice import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
+from jaxspec.models.builtin import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
 from jaxspec.sampling import Sampling
-from jaxspec.speaker.contract import Requests, Settings, Speaker
+from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
+from jaxspec.text import symbols
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 THRESHOLD = 0.85
 
 
 @functools.lru_cache
-def builtin() -> Speaker:
+def builtin() -> Synthesizer:
     """The voice that comes with the package, its weights on the device."""
-    return speaker(voices.load())
+    return synthesizer(voices.load())
 
 
-def speaker(voice: Voice) -> Speaker:
+def synthesizer(voice: Voice) -> Synthesizer:
     """Any voice of its kind."""
     target_params, draft_params, codec_params = jax.device_put((voice.target_params, voice.draft_params, voice.codec_params))
 
@@ -37,7 +37,7 @@ def speaker(voice: Voice) -> Speaker:
         waves = np.asarray(speaks.decode(codec_params, codes[..., None]))
         return [wave[: len(row) * span] for wave, row in zip(waves, rows, strict=True)]
 
-    return Speaker(
+    return Synthesizer(
         target=transformer.language_model(voice.target),
         target_params=target_params,
         draft=transformer.language_model(voice.draft),
@@ -46,7 +46,7 @@ def speaker(voice: Voice) -> Speaker:
         threshold=THRESHOLD,
         max_batch=16,
         sample_rate_hz=voice.codec.sample_rate_hz,
-        pieces=lambda one: text.sentences(one, MAX_SYMBOLS),
+        pieces=lambda one: symbols.sentences(one, MAX_SYMBOLS),
         requests=_requests,
         groups=functools.partial(_groups, voice),
         codes=_codes,

@@ -1,7 +1,7 @@
 """Text to symbols, on the host: any English text -> plain words -> sentences -> phones and letters.
 
-The order: ``normalize`` writes everything out in words, ``sentences`` cuts it into pieces that fit the model, ``symbols`` looks
-the words up in the CMU dictionary (unknown ones stay in letters), ``encode`` numbers the symbols.
+The order: ``normalize`` writes everything out in words, ``sentences`` cuts it into pieces that fit the model, ``to_symbols``
+looks the words up in the CMU dictionary (unknown ones stay in letters), ``encode`` numbers the symbols.
 """
 
 import re
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jaxspec.normalize import normalize
-from jaxspec.pronounce import pronounce
+from jaxspec.text.normalize import normalize
+from jaxspec.text.pronounce import pronounce
 
-__all__ = ["SYMBOLS", "encode", "normalize", "pronounce", "sentences", "symbols"]
+__all__ = ["SYMBOLS", "encode", "normalize", "pronounce", "sentences", "to_symbols"]
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
@@ -43,7 +43,7 @@ def sentences(text: str, max_symbols: int) -> list[str]:
 
 
 def _halve(sentence: str, max_symbols: int) -> list[str]:
-    if len(symbols(sentence)) <= max_symbols:
+    if len(to_symbols(sentence)) <= max_symbols:
         return [sentence]
     borders = [m.start() for m in re.finditer("(?<=,) ", sentence)] or [m.start() for m in re.finditer(" ", sentence)]
     if not borders:
@@ -53,10 +53,10 @@ def _halve(sentence: str, max_symbols: int) -> list[str]:
     return _halve(left if left[-1] == "," else left + ",", max_symbols) + _halve(right, max_symbols)
 
 
-def symbols(text: str, spell: Callable[[str], bool] | None = None) -> list[str]:
+def to_symbols(text: str, spell: Callable[[str], bool] | None = None) -> list[str]:
     """The symbols of a normalised sentence: each word's phones, or its letters if it is unknown or ``spell(word)`` is true.
 
-    >>> symbols("hi, zyqx.")
+    >>> to_symbols("hi, zyqx.")
     ['HH', 'AY1', ',', ' ', 'z', 'y', 'q', 'x', '.']
     """
     out: list[str] = []
@@ -75,5 +75,5 @@ def encode(symbols: Iterable[str]) -> np.ndarray:
     symbols = list(symbols)
     unknown = sorted(set(symbols) - set(_SYMBOL_ID))
     if unknown:
-        raise ValueError(f"expected symbols of jaxspec.text.SYMBOLS, but {unknown[0]!r} came: use jaxspec.text.symbols")
+        raise ValueError(f"expected symbols of jaxspec.text.symbols.SYMBOLS, but {unknown[0]!r} came: make them with to_symbols")
     return np.array([_SYMBOL_ID[symbol] for symbol in symbols], np.int32)

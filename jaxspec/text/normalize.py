@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-from jaxspec.pronounce import in_dictionary
+from jaxspec.text.pronounce import in_dictionary
 
 
 def _table(text: str) -> dict[str, str]:

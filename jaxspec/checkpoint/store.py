@@ -24,7 +24,7 @@ import numpy as np
 from blake3 import blake3
 from flax import traverse_util
 
-from jaxspec.tensors import Tensor
+from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.types import Params
 
 DESCRIPTION = "jaxspec.json"

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import text
 from jaxspec.codec import fsq
 from jaxspec.models import transformer
-from jaxspec.models.voice import CODES, LEVELS, STOP, prompt
-from jaxspec.train.alignment import align
-from jaxspec.train.corpus import Utterance, read_shard
+from jaxspec.models.builtin import CODES, LEVELS, STOP, prompt
+from jaxspec.text.symbols import to_symbols
 from jaxspec.train.loop import Loss
+from jaxspec.train.voice.alignment import align
+from jaxspec.train.voice.corpus import Recording, read_shard
 from jaxspec.types import Array, Params
 
 IGNORE = -1
@@ -103,9 +103,9 @@ def looking(seen: Any, layer: int, look: Array) -> Array:
     return jnp.where(counted, missed, 0).sum() / jnp.maximum(counted.sum(), 1)
 
 
-def row(utterance: Utterance, reading: Reading, rng: np.random.Generator, frame_s: float) -> Batch:
+def row(utterance: Recording, reading: Reading, rng: np.random.Generator, frame_s: float) -> Batch:
     """One utterance as ids, targets and places to look, each int32 [S]; the prompt gives no loss."""
-    symbols = text.symbols(utterance.text, lambda _: rng.random() < reading.spell)
+    symbols = to_symbols(utterance.text, lambda _: rng.random() < reading.spell)
     ids, codes = prompt(symbols, utterance.voice), utterance.signal.astype(np.int32)
     ignored = np.full(len(ids) - 1, IGNORE, np.int32)
     if not utterance.phones:  # the target's own speech, whose phones nobody knows

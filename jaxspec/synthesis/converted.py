@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxspec import groups as asg
-from jaxspec import phonemes
+from jaxspec.checkpoint import groups as group_files
+from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, language_model
 from jaxspec.groups import Groups
-from jaxspec.models import family
-from jaxspec.pretrained import Pretrained, PretrainedCodec, language_model
-from jaxspec.speaker.contract import Requests, Settings, Speaker, padded
+from jaxspec.models import card
+from jaxspec.synthesis.contract import Requests, Settings, Synthesizer, padded
+from jaxspec.text import phonemes
 
 THRESHOLD = 0.4  # PCG found 0.38 to 0.45 best, arXiv 2511.13732
 PIECE_TOKENS = 80  # the longest piece of a text
@@ -25,7 +26,7 @@ _SENTENCE_ENDS = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])\s*|\s*\n\s*")
 _BORDERS = re.compile(r"\s+|(?<=[，、：])|(?<=[,:])(?!\d)")  # not within 1,000 or 3:30
 
 
-def speaker(target: Pretrained, draft: Pretrained | None = None, codec: PretrainedCodec | None = None) -> Speaker:
+def synthesizer(target: Pretrained, draft: Pretrained | None = None, codec: PretrainedCodec | None = None) -> Synthesizer:
     """A target that speaks, with a draft that was loaded ``beside`` it, and the codec that it was trained with.
 
     Raises:
@@ -34,7 +35,7 @@ def speaker(target: Pretrained, draft: Pretrained | None = None, codec: Pretrain
     model = target.model
     if codec is not None and codec.family != model.codec:
         raise ValueError(f"expected the codec {model.codec or 'of none'} for {model.family}, got {codec.family}")
-    return Speaker(
+    return Synthesizer(
         target=language_model(target),
         target_params=target.params,
         draft=draft and language_model(draft),
@@ -72,7 +73,7 @@ def pieces(target: Pretrained, text: str) -> list[str]:
 
 
 def _size(target: Pretrained, text: str) -> int:
-    return len(family.tokenize(target.tokenizer, text))
+    return len(card.tokenize(target.tokenizer, text))
 
 
 def _halve(target: Pretrained, sentence: str) -> list[str]:
@@ -90,7 +91,7 @@ def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> R
     model, voice = target.model, settings.voice or ""
     sound = functools.partial(phonemes.of, language=model.phonemes) if model.phonemes else str
     sounds, reference = [sound(text) for text in texts], settings.reference and sound(settings.reference)
-    prompt = functools.partial(family.prompt_ids, model, target.tokenizer, voice=voice, reference=reference)
+    prompt = functools.partial(card.prompt_ids, model, target.tokenizer, voice=voice, reference=reference)
     rows = [prompt(text, codes=settings.reference_codes) for text in sounds]
     longest = max(map(len, rows))
     width = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
@@ -111,7 +112,7 @@ def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> R
 
 
 def _codes(target: Pretrained, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    codes, at = family.codes_of(target.model, ids)
+    codes, at = card.codes_of(target.model, ids)
     return (codes[:, 0], at[:, 0]) if target.model.slots == 1 else (codes, at)
 
 
@@ -131,7 +132,7 @@ def _decode_one(codec: PretrainedCodec, row: np.ndarray, prefix: np.ndarray) -> 
     return wave[len(prefix) * span : len(row) * span]
 
 
-def groups(target: Pretrained, threshold: float, say: Callable[[int, int], None] | None = None) -> Groups:
+def groups(target: Pretrained, threshold: float, progress: Callable[[int, int], None] | None = None) -> Groups:
     """The acoustic similarity groups of a model's codes, from its input embeddings; made once and kept in its folder.
 
     Codes of different slots of a frame are never in one group, and neither are ids that are no code.
@@ -140,15 +141,15 @@ def groups(target: Pretrained, threshold: float, say: Callable[[int, int], None]
     model, path = target.model, groups_path(target, threshold)
     vocab, count = model.shape.vocab, model.num_codes
     if path.exists():
-        kept = asg.load(path)
+        kept = group_files.load(path)
         if len(kept.token_start) == vocab:
             return kept
     firsts = [model.codes_first + slot * count for slot in range(model.slots)]
     tables = [np.asarray(target.params["table_0"][first : first + count], np.float32) for first in firsts]
-    parts = [asg.acoustic_similarity_groups(table, threshold, say=say) for table in tables]
-    made = asg.placed(parts, firsts, vocab)
+    parts = [asg.acoustic_similarity_groups(table, threshold, progress=progress) for table in tables]
+    made = asg.offset_groups(parts, firsts, vocab)
     with contextlib.suppress(OSError):  # a folder that is not ours to write to; they are made again the next time
-        asg.save(path, made)
+        group_files.save(path, made)
     return made
 
 

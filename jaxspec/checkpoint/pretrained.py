@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import traverse_util
 
-from jaxspec import checkpoint
+from jaxspec.checkpoint import store
 from jaxspec.codec import snac, xcodec2
-from jaxspec.models import family, transformer
-from jaxspec.models.family import Model
+from jaxspec.models import card, transformer
+from jaxspec.models.card import Model
 from jaxspec.types import Codec, Params
 
 CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac}
@@ -39,15 +39,15 @@ def load(folder: str | Path, dtype: str | None = None, sharding: Any = None, bes
     Args:
         folder: that ``jaxspec convert`` made.
         dtype: to compute in, "bfloat16" or "float32"; by default that of the checkpoint.
-        sharding: where each parameter goes, see ``jaxspec.checkpoint.read_params``.
+        sharding: where each parameter goes, see ``jaxspec.checkpoint.store.read_params``.
         beside: a model whose tables and head are used where they are equal, in place of another copy.
 
     Raises:
         ValueError: the folder is not a converted language model, is damaged, or does not speak the same vocabulary as ``beside``.
     """
     folder = Path(folder)
-    model = family.from_json(checkpoint.read_description(folder), folder / checkpoint.DESCRIPTION)
-    tokenizer = family.tokenizer_of(folder)
+    model = card.from_json(store.read_description(folder), folder / store.DESCRIPTION)
+    tokenizer = card.tokenizer_of(folder)
     shared = {}
     if beside is not None:
         check_pair(beside, model, tokenizer, folder)
@@ -55,7 +55,7 @@ def load(folder: str | Path, dtype: str | None = None, sharding: Any = None, bes
         theirs = traverse_util.flatten_dict(beside.params, sep="/")
         equal = [name for name, digest in model.tables.items() if beside.model.tables.get(name) == digest]
         shared = {name: theirs[name] for name in equal}
-    params = checkpoint.read_params(folder, dtype, sharding, shared)
+    params = store.read_params(folder, dtype, sharding, shared)
     if dtype is not None:
         model = _with_dtype(model, dtype)
     return Pretrained(model, params, tokenizer, folder)
@@ -97,7 +97,7 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
         ValueError: the folder is not a converted codec, or is damaged.
     """
     folder = Path(folder)
-    description = checkpoint.read_description(folder)
+    description = store.read_description(folder)
     try:
         if description["kind"] != "codec":
             raise ValueError("it is of a language model")
@@ -106,7 +106,7 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
         codec = module.codec(module.Config(**shape))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"expected the description of a codec in {folder}, but {error}: convert it again") from error
-    return PretrainedCodec(description["family"], codec, checkpoint.read_params(folder))
+    return PretrainedCodec(description["family"], codec, store.read_params(folder))
 
 
 def memory_bytes(*params: Params) -> int:

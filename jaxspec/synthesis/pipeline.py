@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from jaxspec import verify
+from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.draft import model_draft
-from jaxspec.quickest import Quickest
-from jaxspec.speaker.builtin import builtin
-from jaxspec.speaker.contract import Settings, Speaker
 from jaxspec.speculate import autoregressive, generate
 from jaxspec.state import NON_FINITE, Generation
-from jaxspec.stopwatch import Stopwatch
+from jaxspec.synthesis.autotune import Autotuner
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.contract import Settings, Synthesizer
 from jaxspec.types import Verify
 
 
-class Speech(NamedTuple):
+class Utterance(NamedTuple):
     """One text spoken. ``origin`` tells of each code whether it was accepted, a correction or a bonus, see ``jaxspec.state``."""
 
     wave: np.ndarray  # float32 [N], -1 .. 1; empty where codes are all that comes out
@@ -28,10 +28,10 @@ class Speech(NamedTuple):
     sample_rate_hz: int
 
 
-class Spoken(NamedTuple):
+class SynthesisResult(NamedTuple):
     """The speech of a list of texts, and what it took: counts summed over all codes, and seconds by part."""
 
-    speeches: list[Speech]
+    utterances: list[Utterance]
     counts: dict[str, object]
     seconds: dict[str, float]
 
@@ -39,65 +39,65 @@ class Spoken(NamedTuple):
 def speak(
     texts: Sequence[str],
     settings: Settings | None = None,
-    speaker: Speaker | None = None,
+    synthesizer: Synthesizer | None = None,
     rule: Verify | None = None,
-    quickest: Quickest | None = None,
-) -> Spoken:
+    autotuner: Autotuner | None = None,
+) -> SynthesisResult:
     """Speaks each text: long ones are cut into pieces, all pieces go through the models in batches, and are joined again.
 
-    The same texts, settings and seed give the same samples. ``speaker`` is by default the built-in voice. ``rule`` is what
-    ``verifier`` makes of the settings; who speaks often makes it once, and for "auto" keeps what it learns in ``quickest``.
+    The same texts, settings and seed give the same samples. ``synthesizer`` is by default the built-in voice. ``rule`` is what
+    ``verifier`` makes of the settings; who speaks often makes it once, and for "auto" keeps what it learns in ``autotuner``.
 
     Raises:
         ValueError: a text is empty or cannot be spoken, or the weights give laws that are not finite.
     """
-    settings, speaker = settings or Settings(), speaker or builtin()
-    pieces = [speaker.pieces(one) for one in texts]
+    settings, synthesizer = settings or Settings(), synthesizer or builtin()
+    pieces = [synthesizer.pieces(one) for one in texts]
     flat = list(itertools.chain.from_iterable(pieces))
-    name, rule = speaker.rule(settings), rule or verifier(speaker, settings)
+    name, rule = synthesizer.rule(settings), rule or verifier(synthesizer, settings)
     keys = jax.random.split(jax.random.key(settings.seed), len(flat))
-    watch, quickest = Stopwatch(), quickest or Quickest(("coarse-grained", "autoregressive") if name == "auto" else (name,))
+    watch, autotuner = Stopwatch(), autotuner or Autotuner(("coarse-grained", "autoregressive") if name == "auto" else (name,))
     spoken, generations = [], []
-    for first in range(0, len(flat), speaker.max_batch):
-        some = slice(first, first + speaker.max_batch)
+    for first in range(0, len(flat), synthesizer.max_batch):
+        some = slice(first, first + synthesizer.max_batch)
         batch, began = _batch(len(flat[some])), watch.seconds.get("lm", 0.0)
-        way = quickest.pick(batch)
+        candidate = autotuner.choose(batch)
         with watch("lm"):
-            generation = tokens_of(flat[some], keys[some], speaker, dataclasses.replace(settings, verify=way), rule)
-        quickest.tell(batch, way, generation.length.sum(), watch.seconds["lm"] - began)
+            generation = tokens_of(flat[some], keys[some], synthesizer, dataclasses.replace(settings, verify=candidate), rule)
+        autotuner.record(batch, candidate, generation.length.sum(), watch.seconds["lm"] - began)
         with watch("codec"):
-            spoken += decode(generation, speaker, settings)
+            spoken += decode(generation, synthesizer, settings)
         generations.append(generation)
     each = iter(spoken)
     joined = [_join(list(itertools.islice(each, len(some)))) for some in pieces]
-    return Spoken(joined, count(generations, name, settings.seed), watch.seconds)
+    return SynthesisResult(joined, count(generations, name, settings.seed), watch.seconds)
 
 
-def verifier(speaker: Speaker, settings: Settings) -> Verify:
+def verifier(synthesizer: Synthesizer, settings: Settings) -> Verify:
     """The rule of acceptance that the settings name."""
-    name = speaker.rule(settings)
+    name = synthesizer.rule(settings)
     if name == "tolerance":
         return verify.tolerance(settings.beta)
     if name in ("coarse-grained", "auto"):
-        threshold = speaker.threshold if settings.threshold is None else settings.threshold
-        return verify.coarse_grained(speaker.groups(threshold, settings.matrix))
+        threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
+        return verify.coarse_grained(synthesizer.groups(threshold, settings.matrix))
     return verify.exact()
 
 
-def tokens_of(pieces: Sequence[str], keys: jax.Array, speaker: Speaker, settings: Settings, rule: Verify) -> Generation:
+def tokens_of(pieces: Sequence[str], keys: jax.Array, synthesizer: Synthesizer, settings: Settings, rule: Verify) -> Generation:
     """Pieces of text to tokens, in one batch, on the host. ``keys`` has one key for each."""
     batch = _batch(len(pieces))
     filled = [*pieces, *pieces[:1] * (batch - len(pieces))]  # the rows that fill the batch up say nothing
-    asked = speaker.requests(filled, settings)
+    asked = synthesizer.requests(filled, settings)
     limit = np.where(np.arange(batch) < len(pieces), asked.limit, 0)
     keys = keys[np.arange(batch) % len(pieces)]
-    shared = {"max_new_tokens": asked.capacity, "limit": limit, "stop_ids": speaker.stop_ids, "sampling": asked.sampling}
-    if speaker.rule(settings) != "autoregressive":
-        draft = model_draft(speaker.draft, settings.draft_length)
-        models = (speaker.target, speaker.target_params, draft, speaker.draft_params)
+    shared = {"max_new_tokens": asked.capacity, "limit": limit, "stop_ids": synthesizer.stop_ids, "sampling": asked.sampling}
+    if synthesizer.rule(settings) != "autoregressive":
+        draft = model_draft(synthesizer.draft, settings.draft_length)
+        models = (synthesizer.target, synthesizer.target_params, draft, synthesizer.draft_params)
         generation = generate(keys, *models, rule, asked.prompts, asked.length, **shared)
     else:
-        generation = autoregressive(keys, speaker.target, speaker.target_params, asked.prompts, asked.length, **shared)
+        generation = autoregressive(keys, synthesizer.target, synthesizer.target_params, asked.prompts, asked.length, **shared)
     generation = jax.tree.map(lambda array: np.asarray(array)[: len(pieces)], generation)
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
@@ -109,19 +109,19 @@ def _batch(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def decode(generation: Generation, speaker: Speaker, settings: Settings) -> list[Speech]:
+def decode(generation: Generation, synthesizer: Synthesizer, settings: Settings) -> list[Utterance]:
     """A batch of tokens to waves; stop ids and what else is no code are dropped."""
-    found = [speaker.codes(row[:n]) for row, n in zip(generation.tokens, generation.length, strict=True)]
+    found = [synthesizer.codes(row[:n]) for row, n in zip(generation.tokens, generation.length, strict=True)]
     codes = [row for row, _ in found]
     origins = [origin[at] for origin, (_, at) in zip(generation.info.origin, found, strict=True)]
-    waves = speaker.decode(codes, settings) if speaker.decode else [np.zeros(0, np.float32)] * len(codes)
+    waves = synthesizer.decode(codes, settings) if synthesizer.decode else [np.zeros(0, np.float32)] * len(codes)
     waves = [np.clip(wave, -1, 1) for wave in waves]
-    return [Speech(*parts, speaker.sample_rate_hz) for parts in zip(waves, codes, origins, strict=True)]
+    return [Utterance(*parts, synthesizer.sample_rate_hz) for parts in zip(waves, codes, origins, strict=True)]
 
 
-def _join(speeches: list[Speech]) -> Speech:
-    wave, codes, origin, rates = zip(*speeches, strict=True)
-    return Speech(np.concatenate(wave), np.concatenate(codes), np.concatenate(origin), rates[0])
+def _join(utterances: list[Utterance]) -> Utterance:
+    wave, codes, origin, rates = zip(*utterances, strict=True)
+    return Utterance(np.concatenate(wave), np.concatenate(codes), np.concatenate(origin), rates[0])
 
 
 def count(generations: Sequence[Generation], rule: str, seed: int) -> dict[str, object]:

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import text
 from jaxspec.models import transformer
-from jaxspec.models.voice import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, prompts
+from jaxspec.models.builtin import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, prompts
 from jaxspec.sampling import Sampling
 from jaxspec.speculate import autoregressive
-from jaxspec.train.corpus import Utterance, write_shard
-from jaxspec.train.language_model import IGNORE, Batch, compose, digit_features, looking
+from jaxspec.text import symbols
 from jaxspec.train.loop import Loss
-from jaxspec.train.sentences import sentences
+from jaxspec.train.voice.corpus import Recording, write_shard
+from jaxspec.train.voice.language_model import IGNORE, Batch, compose, digit_features, looking
+from jaxspec.train.voice.sentences import sentences
 from jaxspec.types import Array, Params
 
 _BATCH = 32
@@ -27,7 +27,7 @@ def sample_shards(
 ) -> Iterator[str]:
     """Lets the target speak ``count`` new sentences into shards of codes; yields a line a shard. Shards that exist are kept."""
     out.mkdir(parents=True, exist_ok=True)
-    lm, fit = transformer.language_model(config), (s for s in sentences(seed) if len(text.symbols(s)) <= MAX_SYMBOLS)
+    lm, fit = transformer.language_model(config), (s for s in sentences(seed) if len(symbols.to_symbols(s)) <= MAX_SYMBOLS)
     for index in range(-(-count // _BATCH)):
         texts, path = list(itertools.islice(fit, _BATCH)), out / f"sampled-{index:05d}.npz"
         if path.exists():
@@ -38,7 +38,7 @@ def sample_shards(
         said = autoregressive(key, lm, params, padded, lengths, max_new_tokens=MAX_CODES, stop_ids=(STOP,), sampling=sampling)
         rows = [row[:n] for row, n in zip(np.asarray(said.tokens), np.asarray(said.length), strict=True)]
         codes = [row[row != STOP].astype(np.uint16) for row in rows]
-        write_shard(path, [Utterance(t, name, [], c) for t, name, c in zip(texts, names, codes, strict=True)])
+        write_shard(path, [Recording(t, name, [], c) for t, name, c in zip(texts, names, codes, strict=True)])
         yield f"{path.name}: {sum(map(len, codes))} codes"
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import spectrum
-from jaxspec.codec.voice import Config, VoiceCodec, codec
-from jaxspec.train.corpus import Utterance, read_shard, write_shard
+from jaxspec.codec.builtin import Config, VoiceCodec, codec
 from jaxspec.train.loop import Loss
+from jaxspec.train.voice.corpus import Recording, read_shard, write_shard
 from jaxspec.types import Array, Params
 
 PHONES = ("pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh").split()
@@ -82,7 +82,7 @@ def decoder_loss(config: Config, codec_params: Params) -> Loss:
     return value
 
 
-def phone_track(utterance: Utterance, step_s: float, count: int) -> np.ndarray:
+def phone_track(utterance: Recording, step_s: float, count: int) -> np.ndarray:
     """The phone at the middle of each of ``count`` steps of ``step_s`` seconds: indices into ``PHONES``, int32 [count]."""
     ends = np.array([end for _, end in utterance.phones])
     names = np.array([PHONES.index(name) for name, _ in utterance.phones], np.int32)
@@ -124,7 +124,7 @@ def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> It
         utterances = read_shard(path)
         counts = [-(-len(u.signal) // span) for u in utterances]
         order = sorted(range(len(utterances)), key=counts.__getitem__)
-        encoded: dict[int, Utterance] = {}
+        encoded: dict[int, Recording] = {}
         for first in range(0, len(order), 32):
             rows = order[first : first + 32]
             # Silence up to a round length, so that few lengths are compiled.

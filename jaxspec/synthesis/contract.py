@@ -75,7 +75,7 @@ class Requests(NamedTuple):
     capacity: int  # N, the most that any row may be asked for
 
 
-class Speaker(NamedTuple):
+class Synthesizer(NamedTuple):
     """A target, perhaps a draft, and what stands around them.
 
     pieces(text) -> the parts of a text that are spoken one by one.

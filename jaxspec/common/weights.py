@@ -9,7 +9,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxspec.files import replacing
+from jaxspec.common.files import replacing
 
 
 def save(path: str | os.PathLike, tree: Any, description: dict[str, Any]) -> None:

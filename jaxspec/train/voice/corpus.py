@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.files import replacing
-from jaxspec.train.sentences import sentences
+from jaxspec.common.files import replacing
+from jaxspec.train.voice.sentences import sentences
 
 SAMPLE_RATE_HZ = 16_000
 
 
-class Utterance(NamedTuple):
+class Recording(NamedTuple):
     """One recording: text, voice name, [(phone, end_s), ...] and the wave int16 [N], or its codes uint16 [T] once encoded."""
 
     text: str
@@ -33,7 +33,7 @@ class Utterance(NamedTuple):
     signal: np.ndarray
 
 
-def record(text: str, voice: str) -> Utterance:
+def record(text: str, voice: str) -> Recording:
     """Lets flite speak one text.
 
     Raises:
@@ -48,10 +48,10 @@ def record(text: str, voice: str) -> Utterance:
         with wave.open(file.name) as reader:
             samples = np.frombuffer(reader.readframes(reader.getnframes()), np.int16)
     pairs = [item.rsplit(":", 1) for item in done.stdout.split()]
-    return Utterance(text, voice, [(phone, float(end)) for phone, end in pairs], samples)
+    return Recording(text, voice, [(phone, float(end)) for phone, end in pairs], samples)
 
 
-def write_shard(path: Path, utterances: list[Utterance]) -> None:
+def write_shard(path: Path, utterances: list[Recording]) -> None:
     """Writes one shard; the file appears whole or not at all."""
     start = np.cumsum([0] + [len(u.signal) for u in utterances])
     meta = json.dumps([{"text": u.text, "voice": u.voice, "phones": u.phones} for u in utterances])
@@ -59,12 +59,12 @@ def write_shard(path: Path, utterances: list[Utterance]) -> None:
         np.savez(partial, signal=np.concatenate([u.signal for u in utterances]), start=start, meta=np.array(meta))
 
 
-def read_shard(path: Path) -> list[Utterance]:
+def read_shard(path: Path) -> list[Recording]:
     """Reads one shard back."""
     with np.load(path, allow_pickle=False) as data:
         samples, start, meta = data["signal"], data["start"], json.loads(str(data["meta"]))
     borders = itertools.pairwise(start)
-    return [Utterance(m["text"], m["voice"], m["phones"], samples[a:b]) for m, (a, b) in zip(meta, borders, strict=True)]
+    return [Recording(m["text"], m["voice"], m["phones"], samples[a:b]) for m, (a, b) in zip(meta, borders, strict=True)]
 
 
 def build(directory: Path, voices: list[str], hours: float, seed: int, shard_size: int = 512) -> Iterator[float]:
