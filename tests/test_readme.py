@@ -18,7 +18,8 @@ def test_the_code_runs(index, tmp_path, monkeypatch):
 
 
 def test_every_file_that_is_named_exists():
-    named = re.findall(r"`((?:jaxspec|configs|scripts|tests|docs|results)/[\w./]*)`", README) + re.findall(r"\]\(((?:docs|results)/[\w./-]+)\)", README)
+    named = re.findall(r"`((?:jaxspec|configs|scripts|tests|docs|results)/[\w./]*)`", README)
+    named += re.findall(r"\]\(((?:docs|results)/[\w./-]+)\)", README)
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists(), name
