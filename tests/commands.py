@@ -1,0 +1,31 @@
+"""Runs the command line in the tests' own process."""
+
+import contextlib
+import io
+from unittest import mock
+
+import pytest
+
+from jaxspec.commands import main as cli
+
+
+def run(*argv):
+    """Runs ``jaxspec ARGV``; returns (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch("sys.argv", ["jaxspec", *map(str, argv)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keeps compiled programs for the tests of this run only."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
