@@ -62,13 +62,10 @@ def _complete(key: Array, prompt: Array, prompt_length: Array, limit: Array, sam
 
 
 def _keys(key: Any, batch: int) -> Array:
-    """One key for all rows or one for each, checked."""
+    """One threefry2x32 key for all rows or one for each, checked; keys of other implementations are converted."""
     if not isinstance(key, jax.Array):
         raise ValueError(f"expected a key, as jax.random.key(0) gives, or {batch} keys, got {type(key).__name__}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32 or key.ndim not in (1, 2):
-            raise ValueError(f"expected a key, as jax.random.key(0) gives, got an array {key.dtype} {key.shape}")
-        key = jax.random.wrap_key_data(key)
+    key = laws.threefry_key(key)
     if key.shape not in ((), (batch,)):
         raise ValueError(f"expected one key or {batch} keys, one for each row of the prompt, got keys of shape {key.shape}")
     return key

@@ -17,6 +17,7 @@ from jaxspec.types import Array, History, SamplingRows
 
 MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's window is 10
 _INFINITY_BITS = 0x7F800000
+_THREEFRY = "threefry2x32"
 _BLOCK = 256  # of the two-level inverse of the distribution function
 
 
@@ -154,7 +155,7 @@ def sample(key: Array, probs: Array) -> Array:
 
     Never a token of probability 0. The law need not be normalised; of an empty or NaN one the token is an id and means nothing.
     """
-    return invert(jax.random.uniform(key, (*probs.shape[:-1], 2)), probs)
+    return invert(jax.random.uniform(threefry_key(key), (*probs.shape[:-1], 2), jnp.float32), probs)
 
 
 def invert(uniforms: Array, probs: Array) -> Array:
@@ -179,6 +180,48 @@ def invert(uniforms: Array, probs: Array) -> Array:
     blocks = jnp.pad(probs, (0, count * width - vocab)).reshape(count, width)
     block = _locate(uniforms[:, 0], jnp.broadcast_to(blocks.sum(-1), (uniforms.shape[0], count)))
     return jnp.minimum(block * width + _locate(uniforms[:, 1], blocks[block]), vocab - 1)
+
+
+def threefry_key(key: Array) -> Array:
+    """The key as a threefry2x32 key, whose draws stay independent under ``vmap``.
+
+    ``rbg`` and ``unsafe_rbg`` keys do not: a vmapped draw takes the whole batch from the first row's key (documented in
+    ``jax.random``, "Advanced RNG configuration"). Every function of jaxspec that consumes a key passes it through here first.
+
+    Args:
+        key: a key or keys [...] of any implementation, or raw uint32 key data [... 2] (threefry2x32) or [... 4] (rbg).
+
+    Returns:
+        threefry2x32 keys [...]: unchanged if they are threefry2x32 already, else derived from all words of their data.
+
+    Raises:
+        ValueError: not a key.
+
+    >>> jax.random.key_impl(threefry_key(jax.random.key(0, impl="rbg")))
+    'threefry2x32'
+    """
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"expected a key, got {type(key).__name__}: pass jax.random.key(0)")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if str(jax.random.key_impl(key)) == _THREEFRY:
+            return key
+        return _derive_keys(jax.random.key_data(key).reshape(*key.shape, -1))
+    if key.dtype != jnp.uint32 or key.ndim == 0 or key.shape[-1] not in (2, 4):
+        raise ValueError(f"expected a key, got an array {key.dtype} {key.shape}: pass jax.random.key(0)")
+    return _derive_keys(key)
+
+
+@jax.jit
+def _derive_keys(data: Array) -> Array:
+    """threefry2x32 keys [...] from uint32 words [... N], N >= 2: the first two are the key, the others are folded in."""
+
+    def derive(words: Array) -> Array:
+        key = jax.random.wrap_key_data(words[:2], impl=_THREEFRY)
+        for word in words[2:]:
+            key = jax.random.fold_in(key, word)
+        return key
+
+    return jax.vmap(derive)(data.reshape(-1, data.shape[-1])).reshape(data.shape[:-1])
 
 
 def _locate(uniform: Array, mass: Array) -> Array:

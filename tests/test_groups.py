@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import assert_law
+from chi_square import assert_law
 
 from jaxspec import groups
+from jaxspec.checkpoint import groups as group_files
+from jaxspec.commands.groups import plot_sizes, summarize
 
 CODES = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
 
@@ -127,26 +129,26 @@ def test_save_and_load(tmp_path):
     path = tmp_path / "groups.npz"
     for distinct in (True, False):
         table = groups.acoustic_similarity_groups(CODES, 0.3, num_codes=45, distinct=distinct)
-        groups.save(path, table)
-        jax.tree.map(np.testing.assert_array_equal, groups.load(path), table)
+        group_files.save(path, table)
+        jax.tree.map(np.testing.assert_array_equal, group_files.load(path), table)
     assert [file.name for file in tmp_path.iterdir()] == ["groups.npz"]
 
 
 def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "groups.npz"
-    groups.save(path, groups.acoustic_similarity_groups(CODES, 0.3))
+    group_files.save(path, groups.acoustic_similarity_groups(CODES, 0.3))
     whole = path.read_bytes()
     for bad in (b"", b"nonsense", whole[: len(whole) // 2], whole[:200] + bytes(20) + whole[220:]):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="damaged"):
-            groups.load(path)
+            group_files.load(path)
     good = {"vocab": 3, "sizes": np.int32([2, 2]), "tokens": np.int32([0, 1, 1, 2])}
     for change in ({"vocab": 4}, {"sizes": np.int32([2, 3])}, {"tokens": np.int32([0, 1, 1, 3])}, {"tokens": np.ones(4)}):
         np.savez(path, **{**good, **change})
         with pytest.raises(ValueError, match="whole vocabulary"):
-            groups.load(path)
+            group_files.load(path)
     with pytest.raises(FileNotFoundError):
-        groups.load(tmp_path / "none.npz")
+        group_files.load(tmp_path / "none.npz")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -154,7 +156,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b"old")
     monkeypatch.setattr(np, "savez_compressed", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        groups.save(path, groups.acoustic_similarity_groups(CODES, 0.3))
+        group_files.save(path, groups.acoustic_similarity_groups(CODES, 0.3))
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -172,8 +174,8 @@ def test_swap_has_its_law():
 
 def test_report_and_plot(tmp_path):
     table = groups.acoustic_similarity_groups(np.repeat(np.eye(3), [3, 2, 1], axis=0), 0.5)
-    summary = groups.report(table)
+    summary = summarize(table)
     assert (summary["groups"], summary["size_mean"], summary["size_max"], summary["singletons"]) == (3, 2.0, 3, 1)
     assert summary["memory_bytes"] == 4 * (9 + 3 + 6 + 6 + 6)
-    groups.plot(table, tmp_path / "sizes.png")
+    plot_sizes(table, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")

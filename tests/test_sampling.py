@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from laws import assert_law
+from chi_square import assert_law
 
 from jaxspec import sampling as sampling_module
-from jaxspec.sampling import MAX_WINDOW, Sampling, invert, rows, sample
-from jaxspec.types import History
+from jaxspec.sampling import MAX_WINDOW, Sampling, invert, rows, sample, threefry_key
+from jaxspec.speculate import autoregressive
+from jaxspec.types import History, LanguageModel
 
 VOCAB = 40
 LOGITS = np.random.default_rng(0).normal(0, 3, (16, VOCAB)).astype(np.float32)
@@ -306,3 +307,46 @@ def test_draws_at_the_ends_of_the_unit_interval():
     ends = jnp.array([[a, b] for a in (0.0, 1 - 2**-24) for b in (0.0, 1 - 2**-24)], jnp.float32)
     assert set(invert(ends, law).tolist()) <= {3, 300, 590}
     assert invert(jnp.float32([0.5, 0.5]), jnp.full(3, jnp.nan)) in (0, 1, 2)
+
+
+def _no_cache(batch, cells):
+    return jnp.zeros((batch, 0))
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("each", [False, True], ids=["one key", "a key for each row"])
+@pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
+def test_rows_are_independent_whatever_the_keys(impl, each, raw):
+    """Neighbouring rows of a uniform target draw the same token 1 time in V; under vmap rbg alone draws it every time."""
+    vocab, batch = 5, 400
+    with jax.default_prng_impl(impl):
+        key = jax.random.key(11)
+        key = jax.random.split(key, batch) if each else key
+        key = jax.random.key_data(key) if raw else key
+        uniform = LanguageModel(lambda params, tokens, cache, length: (jnp.zeros((*tokens.shape, vocab)), None, cache), _no_cache)
+        prompt = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
+        limit = np.ones(batch, np.int32)
+        tokens = autoregressive(key, uniform, (), *prompt, max_new_tokens=1, limit=limit).tokens[:, 0]
+        keys = key if each else jax.random.split(key, batch)
+        draws = jax.vmap(sample)(keys, jnp.ones((batch, vocab)))
+    for drawn in (np.asarray(tokens), np.asarray(draws)):
+        assert_law(drawn, np.ones(vocab))
+        assert_law(drawn[1:] == drawn[:-1], [1 - 1 / vocab, 1 / vocab])
+
+
+def test_threefry_keys_are_kept_and_others_derived_from_all_their_data():
+    key = jax.random.key(3)
+    assert threefry_key(key) is key
+    np.testing.assert_array_equal(jax.random.key_data(threefry_key(jax.random.key_data(key))), jax.random.key_data(key))
+    words = jnp.uint32([[1, 2, 3, 4], [0, 2, 3, 4], [1, 0, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]])
+    derived = jax.random.key_data(threefry_key(words))
+    assert len(set(map(tuple, derived.tolist()))) == len(words)
+    np.testing.assert_array_equal(jax.random.key_data(threefry_key(words[1])), derived[1])
+    np.testing.assert_array_equal(jax.random.key_data(threefry_key(jax.random.wrap_key_data(words, impl="rbg"))), derived)
+    assert threefry_key(jax.random.wrap_key_data(words[None], impl="unsafe_rbg")).shape == (1, 5)
+
+
+@pytest.mark.parametrize("key", [0, np.zeros(2, np.uint32), jnp.zeros(2), jnp.zeros(3, jnp.uint32), jnp.uint32(0)])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match="expected a key, got"):
+        threefry_key(key)

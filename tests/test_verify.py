@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import FALSE_ALARM, assert_law
+from chi_square import FALSE_ALARM, assert_law
 from scipy import stats
 
 from jaxspec.groups import acoustic_similarity_groups
