@@ -1,4 +1,4 @@
-"""The measures: error rates by hand, recognition of silence, similarity of a voice to itself."""
+"""The measures: error rates by hand, recognition of silence, similarity of a sound to itself."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from jaxspec.evaluate.similarity import embed, similarity
 
 
 def buzz(pitch_hz, seconds=1.5, seed=0):
-    """A voice-like sound: a pulse train through slowly moving resonances, at 16 kHz."""
+    """A voice-like sound: harmonics under a slowly moving formant, at 16 kHz."""
     time = np.arange(int(16_000 * seconds)) / 16_000
     harmonics = np.arange(1, 30)[:, None]
     formant = 700 + 300 * np.sin(2 * np.pi * 3 * time)
@@ -28,16 +28,16 @@ def test_error_rates_by_hand():
     assert rates.cer_interval[0] < rates.cer < rates.cer_interval[1]
 
 
-def test_error_rates_see_through_spelling_forms():
+def test_error_rates_normalise_numbers_and_abbreviations():
     said = ["at ten thirty doctor lee paid five dollars", "well known ones"]
     assert error_rates(["At 10:30, Dr. Lee paid $5!", "Well-known ones..."], said).wer == 0
 
 
-def test_error_rates_of_nothing_heard():
+def test_an_empty_transcript_is_all_errors():
     assert error_rates(["one two"], [""]).wer == 1
 
 
-def test_error_rates_interval_holds_the_truth():
+def test_the_interval_has_the_width_of_the_binomial_distribution():
     rng = np.random.default_rng(1)
     heard = ["a b c d " + ("x" if wrong else "e") for wrong in rng.random(400) < 0.5]
     rates = error_rates(["a b c d e"] * 400, heard)
@@ -47,23 +47,23 @@ def test_error_rates_interval_holds_the_truth():
     assert error_rates(["a b c d e"] * 400, heard) == rates
 
 
-def test_rounds_of_the_same_sentences_do_not_narrow_the_interval():
+def test_repeated_sentences_do_not_narrow_the_interval():
     heard = ["a b", "a x", "a b", "y x"]
     assert error_rates(["a b"] * 4, heard) == error_rates(["a b"] * 4, heard * 3)
 
 
 @pytest.mark.parametrize(("references", "hypotheses"), [([], []), (["a"], []), (["a", "b"], ["a", "b", "a"])])
-def test_error_rates_refuse_what_is_not_whole_rounds(references, hypotheses):
-    with pytest.raises(ValueError, match="rounds of them"):
+def test_error_rates_refuse_hypotheses_that_are_no_multiple_of_the_references(references, hypotheses):
+    with pytest.raises(ValueError, match="multiple of one or more references"):
         error_rates(references, hypotheses)
 
 
-def test_silence_is_heard_as_nothing():
+def test_silence_has_an_empty_transcript():
     assert transcribe([np.zeros(16_000, np.float32), np.zeros(0, np.float32)]) == ["", ""]
     assert transcribe([]) == []
 
 
-def test_recognisers_keep_the_order_and_do_not_depend_on_the_level():
+def test_transcripts_keep_the_order_and_are_independent_of_the_level():
     waves = [buzz(120, 0.5), np.zeros(1600, np.float32), 0.1 * buzz(120, 0.5), buzz(200, 0.05)]
     texts = transcribe(waves, processes=2)
     assert len(texts) == 4
@@ -76,7 +76,7 @@ def test_transcribe_refuses_nan():
         transcribe([np.array([0.0, np.nan], np.float32)])
 
 
-def test_the_listener_loads_nothing_of_jax():
+def test_the_recogniser_process_does_not_import_jax():
     from jaxspec.evaluate import listen
 
     code = f"import sys, runpy; sys.stdin = open('/dev/null'); runpy.run_path({listen.__file__!r}, run_name='__main__')"
@@ -84,7 +84,7 @@ def test_the_listener_loads_nothing_of_jax():
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
-def test_a_voice_is_like_itself_at_any_level():
+def test_embeddings_are_independent_of_the_level():
     low, high = buzz(100), buzz(230)
     found = embed([low, 0.3 * low, high], 16_000)
     assert found.shape == (3, 256)
@@ -93,6 +93,6 @@ def test_a_voice_is_like_itself_at_any_level():
 
 
 @pytest.mark.parametrize("wave", [np.zeros(16_000, np.float32), np.full(16_000, np.nan, np.float32)])
-def test_embed_refuses_what_is_no_voice(wave):
+def test_embed_refuses_silence_and_nan(wave):
     with pytest.raises(ValueError, match="finite samples that are not all 0"):
         embed([wave], 16_000)

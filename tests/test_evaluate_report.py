@@ -1,6 +1,10 @@
-"""The comparison as a table, as JSON and as a picture."""
+"""The report of an evaluation: table, JSON and picture."""
 
+import io
 import json
+
+import pytest
+from rich.console import Console
 
 from jaxspec.evaluate import report
 
@@ -11,16 +15,36 @@ ROWS = [
 ]
 
 
-def test_the_table_has_a_line_a_row_and_leaves_open_what_was_not_measured():
+def test_the_table_has_a_line_for_each_row_and_empty_cells_for_absent_values():
     lines = report.markdown(ROWS).splitlines()
     assert len(lines) == 2 + len(ROWS)
     assert len({line.count("|") for line in lines}) == 1
-    assert "| recordings | 10.0% | 8.0% to 12.0% | 5.0% | 0.900 |" in lines[2]
+    assert "| recordings | 10.0% | 8.0% to 12.0% | 5.0% | 0.900 |  |" in lines[2]
     assert lines[4].endswith("| 1.25x |")
 
 
-def test_files_are_written_together(tmp_path):
+def test_the_terminal_shows_the_same_table():
+    text = io.StringIO()
+    report.show(ROWS, Console(file=text, width=200))
+    lines = text.getvalue().splitlines()
+    assert any("speaker similarity" in line for line in lines)
+    assert any("exact" in line and "1.25x" in line for line in lines)
+
+
+def test_the_report_is_three_files(tmp_path):
     report.save(tmp_path / "out", {"rows": ROWS, "seeds": 3})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["seeds"] == 3
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_and_the_picture_are_rendered_from_the_json_alone(tmp_path):
+    report.save(tmp_path, {"rows": ROWS})
+    before = (tmp_path / "evaluation.md").read_text()
+    for name in ("evaluation.md", "evaluation.png"):
+        (tmp_path / name).unlink()
+    report.render(tmp_path)
+    assert (tmp_path / "evaluation.md").read_text() == before
+    assert (tmp_path / "evaluation.png").exists()
+    with pytest.raises(OSError, match=r"evaluation\.json"):
+        report.render(tmp_path / "nothing")

@@ -1,40 +1,70 @@
-"""The command `evaluate`: verifiers side by side on the held-out sentences."""
+"""The command `evaluate`: quality and speed of the verifiers on the held-out sentences."""
 
 import dataclasses
+import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from jaxspec.synthesis.contract import Settings
+from jaxspec.evaluate import requirements
+from jaxspec.evaluate.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Compares verifiers on the held-out sentences: word errors, likeness of the voice, acceptance, speed."""
+class Evaluate(Plan):
+    """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, acceptance and speedup.
+
+    Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]').
+    """
 
     out_dir: Path = Path("evaluation")
     """The folder for evaluation.json, evaluation.md and evaluation.png."""
-    sentences: int = 200
-    """How many of the 200 held-out sentences."""
-    seeds: int = 3
-    """How often each is spoken."""
-    betas: tuple[float, ...] = (0.2, 0.4)
-    """The tolerances to compare."""
-    thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.85)
-    """The cosines to compare."""
-    matrix: Literal["target", "codec"] = Settings.matrix
-    """Whose vectors the groups are made from."""
-    draft_length: int = Settings.draft_length
-    """Codes that are drafted in a round."""
-    temperature: float | None = Settings.temperature
-    """0 is greedy; by default 0.8."""
+    json: bool = False
+    """Print the result as JSON on standard output, and the table on standard error."""
 
     def run(self) -> None:
-        """Compares."""
-        from jaxspec.evaluate import compare, report
+        """Runs the evaluation, with a progress bar on standard error.
 
-        base = Settings(draft_length=self.draft_length, temperature=self.temperature, matrix=self.matrix)
-        plan = compare.Plan(self.sentences, self.seeds, self.betas, self.thresholds, base)
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        result = compare.compare(plan)
-        report.show(result["rows"])
+        Raises:
+            RuntimeError: flite or a package is missing.
+            ValueError: the folder cannot be written to.
+        """
+        requirements.check()
+        make_folder(self.out_dir)
+        result = compare_with_progress(self)
+        from rich.console import Console
+
+        from jaxspec.evaluate import report
+
         report.save(self.out_dir, result)
+        report.show(result["rows"], Console(stderr=self.json, width=150))
+        if self.json:
+            print(json.dumps(result))
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder unless it exists.
+
+    Raises:
+        ValueError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected a folder that can be created, got {folder} ({error.strerror}): choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"expected a folder that can be written to, got {folder}: choose another")
+
+
+def compare_with_progress(plan: Plan) -> dict[str, Any]:
+    """Runs ``compare.compare`` with a progress bar on standard error: what is being done, how much of it, and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from jaxspec.evaluate.compare import compare
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # The kinds of work differ in speed, so the time left is estimated from the last five minutes.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=300) as bar:
+        task = bar.add_task("loading", total=None)
+        return compare(plan, lambda what, done, total: bar.update(task, description=what, completed=done, total=total))

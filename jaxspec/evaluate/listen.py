@@ -1,6 +1,6 @@
-"""A process that hears: 16-bit 16 kHz waves on its standard input, each after its length, a line of text for each on its output.
+"""The recogniser's process: reads 16-bit 16 kHz waves from standard input and prints one line of text for each.
 
-It is run as a file of its own, ``python -P listen.py``, so that it loads the recogniser and nothing of JAX.
+Each wave follows its length in bytes (uint32, little-endian). Run as ``python -P listen.py``, it imports pocketsphinx only.
 """
 
 import struct
@@ -11,7 +11,11 @@ SETTINGS = {"samprate": 16_000, "loglevel": "FATAL", "fwdflat": False}
 
 
 def listen(source: BinaryIO) -> None:
-    """Prints what is said in each wave until the source ends; an empty line where nothing is."""
+    """Prints the transcript of each wave until the source ends; an empty line where no word is recognised.
+
+    Args:
+        source: (length in bytes, samples) pairs, one for each wave.
+    """
     from pocketsphinx import Decoder
 
     decoder = Decoder(**SETTINGS)

@@ -1,81 +1,149 @@
-"""The comparison as a table for people, as JSON, and as a picture."""
+"""The report of an evaluation: a table for the terminal, evaluation.json, and the table and picture that are drawn from it."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxspec.common.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
 _COLUMNS = {
-    "row": ("row", "{}"),
+    "row": ("system", "{}"),
     "wer": ("WER", "{:.1%}"),
-    "wer_interval": ("95 %", "{0[0]:.1%} to {0[1]:.1%}"),
+    "wer_interval": ("WER, 95% CI", "{0[0]:.1%} to {0[1]:.1%}"),
     "cer": ("CER", "{:.1%}"),
-    "similarity": ("likeness", "{:.3f}"),
-    "similarity_to_others": ("to others", "{:.3f}"),
-    "duration_ratio": ("length", "{:.2f}"),
-    "acceptance_rate": ("acceptance", "{:.1%}"),
-    "tokens_per_round": ("codes a round", "{:.2f}"),
-    "exact_match_rate": ("exact too", "{:.1%}"),
-    "speed_up": ("speed-up", "{:.2f}x"),
+    "similarity": ("speaker similarity", "{:.3f}"),
+    "similarity_to_others": ("similarity to other voice", "{:.3f}"),
+    "duration_ratio": ("relative duration", "{:.2f}"),
+    "acceptance_rate": ("acceptance rate", "{:.1%}"),
+    "tokens_per_round": ("codes per round", "{:.2f}"),
+    "exact_match_rate": ("accepted by exact too", "{:.1%}"),
+    "speed_up": ("speedup", "{:.2f}x"),
 }
+_KINDS = {"recorded": "#8c8c8c", "codes swapped": "#dd8452", "generated": "#4c72b0"}
+_MARKERS = {"exact": "o", "tolerance": "s", "coarse-grained": "^"}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row as text, '' where it has no such figure."""
+    """One row of the table.
+
+    Args:
+        row: see ``measures.measure``.
+
+    Returns:
+        a text for each column; '' where the row has no such value.
+    """
     return [form.format(row[name]) if name in row else "" for name, (_, form) in _COLUMNS.items()]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table as the README shows it."""
+    """The table in Markdown.
+
+    Args:
+        rows: see ``measures.measure``.
+
+    Returns:
+        the lines of the table, without a final newline.
+    """
     heads = [head for head, _ in _COLUMNS.values()]
     lines = [heads, ["---"] * len(heads), *map(cells, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table."""
-    from rich.console import Console
+def show(rows: Sequence[dict[str, Any]], console: "Console") -> None:
+    """Prints the table.
+
+    Args:
+        rows: see ``measures.measure``.
+        console: where to print it.
+    """
     from rich.table import Table
 
-    table = Table(*(head for head, _ in _COLUMNS.values()))
+    table = Table()
+    for name, (head, _) in _COLUMNS.items():
+        table.add_column(head, no_wrap=name == "row")
     for row in rows:
         table.add_row(*cells(row))
-    Console(width=160).print(table)
+    console.print(table)
 
 
 def save(folder: Path, result: dict[str, Any]) -> None:
-    """Writes evaluation.json, evaluation.md and evaluation.png to a folder, which is made."""
+    """Writes evaluation.json, evaluation.md and evaluation.png, each written atomically.
+
+    Args:
+        folder: created if it does not exist.
+        result: what ``compare.compare`` returns.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "evaluation.json") as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
+    render(folder)
+
+
+def render(folder: Path) -> None:
+    """Writes evaluation.md and evaluation.png anew from the evaluation.json of a folder.
+
+    Raises:
+        OSError: the folder has no evaluation.json, or cannot be written to.
+    """
+    rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     with replacing(folder / "evaluation.md") as partial:
-        partial.write_text(markdown(result["rows"]) + "\n")
-    draw(folder / "evaluation.png", result["rows"])
+        partial.write_text(markdown(rows) + "\n")
+    draw(folder / "evaluation.png", rows)
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Word error rate of each row with its interval, and word error rate against codes a round."""
+    """Draws the word error rate of each row with its interval, and word error rate against codes per round, as PNG.
+
+    Args:
+        path: the file to write.
+        rows: see ``measures.measure``.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     bars, curve = figure.subplots(1, 2, width_ratios=(3, 2))
-    names, wer = [row["row"] for row in rows], [row["wer"] for row in rows]
-    spread = [[w - row["wer_interval"][0] for w, row in zip(wer, rows, strict=True)]]
-    spread.append([row["wer_interval"][1] - w for w, row in zip(wer, rows, strict=True)])
-    bars.barh(names, wer, xerr=spread, color="#4c72b0", ecolor="#333333", capsize=2)
-    bars.invert_yaxis()
-    bars.set(xlabel="word error rate (pocketsphinx), 95 % interval")
-    families = {"exact": "o", "tolerance": "s", "coarse-grained": "^"}
-    for family, marker in families.items():
-        some = [row for row in rows if row["row"].split()[0] == family]
-        points = sorted((row["tokens_per_round"], row["wer"], row["row"]) for row in some)
-        curve.plot([x for x, _, _ in points], [y for _, y, _ in points], marker=marker, label=family)
-    plain = next((row["wer"] for row in rows if row["row"] == "autoregressive"), None)
-    if plain is not None:
-        curve.axhline(plain, color="#888888", linestyle="--", linewidth=0.8, label="autoregressive")
-    curve.set(xlabel="codes a round", ylabel="word error rate")
-    curve.legend()
+    _draw_rates(bars, rows)
+    _draw_tradeoff(curve, rows)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def _kind(name: str) -> str:
+    if name in ("recordings", "codec reconstruction"):
+        return "recorded"
+    return "codes swapped" if name.startswith("swapped") else "generated"
+
+
+def _draw_rates(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.patches import Patch
+
+    names, wer = [row["row"] for row in rows], [100 * row["wer"] for row in rows]
+    low, high = zip(*([100 * bound for bound in row["wer_interval"]] for row in rows), strict=True)
+    errors = [[w - bound for w, bound in zip(wer, low, strict=True)], [bound - w for w, bound in zip(wer, high, strict=True)]]
+    axes.barh(names, wer, xerr=errors, color=[_KINDS[_kind(name)] for name in names], ecolor="#333333", capsize=2)
+    for index, (rate, bound) in enumerate(zip(wer, high, strict=True)):
+        axes.text(bound + 1.5, index, f"{rate:.1f}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="word error rate (%) with 95% confidence interval; lower is better")
+    axes.margins(x=0.08)
+    axes.legend(handles=[Patch(color=color, label=kind) for kind, color in _KINDS.items()], loc="lower right", fontsize=8)
+
+
+def _draw_tradeoff(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    for verifier, marker in _MARKERS.items():
+        some = [row for row in rows if row["row"].split()[0] == verifier]
+        points = sorted((row["tokens_per_round"], 100 * row["wer"], row["row"]) for row in some)
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker=marker, label=verifier)
+        for x, y, name in points:
+            axes.annotate(name.removeprefix(verifier).strip(), (x, y), xytext=(5, -9), textcoords="offset points", fontsize=8)
+    plain = next((100 * row["wer"] for row in rows if row["row"] == "autoregressive"), None)
+    if plain is not None:
+        axes.axhline(plain, color="#888888", linestyle="--", linewidth=0.8, label="autoregressive (1 code per step)")
+    axes.set(xlabel="codes per round; higher is faster", ylabel="word error rate (%)")
+    axes.margins(x=0.1)
+    axes.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""Synthesizer similarity: the cosine of two voices' embeddings by resemblyzer's encoder (GE2E, arXiv 1710.10467), on the CPU."""
+"""Speaker similarity: the cosine between speaker embeddings of resemblyzer's encoder (GE2E, arXiv 1710.10467), on the CPU."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from functools import cache
 import numpy as np
 
 _ENCODER_RATE_HZ = 16_000
-_LEVEL = 10 ** (-30 / 20)  # the root mean square that the encoder expects; its spectra are not logarithmic, so the level matters
-_SHORTEST = 16_000  # samples; what is shorter is repeated, as the encoder would fill its window with silence
+_LEVEL_RMS = 10 ** (-30 / 20)  # what the encoder expects; its spectra are not logarithmic, so the level matters
+_MIN_SAMPLES = 16_000  # shorter waves are repeated, because the encoder would pad them with silence
 
 
 @cache
 def _encoder():
     try:
-        with warnings.catch_warnings(action="ignore"):  # its own imports of outdated names
+        with warnings.catch_warnings(action="ignore"):  # it imports deprecated names
             from resemblyzer import VoiceEncoder
     except ImportError as error:
-        raise ImportError(f"expected resemblyzer for speaker similarity: pip install 'jaxspec[eval]' ({error})") from error
+        raise ImportError(f"expected resemblyzer to be installed, got {error}: pip install 'jaxspec[eval]'") from error
     return VoiceEncoder("cpu", verbose=False)
 
 
@@ -25,35 +25,45 @@ def _prepared(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     """One wave at the encoder's rate and level, without long silences."""
     from resemblyzer import preprocess_wav
 
-    wave = wave * (_LEVEL / np.sqrt(np.mean(wave**2)))
+    wave = wave * (_LEVEL_RMS / np.sqrt(np.mean(wave**2)))
     trimmed = preprocess_wav(wave, source_sr=sample_rate_hz if sample_rate_hz != _ENCODER_RATE_HZ else None)
-    return np.resize(trimmed, max(len(trimmed), _SHORTEST)) if len(trimmed) else wave
+    return np.resize(trimmed, max(len(trimmed), _MIN_SAMPLES)) if len(trimmed) else wave
 
 
 def embed(waves: Sequence[np.ndarray], sample_rate_hz: int) -> np.ndarray:
-    """The voice of each wave as a vector of length 1.
+    """The speaker embedding of each wave.
 
     Args:
-        waves: float32 [N] each, of any level; a second or more of speech says most.
-        sample_rate_hz: their rate.
+        waves: float32 [N] each, at any level. Embeddings of less than a second of speech are unreliable.
+        sample_rate_hz: the sample rate of the waves.
 
     Returns:
-        float32 [len(waves), 256].
+        float32 [len(waves) 256], of unit length.
 
     Raises:
-        ValueError: for a wave that is not one row of finite samples, or silent.
-        ImportError: when resemblyzer is not installed.
+        ValueError: a wave has more than one axis, a sample that is not finite, or only zeros.
+        ImportError: resemblyzer is not installed.
     """
     waves = [np.asarray(wave, np.float32) for wave in waves]
     for wave in waves:
         if wave.ndim != 1 or not np.isfinite(wave).all() or not wave.any():
-            raise ValueError(f"expected waves [N] of finite samples that are not all 0, but one of shape {wave.shape} is not")
+            raise ValueError(
+                f"expected waves [N] of finite samples that are not all 0, got shape {wave.shape}, NaN, infinity or silence: "
+                "leave such waves out"
+            )
     encoder = _encoder()
     return np.stack([encoder.embed_utterance(_prepared(wave, sample_rate_hz)) for wave in waves]).astype(np.float32)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cosine between embeddings [... D] and [... D], in -1 .. 1; float32 [...].
+    """The cosine between speaker embeddings.
+
+    Args:
+        a: embeddings [... D].
+        b: embeddings [... D].
+
+    Returns:
+        float32 [...], in -1 .. 1.
 
     >>> round(float(similarity(np.array([3.0, 4.0]), np.array([4.0, 3.0]))), 2)
     0.96

@@ -1,0 +1,56 @@
+"""What an evaluation compares: sentences, seeds, and the settings of each row that the models generate."""
+
+import dataclasses
+from typing import Literal
+
+from jaxspec.models.builtin import VOICES
+from jaxspec.synthesis.builtin import SAMPLING
+from jaxspec.synthesis.contract import Settings
+from jaxspec.text.held_out import held_out
+
+DRAFT_ALONE = "draft alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to compare. Sentence i is synthesised in voice i modulo the number of voices.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    sentences: int = 200
+    """How many of the 200 held-out sentences to synthesise."""
+    seeds: int = 3
+    """How many times to synthesise each sentence, each time with another seed."""
+    betas: tuple[float, ...] = (0.2, 0.4)
+    """The tolerances to compare."""
+    thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.85)
+    """The cosine thresholds of the coarse-grained verifier to compare."""
+    matrix: Literal["target", "codec"] = "target"
+    """Which vectors the groups are built from: the target's embeddings or the codec's code vectors."""
+    draft_length: int = Settings.draft_length
+    """Codes to draft in a round (K)."""
+    temperature: float = SAMPLING.temperature
+    """Sampling temperature; 0 is greedy."""
+
+    def __post_init__(self) -> None:
+        fewest, most = len(VOICES), len(held_out())
+        if not fewest <= self.sentences <= most:
+            raise ValueError(f"expected {fewest} to {most} sentences, got {self.sentences}: choose a number in that range")
+        if self.seeds < 1:
+            raise ValueError(f"expected 1 seed or more, got {self.seeds}: the sentences are synthesised once for each seed")
+        if self.draft_length < 1:
+            raise ValueError(f"expected a draft length of 1 or more, got {self.draft_length}: the verifiers need drafted codes")
+        self.settings()
+
+    def settings(self) -> dict[str, Settings]:
+        """The settings of each row that the models generate, by the row's name."""
+        base = Settings(draft_length=self.draft_length, temperature=self.temperature, matrix=self.matrix)
+        plain = dataclasses.replace(base, verify="autoregressive")
+        rows = {"autoregressive": plain, DRAFT_ALONE: plain, "exact": dataclasses.replace(base, verify="exact")}
+        for beta in self.betas:
+            rows[f"tolerance {beta:g}"] = dataclasses.replace(base, verify="tolerance", beta=beta)
+        for threshold in self.thresholds:
+            rows[f"coarse-grained {threshold:g}"] = dataclasses.replace(base, verify="coarse-grained", threshold=threshold)
+        return rows
