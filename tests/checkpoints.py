@@ -11,7 +11,7 @@ import torch
 import transformers
 from flax import traverse_util
 
-from jaxspec.checkpoint.tensors import Tensor
+from jaxspec.checkpoint.tensors import of_array
 from jaxspec.convert import core, pipeline
 from jaxspec.models.cosyvoice import V2, V3
 
@@ -276,14 +276,9 @@ def converted(folder, name, **options):
     return dest
 
 
-def tensor(name, array):
-    """A tensor whose numbers are in memory."""
-    return Tensor(name, array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array)
-
-
 def folded(state):
     """Tensors of the arrays of a state dict, weight norm folded."""
-    return core.fold_weight_norm({name: tensor(name, array) for name, array in state.items()})
+    return core.fold_weight_norm({name: of_array(name, array) for name, array in state.items()})
 
 
 def planned(tensors, rules, abstract):

@@ -1,5 +1,6 @@
-"""The engine of conversions in small, and the folder that they write: whole or not at all, bit for bit, onto any mesh."""
+"""The conversion engine on small tensors, and folders of models, drafts and codecs: atomic, bit for bit, onto any mesh."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -9,15 +10,21 @@ import time
 from pathlib import Path
 
 import checkpoints
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from checkpoints import tensor
 from flax import traverse_util
 
-from jaxspec.checkpoint import pretrained, store, tensors
+from jaxspec import Sampling, autoregressive, generate, verify
+from jaxspec.checkpoint import descriptions, pretrained, store, tensors
+from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription
+from jaxspec.checkpoint.tensors import of_array as tensor
 from jaxspec.convert.core import Rule, conv, fold_weight_norm, plan, transpose
+from jaxspec.draft import ngram_draft
+from jaxspec.models import transformer
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 RULES = (
@@ -194,7 +201,7 @@ import sys
 import flax.linen as nn
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxspec import checkpoint, pretrained
+from jaxspec.checkpoint import pretrained, store
 from jaxspec.models.transformer import logical_axes
 
 alone = pretrained.load(sys.argv[1])
@@ -238,7 +245,7 @@ def test_numbers_that_are_not_finite_are_told_of_every_tensor(tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 27, 27))
-    with pytest.raises(OSError, match=r"0\.00 GB free.*make room"):
+    with pytest.raises(OSError, match=r"0\.00 GB free.*free some space"):
         written(tmp_path / "a", {"a": tensor("a", numbers(7))._replace(read=None)})
     assert list(tmp_path.iterdir()) == []
 
@@ -260,8 +267,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
 LIMITED = """
 import resource, sys
 import numpy as np
-from jaxspec import checkpoint
-from jaxspec.tensors import Tensor
+from jaxspec.checkpoint import store
+from jaxspec.checkpoint.tensors import Tensor
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 array = np.random.default_rng(0).standard_normal((1000, 100)).astype(np.float32)
 try:
@@ -294,8 +301,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         ("file", "exists"),
         ("link", "exists"),
         (".", "exists"),
-        ("none/a", "none does not"),
-        ("file/a", "does not"),
+        ("none/a", "none first"),
+        ("file/a", "file first"),
     ]:
         with pytest.raises(ValueError, match=why), store.creating(tmp_path / name):
             raise AssertionError("not reached")
@@ -324,10 +331,9 @@ def llasa(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "codec"}, "of a codec"),
-        ({"kind": None}, "of a codec"),
-        ({"shape": []}, "rope_scaling"),
-        ({"shape": {"width": 8}}, "rope_scaling"),
+        ({"shape": []}, "shape is"),
+        ({"shape": {"width": 8}}, "missing"),
+        ({"shape": None}, "shape is None"),
         ({"stop_ids": 5}, "stop_ids is 5"),
         ({"sampling": {"temperature": -1}}, "temperature"),
         ({"sampling": None}, "sampling"),
@@ -339,10 +345,14 @@ def test_a_description_of_something_else_is_refused(llasa, tmp_path, change, mes
     shutil.copytree(llasa, tmp_path / "a")
     path = tmp_path / "a" / "jaxspec.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=f"expected the description of a language model in .*{message}"):
+    with pytest.raises(ValueError, match=f"expected the description of a language model in .*got .*{message}"):
         pretrained.load(tmp_path / "a")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "codec"}))
     with pytest.raises(ValueError, match="expected the description of a codec in"):
         pretrained.load_codec(tmp_path / "a")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": None}))
+    with pytest.raises(ValueError, match=r"expected kind model, draft, codec in .*got None"):
+        pretrained.load(tmp_path / "a")
 
 
 def emptied(folder):
@@ -371,5 +381,192 @@ def halved(folder):
 def test_damaged_parameters_are_refused(llasa, tmp_path, damage):
     shutil.copytree(llasa, tmp_path / "a")
     damage(tmp_path / "a" / "params")
-    with pytest.raises(ValueError, match=r"expected whole parameters at .*params, but .*: convert the checkpoint again"):
+    with pytest.raises(ValueError, match=r"expected complete parameters at .*params, got .*: convert the checkpoint again"):
         pretrained.load(tmp_path / "a")
+
+
+# --- save, load and load_draft ------------------------------------------------------------------------------------------------
+
+
+def equal(one, other):
+    """Whether two trees have equal leaves, bit for bit."""
+    one, other = flat(one), flat(other)
+    same = [np.asarray(one[path]).tobytes() == np.asarray(other[path]).tobytes() for path in one if path in other]
+    return one.keys() == other.keys() and all(same) and all(one[path].dtype == other[path].dtype for path in one)
+
+
+def edited(folder, copy, **changes):
+    """A copy of a folder with other values in its description."""
+    shutil.copytree(folder, copy)
+    path = copy / "jaxspec.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return copy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_saved_and_loaded_bit_for_bit(llasa, tmp_path, dtype):
+    loaded = pretrained.load(llasa, dtype)
+    written = pretrained.save(tmp_path / "a", loaded.model, loaded.params, loaded.tokenizer)
+    again = pretrained.load(tmp_path / "a")
+    assert equal(again.params, loaded.params)
+    assert again.model == written
+    assert written.parameters == sum(leaf.size for leaf in flat(loaded.params).values())
+    assert again.tokenizer.to_str() == loaded.tokenizer.to_str()
+    same = (loaded.model.digest, loaded.model.tables) == (written.digest, written.tables)
+    assert same == (dtype == "float32")  # as in the checkpoint
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_of_an_earlier_version_loads(llasa, tmp_path):
+    edited(llasa, tmp_path / "a", kind="language model")
+    values = json.loads((tmp_path / "a" / "jaxspec.json").read_text())
+    del values["parameters"]
+    (tmp_path / "a" / "jaxspec.json").write_text(json.dumps(values))
+    assert equal(pretrained.load(tmp_path / "a").params, pretrained.load(llasa).params)
+
+
+def test_a_model_that_could_not_be_loaded_is_not_saved(llasa, tmp_path):
+    model, params, tokenizer, _ = pretrained.load(llasa)
+    nan = params | {"norm": {"scale": params["norm"]["scale"] * np.nan}}
+    for arguments, message in (
+        ((model, params), "expected a tokenizer"),
+        ((model, {**params, "more": np.ones(2)}, tokenizer), r"expected shape None of more, got \(2,\)"),
+        ((model, {**params, "table_0": np.ones((2, 48))}, tokenizer), r"expected shape \(409, 48\) of table_0, got \(2, 48\)"),
+        ((model, nan, tokenizer), "norm/scale: expected finite values, got NaN"),
+        ((DraftDescription("model", {}, ""), params), "expected the digest of the draft's target"),
+        ((DraftDescription("eagle9", {}, model.digest), params), "expected a draft of model, got 'eagle9'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrained.save(tmp_path / "a", *arguments)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def draft(llasa, tmp_path_factory):
+    """A draft of one layer that was trained for a target: it shares the target's table, and has numbers of several types."""
+    target, folder = pretrained.load(llasa), tmp_path_factory.mktemp("draft") / "draft"
+    shape = dataclasses.replace(target.model.shape, layers=1)
+    description = DraftDescription(
+        "model", {"shape": dataclasses.asdict(shape)}, target.model.digest, {"table_0": "table_0"}, "MIT", "a test"
+    )
+    params = transformer.init_params(jax.random.key(0), shape) | {"map": jnp.arange(5, dtype=jnp.int32)}
+    written = pretrained.save(folder, description, params)
+    assert written.digest.startswith("blake3:")
+    assert written.parameters == sum(leaf.size for leaf in flat(params).values()) - params["table_0"].size
+    return folder, params
+
+
+def test_a_draft_uses_the_targets_arrays_and_drafts(llasa, draft):
+    folder, params = draft
+    assert not [path for path in folder.rglob("*") if "table_0" in path.name]
+    target = pretrained.load(llasa)
+    before = len(jax.live_arrays())
+    loaded = pretrained.load_draft(folder, target)
+    ours = flat(loaded.params)
+    assert len(jax.live_arrays()) - before == len(ours) - 1  # no second table on the device
+    assert loaded.params["table_0"] is target.params["table_0"]
+    pointers = [tree["table_0"].unsafe_buffer_pointer() for tree in (loaded.params, target.params)]
+    assert pointers[0] == pointers[1]
+    assert pretrained.memory_bytes(target.params, loaded.params) == pretrained.memory_bytes(target.params) + sum(
+        leaf.nbytes for path, leaf in ours.items() if path != "table_0"
+    )
+    assert equal(loaded.params, params | {"table_0": target.params["table_0"]})
+    assert loaded.drafter(3) is loaded.drafter(3) is not loaded.drafter(2)
+    assert loaded.drafter(3) is pretrained.load_draft(folder, target).drafter(3)  # so that a second load does not recompile
+
+    lm, prompt = pretrained.language_model(target), np.array([[313, 5, 7, 330], [320, 5, 0, 0]], np.int32)
+    asked = (prompt, np.array([4, 2], np.int32))
+    options = {"max_new_tokens": 12, "stop_ids": target.model.stop_ids, "sampling": Sampling(temperature=0)}
+    plain = autoregressive(jax.random.key(0), lm, target.params, *asked, **options)
+    params = {name: leaf for name, leaf in loaded.params.items() if name != "map"}
+    drafted = generate(jax.random.key(0), lm, target.params, loaded.drafter(3), params, verify.exact(), *asked, **options)
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    assert drafted.info.drafted.sum() > 0
+    assert equal(target.params, pretrained.load(llasa).params)  # not donated
+
+
+def test_a_draft_computes_in_the_targets_dtype(llasa, draft):
+    target = pretrained.load(llasa, "bfloat16")
+    params = flat(pretrained.load_draft(draft[0], target).params)
+    assert {str(leaf.dtype) for path, leaf in params.items() if path != "map"} == {"bfloat16"}
+    assert params["map"].dtype == np.int32
+
+
+def test_a_loaded_draft_is_saved_again(llasa, draft, tmp_path):
+    target = pretrained.load(llasa)
+    loaded = pretrained.load_draft(draft[0], target)
+    pretrained.save(tmp_path / "again", descriptions.read_as(draft[0], DraftDescription), loaded.params)
+    assert (tmp_path / "again" / "jaxspec.json").read_text() == (draft[0] / "jaxspec.json").read_text()
+    assert equal(pretrained.load_draft(tmp_path / "again", target).params, loaded.params)
+
+
+def test_a_draft_is_refused_beside_another_target(llasa, draft, tmp_path):
+    target = pretrained.load(llasa)
+    changed = target.params | {"norm": {"scale": target.params["norm"]["scale"] + 1}}
+    other = pretrained.save(tmp_path / "other", target.model, changed, target.tokenizer)
+    assert other.digest != target.model.digest
+    assert other.tables == target.model.tables
+    with pytest.raises(ValueError, match="expected the target") as error:
+        pretrained.load_draft(draft[0], pretrained.load(tmp_path / "other"))
+    for part in (target.model.digest, other.digest, str(draft[0]), str(tmp_path / "other"), "trained for"):
+        assert part in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_smaller_language_model_drafts_too(llasa, tmp_path):
+    target = pretrained.load(llasa)
+    shape = dataclasses.replace(target.model.shape, layers=1)
+    params = {name: leaf for name, leaf in target.params.items() if name not in ("layer_1", "layer_2")}
+    pretrained.save(tmp_path / "a", dataclasses.replace(target.model, shape=shape), params, target.tokenizer)
+    loaded = pretrained.load_draft(tmp_path / "a", target)
+    assert loaded.params["table_0"] is target.params["table_0"]
+    assert loaded.params["norm"]["scale"] is not target.params["norm"]["scale"]
+    assert loaded.drafter(2) is loaded.drafter(2)
+
+
+def test_a_folder_of_another_kind_is_refused_in_one_sentence(llasa, draft, tmp_path):
+    target, codec = pretrained.load(llasa), tmp_path / "codec"
+    shape = dataclasses.asdict(pretrained.CODECS["snac"].Config())
+    pretrained.save(codec, CodecDescription("snac", shape, "MIT"), {"a": np.ones(3, np.float32)})
+    for function, folder, message in (
+        (pretrained.load, draft[0], "expected a language model in .*, got a draft: give the folder of a language model"),
+        (pretrained.load, codec, "expected a language model in .*, got a codec: give the folder of a language model"),
+        (pretrained.load_codec, llasa, "expected a codec in .*, got a language model: give the folder of a codec"),
+        (pretrained.load_codec, draft[0], "expected a codec in .*, got a draft: give the folder of a codec"),
+        (lambda folder: pretrained.load_draft(folder, target), codec, "expected a draft in .*, got a codec: give"),
+        (pretrained.load, tmp_path / "none", "expected a folder that `jaxspec convert` made at .*none, got no such folder: "),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            function(folder)
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "eagle9"}, "expected a draft of model in .*got 'eagle9'"),
+        ({"settings": {}}, "got 'model' with 'shape'"),
+        ({"settings": {"shape": {"width": 3}}}, "got 'model' with .*missing"),
+        ({"settings": 3}, "expected the description of a draft in .*settings is 3"),
+        ({"shared": {"table_0": "nowhere"}}, "expected a target with nowhere for"),
+        ({"target": 5}, "target is 5"),
+        ({"more": 5}, "more"),
+    ],
+)
+def test_a_damaged_draft_is_refused(llasa, draft, tmp_path, changes, message):
+    folder = edited(draft[0], tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match=message):
+        pretrained.load_draft(folder, pretrained.load(llasa))
+
+
+def test_a_new_family_of_drafts_is_one_row(llasa, draft, tmp_path, monkeypatch):
+    def builder(settings, dtype):
+        return lambda draft_length: ngram_draft(draft_length, settings["vocab"], settings["order"])
+
+    monkeypatch.setitem(pretrained.DRAFTERS, "table", builder)
+    target = pretrained.load(llasa)
+    description = DraftDescription("table", {"vocab": 409, "order": 3}, target.model.digest, {"head": "table_0"})
+    pretrained.save(tmp_path / "a", description, {"own": np.ones(2, np.float32), "head": np.zeros(1)})
+    loaded = pretrained.load_draft(tmp_path / "a", target)
+    assert loaded.drafter(4) is ngram_draft(4, 409, 3) is loaded.drafter(4)
+    assert loaded.params["head"] is target.params["table_0"]

@@ -5,11 +5,11 @@ import json
 import shutil
 
 import checkpoints
+import commands
 import numpy as np
 import pytest
 import safetensors.torch
 import snac
-import test_say
 import torch
 
 from jaxspec.checkpoint import pretrained
@@ -17,7 +17,8 @@ from jaxspec.convert import llama, pipeline
 from jaxspec.convert.pipeline import convert
 
 EMBED, HEAD = llama.EMBED, llama.HEAD
-own_cache = test_say.own_cache
+pytestmark = pytest.mark.usefixtures("own_cache")
+own_cache, command = commands.own_cache, commands.run
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,6 @@ def sources(tmp_path_factory):
 def source(sources, tmp_path):
     """A copy of LLaSA's checkpoint to change."""
     return shutil.copytree(sources / "llasa", tmp_path / "source")
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the command; (exit code, stdout, stderr)."""
-    return lambda *arguments: test_say.jaxspec(monkeypatch, capsys, *arguments)
 
 
 def edit_json(path, **changes):
@@ -149,7 +144,7 @@ def test_a_folder_that_is_made_anew_is_read_anew(sources, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["xcodec2", "neucodec"])
-def test_a_converted_codec_sounds_like_the_reference(sources, command, tmp_path, name):
+def test_a_converted_codec_sounds_like_the_reference(sources, tmp_path, name):
     code, printed, err = command("convert", sources / name, tmp_path / "made")
     assert (code, err) == (0, "")
     assert printed.startswith(f"{name}: 0.")
@@ -162,7 +157,7 @@ def test_a_converted_codec_sounds_like_the_reference(sources, command, tmp_path,
     np.testing.assert_allclose(made.codec.decode(made.params, codes), wave, atol=1e-5)
 
 
-def test_a_converted_snac_sounds_like_the_reference(sources, command, tmp_path, monkeypatch):
+def test_a_converted_snac_sounds_like_the_reference(sources, tmp_path, monkeypatch):
     code, printed, err = command("convert", sources / "snac", tmp_path / "made")
     assert (code, err) == (0, "")
     assert printed.startswith("snac: 0.0 M parameters")
@@ -177,7 +172,7 @@ def test_a_converted_snac_sounds_like_the_reference(sources, command, tmp_path, 
     np.testing.assert_allclose(made.codec.decode(made.params, codes), wave, atol=1e-5)
 
 
-def test_convert_and_info_say_what_was_made(sources, command, tmp_path, caplog):
+def test_convert_and_info_say_what_was_made(sources, tmp_path, caplog):
     made = tmp_path / "made"
     code, printed, err = command(
         "convert", sources / "llasa", made, "--layers", "0,1-2", "--dtype", "bfloat16", "--head", "speech"
@@ -188,7 +183,7 @@ def test_convert_and_info_say_what_was_made(sources, command, tmp_path, caplog):
     code, printed, err = command("info", made, "--json")
     assert (code, err) == (0, "")
     told = json.loads(printed)
-    assert told.items() >= {"kind": "language model", "family": "llasa", "codec": "xcodec2", "licence": "CC-BY-NC-4.0"}.items()
+    assert told.items() >= {"kind": "model", "family": "llasa", "codec": "xcodec2", "licence": "CC-BY-NC-4.0"}.items()
     assert told.items() >= {"head": "speech", "source": str(sources / "llasa"), "files": ["model.safetensors"]}.items()
     assert (told["shape"]["layers"], told["shape"]["dtype"], told["shape"]["input_tables"]) == (3, "bfloat16", [97, 409])
     code, printed, err = command("info", made)
@@ -277,7 +272,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_told_and_nothing_is_made(source, tmp_path, command, case):
+def test_what_is_wrong_is_told_and_nothing_is_made(source, tmp_path, case):
     change, arguments, told = WRONG[case]
     change(source)
     code, printed, err = command("convert", source, tmp_path / "made", *arguments)
@@ -289,14 +284,14 @@ def test_what_is_wrong_is_told_and_nothing_is_made(source, tmp_path, command, ca
 
 @pytest.mark.parametrize("name", ["xcodec2", "snac"])
 @pytest.mark.parametrize("arguments", [["--head", "speech"], ["--layers", "0"], ["--pad-to", "8"]])
-def test_a_codec_has_no_head_and_no_layers(sources, tmp_path, command, name, arguments):
+def test_a_codec_has_no_head_and_no_layers(sources, tmp_path, name, arguments):
     code, _, err = command("convert", sources / name, tmp_path / "made", *arguments)
     assert code == 2
     assert f"for the codec {name}" in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_table_without_a_row_for_each_token_is_refused(sources, tmp_path, command):
+def test_a_text_table_without_a_row_for_each_token_is_refused(sources, tmp_path):
     folder = shutil.copytree(sources / "cosyvoice2", tmp_path / "source")
     state = torch.load(folder / "llm.pt")
     state["llm.model.model.embed_tokens.weight"] = state["llm.model.model.embed_tokens.weight"][:319]
@@ -311,9 +306,9 @@ def test_a_text_table_without_a_row_for_each_token_is_refused(sources, tmp_path,
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_place_that_is_taken_or_not_there_is_refused(source, tmp_path, command):
+def test_a_place_that_is_taken_or_not_there_is_refused(source, tmp_path):
     (tmp_path / "file").write_text("kept")
-    for dest, why in ((source, "exists"), (tmp_path / "file", "exists"), (tmp_path / "none" / "made", "none does not: make it")):
+    for dest, why in ((source, "exists"), (tmp_path / "file", "exists"), (tmp_path / "none" / "made", "none first")):
         code, _, err = command("convert", source, dest)
         assert code == 2
         assert why in err
@@ -325,7 +320,7 @@ def test_a_place_that_is_taken_or_not_there_is_refused(source, tmp_path, command
 
 
 @pytest.mark.parametrize("when", ["before", "half-way"])
-def test_a_full_disk_leaves_nothing(source, tmp_path, command, monkeypatch, when):
+def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, when):
     def full(start, stop):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -340,6 +335,6 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, command, monkeypatch, when
         )
     code, printed, err = command("convert", source, tmp_path / "made")
     assert (code, printed) == (2, "")
-    assert {"before": "make room", "half-way": "No space left"}[when] in err
+    assert {"before": "free some space", "half-way": "No space left"}[when] in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == [source]

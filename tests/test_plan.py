@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxspec.bench import chips, hlo, plan, presets, roofline
-from jaxspec.checkpoint import store
+from jaxspec.checkpoint import descriptions, store
 from jaxspec.models import card
 from jaxspec.sampling import Sampling
 
@@ -57,7 +57,7 @@ def test_the_command_ends_with_2_on_bad_input():
 def test_a_converted_folder_gives_the_shape(tmp_path):
     shape = presets.pair("small", "float32").target
     model = card.Model("llasa", shape, 0, shape.vocab - 1, (shape.vocab - 1,), 0, (), Sampling(), "", "")
-    store.write_description(tmp_path, card.to_json(model))
+    store.write_description(tmp_path, descriptions.to_json(model))
     pair = plan.pair_of(plan.Settings(str(tmp_path), "v5e:2x2", draft="2"))
     assert pair == presets.pair("small", "bfloat16")
     assert plan.pair_of(plan.Settings("small", "v5e:2x2", draft=str(tmp_path))).draft == pair.target

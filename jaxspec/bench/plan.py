@@ -24,11 +24,11 @@ from jaxspec import request, speculate
 from jaxspec.bench import chips, hlo, presets, roofline
 from jaxspec.bench.hlo import Program
 from jaxspec.bench.presets import Pair
-from jaxspec.checkpoint import store
+from jaxspec.checkpoint import descriptions
 from jaxspec.draft import model_draft
 from jaxspec.groups import Groups
-from jaxspec.models import card as family
 from jaxspec.models import transformer
+from jaxspec.models.card import Model
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.verify import coarse_grained
@@ -164,8 +164,8 @@ def pair_of(settings: Settings) -> Pair:
     return Pair(target, draft, pair.stops)
 
 
-def _described(folder: str) -> family.Model:
-    return family.from_json(store.read_description(folder), Path(folder) / store.DESCRIPTION)
+def _described(folder: str) -> Model:
+    return descriptions.read_as(folder, Model)
 
 
 def arguments(settings: Settings, pair: Pair) -> Arguments:

@@ -1,115 +1,269 @@
-"""Loads what ``jaxspec convert`` made: language models that share what is equal, drafts that fit them, and codecs."""
+"""Saves and loads language models, drafts and codecs, a folder each."""
 
 import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
+from blake3 import blake3
 from flax import traverse_util
 
-from jaxspec.checkpoint import store
+from jaxspec.checkpoint import descriptions, store, tensors
+from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription
+from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec import snac, xcodec2
+from jaxspec.common import records
+from jaxspec.draft import model_draft
 from jaxspec.models import card, transformer
 from jaxspec.models.card import Model
-from jaxspec.types import Codec, Params
+from jaxspec.types import Codec, Draft, LanguageModel, Params
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac}
 
+_Description = TypeVar("_Description", Model, DraftDescription, CodecDescription)
+
 
 class Pretrained(NamedTuple):
-    """A language model ready to run."""
+    """A language model on the device, with its tokenizer."""
 
     model: Model
     params: Params
-    tokenizer: Any
+    tokenizer: "Tokenizer"
+    folder: Path
+
+
+class PretrainedDraft(NamedTuple):
+    """A draft on the device.
+
+    Attributes:
+        drafter: K -> the draft that proposes K tokens; the same K gives the same object, so that nothing recompiles.
+        params: of the draft; some may be the target's own arrays.
+        folder: where it was loaded from.
+    """
+
+    drafter: Callable[[int], Draft]
+    params: Params
     folder: Path
 
 
 class PretrainedCodec(NamedTuple):
-    """A decoder of codes ready to run."""
+    """A codec on the device."""
 
     family: str
     codec: Codec
     params: Params
 
 
-def load(folder: str | Path, dtype: str | None = None, sharding: Any = None, beside: Pretrained | None = None) -> Pretrained:
-    """Loads a converted language model.
+def _model_drafter(settings: Mapping[str, Any], dtype: str) -> Callable[[int], Draft]:
+    """A transformer of its own; ``settings`` has the fields of its ``transformer.Config`` as "shape"."""
+    shape = dataclasses.replace(card.shape_from_json(settings["shape"]), dtype=dtype)
+    return functools.partial(model_draft, transformer.language_model(shape))
+
+
+# Family of drafts -> builder(settings, dtype to compute in) -> (K -> Draft). A builder raises KeyError, TypeError or ValueError
+# where the settings are not its own.
+DRAFTERS: dict[str, Callable[[Mapping[str, Any], str], Callable[[int], Draft]]] = {"model": _model_drafter}
+
+
+def save(
+    folder: str | Path,
+    description: _Description,
+    params: Params | Mapping[str, Tensor],
+    tokenizer: "Tokenizer | None" = None,
+) -> _Description:
+    """Writes a folder that ``load``, ``load_draft`` or ``load_codec`` reads. The folder appears only when it is complete.
 
     Args:
-        folder: that ``jaxspec convert`` made.
-        dtype: to compute in, "bfloat16" or "float32"; by default that of the checkpoint.
-        sharding: where each parameter goes, see ``jaxspec.checkpoint.store.read_params``.
-        beside: a model whose tables and head are used where they are equal, in place of another copy.
+        folder: does not exist yet.
+        description: of a language model, a draft or a codec; the fields digest, tables and parameters are filled in here.
+        params: a nested dict of arrays of any dtype, or ``Tensor``s by path ("layer_0/mlp/up/kernel"), which are read a few rows
+            at a time. Those that a draft shares with its target are left out.
+        tokenizer: required for a language model, None otherwise.
+
+    Returns:
+        The description as written.
 
     Raises:
-        ValueError: the folder is not a converted language model, is damaged, or does not speak the same vocabulary as ``beside``.
+        ValueError: the folder exists, the parameters are not finite or do not have the shapes that a language model's description
+            gives, the tokenizer is missing, or a draft names no target.
+        OSError: the folder cannot be written.
+    """
+    flat = {
+        path: value if isinstance(value, Tensor) else tensors.of_array(path, value)
+        for path, value in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    if isinstance(description, DraftDescription):
+        flat = {path: tensor for path, tensor in flat.items() if path not in description.shared}
+    _check(description, flat, tokenizer)
+    with store.creating(folder) as partial:
+        digests = store.write_params(partial, flat)
+        written = dataclasses.replace(
+            description,
+            digest=f"blake3:{blake3(json.dumps(digests, sort_keys=True).encode()).hexdigest()}",
+            parameters=sum(math.prod(tensor.shape) for tensor in flat.values()),
+        )
+        if isinstance(written, Model):
+            tables = {path: digest for path, digest in digests.items() if path.startswith(("table_", "head"))}
+            written = dataclasses.replace(written, tables=tables)
+        if tokenizer is not None:
+            tokenizer.save(str(partial / card.TOKENIZER))
+        store.write_description(partial, descriptions.to_json(written))
+    return written
+
+
+def _check(description: Model | DraftDescription | CodecDescription, flat: Mapping[str, Tensor], tokenizer: object) -> None:
+    """Raises ValueError where a folder would be written that cannot be loaded."""
+    if isinstance(description, Model) != (tokenizer is not None):
+        raise ValueError("expected a tokenizer with a language model and with nothing else: pass tokenizer only with a Model")
+    if isinstance(description, DraftDescription):
+        if description.family not in DRAFTERS:
+            raise ValueError(f"expected a draft of {', '.join(DRAFTERS)}, got {description.family!r}: choose one of these")
+        if not description.target:
+            raise ValueError("expected the digest of the draft's target, got none: pass target=pretrained.model.digest")
+    if isinstance(description, Model):
+        abstract = traverse_util.flatten_dict(transformer.abstract_params(description.shape), sep="/")
+        for path in sorted(abstract.keys() | flat.keys()):
+            wanted, got = (tuple(some[path].shape) if path in some else None for some in (abstract, flat))
+            if wanted != got:
+                raise ValueError(f"expected shape {wanted} of {path}, got {got}: pass the parameters of description.shape")
+
+
+def load(
+    folder: str | Path,
+    dtype: str | None = None,
+    sharding: Any = None,
+    beside: Pretrained | None = None,
+) -> Pretrained:
+    """Loads a language model.
+
+    Args:
+        folder: that ``jaxspec convert`` or ``save`` made.
+        dtype: to compute in, "bfloat16" or "float32"; by default that of the checkpoint.
+        sharding: where each parameter goes, see ``jaxspec.checkpoint.store.read_params``.
+        beside: a model of the same vocabulary whose input tables and head are used where they are equal, without a second copy
+            on the device; see ``load_draft``.
+
+    Returns:
+        The model, with its parameters on the device.
+
+    Raises:
+        ValueError: the folder is not a language model, is damaged, or has another vocabulary than ``beside``.
     """
     folder = Path(folder)
-    model = card.from_json(store.read_description(folder), folder / store.DESCRIPTION)
+    model = descriptions.read_as(folder, Model)
     tokenizer = card.tokenizer_of(folder)
     shared = {}
     if beside is not None:
-        check_pair(beside, model, tokenizer, folder)
+        _check_vocabulary(beside, model, tokenizer, folder)
         dtype = dtype or beside.model.shape.dtype
-        theirs = traverse_util.flatten_dict(beside.params, sep="/")
-        equal = [name for name, digest in model.tables.items() if beside.model.tables.get(name) == digest]
-        shared = {name: theirs[name] for name in equal}
-    params = store.read_params(folder, dtype, sharding, shared)
+        shared = {path: path for path, digest in model.tables.items() if beside.model.tables.get(path) == digest}
+    params = store.read_params(folder, dtype, sharding, _arrays_of(beside, shared, folder) if beside else None)
     if dtype is not None:
-        model = _with_dtype(model, dtype)
+        model = dataclasses.replace(model, shape=dataclasses.replace(model.shape, dtype=dtype))
     return Pretrained(model, params, tokenizer, folder)
 
 
-def _with_dtype(model: Model, dtype: str) -> Model:
-    return dataclasses.replace(model, shape=dataclasses.replace(model.shape, dtype=dtype))
+def load_draft(folder: str | Path, target: Pretrained, sharding: Any = None) -> PretrainedDraft:
+    """Loads a draft for a target: one that was trained for it, or any language model of the same vocabulary.
+
+    The draft computes in the target's dtype. Arrays that it shares with the target are the target's own, without another copy.
+
+    Args:
+        folder: a draft, or a language model, that ``jaxspec convert`` or ``save`` made.
+        target: the loaded target.
+        sharding: where each of the draft's own parameters goes, see ``jaxspec.checkpoint.store.read_params``.
+
+    Returns:
+        The draft, for every K.
+
+    Raises:
+        ValueError: the folder is neither, is damaged, belongs to another target, or has another vocabulary.
+    """
+    folder = Path(folder)
+    description = descriptions.read(folder)
+    if isinstance(description, Model):
+        pretrained = load(folder, sharding=sharding, beside=target)
+        drafter = functools.partial(model_draft, language_model(pretrained))
+        return PretrainedDraft(functools.cache(drafter), pretrained.params, folder)
+    if not isinstance(description, DraftDescription):
+        raise ValueError(f"expected a draft in {folder}, got a codec: give the folder of a draft or of a smaller language model")
+    if description.target != target.model.digest:
+        raise ValueError(
+            f"expected the target {description.target} for the draft {folder}, got {target.model.digest} in {target.folder}: "
+            "give the target that the draft was trained for"
+        )
+    dtype = target.model.shape.dtype
+    try:
+        drafter = DRAFTERS[description.family](description.settings, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a draft of {', '.join(DRAFTERS)} in {folder}, got {description.family!r} with {error}: save it again"
+        ) from error
+    params = store.read_params(folder, dtype, sharding, _arrays_of(target, description.shared, folder))
+    return PretrainedDraft(functools.cache(drafter), params, folder)
 
 
-def check_pair(target: Pretrained, draft: Model, tokenizer: Any, folder: Path) -> None:
-    """Raises ValueError, which names the first difference, where a draft's ids do not mean what the target's mean."""
-    ours = target.model
+def _arrays_of(target: Pretrained, shared: Mapping[str, str], folder: Path) -> dict[str, jax.Array]:
+    """The target's arrays under the names that a draft gives them."""
+    theirs = traverse_util.flatten_dict(target.params, sep="/")
+    if missing := sorted(set(shared.values()) - theirs.keys()):
+        raise ValueError(f"expected a target with {', '.join(missing)} for {folder}, got {target.folder}: save the draft again")
+    return {path: theirs[name] for path, name in shared.items()}
+
+
+def _check_vocabulary(target: Pretrained, draft: Model, tokenizer: "Tokenizer", folder: Path) -> None:
+    """Raises ValueError, naming the first difference, where an id means one thing to the target and another to the draft."""
+
+    def check(what: str, wanted: object, got: object) -> None:
+        if wanted != got:
+            raise ValueError(
+                f"expected a draft with the vocabulary of {target.folder}, whose {what} is {wanted!r}, got {folder}, "
+                f"whose {what} is {got!r}: draft with a model of the same family"
+            )
+
     for name in ("codes_first", "num_codes", "slots", "stop_ids", "text_first", "head"):
-        one, other = getattr(ours, name), getattr(draft, name)
-        if one != other:
-            raise ValueError(_differ(target, folder, f"{name} is {one} in the one and {other} in the other"))
-    if ours.shape.vocab != draft.shape.vocab:
-        raise ValueError(_differ(target, folder, f"the heads have {ours.shape.vocab} and {draft.shape.vocab} rows"))
-    size = max(target.tokenizer.get_vocab_size(), tokenizer.get_vocab_size())
-    for i in range(size):
-        one, other = target.tokenizer.id_to_token(i), tokenizer.id_to_token(i)
-        if one != other:
-            raise ValueError(_differ(target, folder, f"token {i} is {one!r} in the one and {other!r} in the other"))
+        check(name, getattr(target.model, name), getattr(draft, name))
+    check("number of ids", target.model.shape.vocab, draft.shape.vocab)
+    for i in range(max(target.tokenizer.get_vocab_size(), tokenizer.get_vocab_size())):
+        check(f"token {i}", target.tokenizer.id_to_token(i), tokenizer.id_to_token(i))
 
 
-def _differ(target: Pretrained, folder: Path, how: str) -> str:
-    return f"expected a draft with the vocabulary of {target.folder}, came {folder}: {how}; draft with a model of the same family"
-
-
-def language_model(pretrained: Pretrained) -> Any:
-    """The pure functions of a loaded model."""
+def language_model(pretrained: Pretrained) -> LanguageModel:
+    """The pure functions of a loaded language model; the same shape gives the same object."""
     return transformer.language_model(pretrained.model.shape)
 
 
 def load_codec(folder: str | Path) -> PretrainedCodec:
-    """Loads a converted codec.
+    """Loads a codec.
+
+    Args:
+        folder: that ``jaxspec convert`` or ``save`` made.
+
+    Returns:
+        The codec, with its parameters on the device.
 
     Raises:
-        ValueError: the folder is not a converted codec, or is damaged.
+        ValueError: the folder is not a codec, or is damaged.
     """
-    folder = Path(folder)
-    description = store.read_description(folder)
+    description = descriptions.read_as(folder, CodecDescription)
     try:
-        if description["kind"] != "codec":
-            raise ValueError("it is of a language model")
-        module = CODECS[description["family"]]
-        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in description["shape"].items()}
-        codec = module.codec(module.Config(**shape))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"expected the description of a codec in {folder}, but {error}: convert it again") from error
-    return PretrainedCodec(description["family"], codec, store.read_params(folder))
+        module = CODECS[description.family]
+        codec = module.codec(records.from_json(module.Config, description.shape))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
+        ) from error
+    return PretrainedCodec(description.family, codec, store.read_params(folder))
 
 
 def memory_bytes(*params: Params) -> int:
-    """What parameters take, those that are shared counted once."""
+    """The bytes that some parameters occupy on the device; shared arrays count once."""
     arrays = {id(array): array for array in jax.tree.leaves(params)}
     return sum(array.nbytes for array in arrays.values())

@@ -1,9 +1,9 @@
-"""A converted checkpoint on disk: one folder with a JSON that describes the model, its parameters (Orbax), and other files.
+"""A checkpoint on disk: one folder with a JSON description, the parameters (Orbax), and other files.
 
-    DEST/jaxspec.json   DEST/params/   DEST/tokenizer.json ...
+    FOLDER/jaxspec.json   FOLDER/params/   FOLDER/tokenizer.json ...
 
-The folder appears whole or not at all. Parameters are written as they are read, a few rows at a time, so that a checkpoint may be
-larger than the memory; they are restored in any type and onto any mesh.
+A folder is written atomically. Parameters are written as they are read, a few rows at a time, so that a checkpoint may be larger
+than the host's memory; they are restored in any dtype and onto any mesh.
 """
 
 import asyncio
@@ -32,29 +32,35 @@ PARAMS = "params"
 FORMAT = 1
 
 _BLOCK_BYTES = 2**27  # larger tensors are written in blocks of rows, a file each
-_BYTES_AT_A_TIME = 2**29  # so that some tensors are read while others are written
-_PIECE_BYTES = 2**23  # what of a block is brought in order at a time
-_STRIP = 16  # columns that are brought in order at a time, about a cache line
-_WRITE_BYTES = 2**16  # of one call; with 4 MB a conversion takes half as long again (Linux 6.18, ext4)
+_BYTES_AT_A_TIME = 2**29  # in memory at once, so that some tensors are read while others are written
+_PIECE_BYTES = 2**23  # of a block, made row-major at once
+_STRIP = 16  # columns of a transposed matrix that are copied together, about a cache line
+_WRITE_BYTES = 2**16  # of one call; with 4 MB a conversion takes 1.5 times as long (Linux 6.18, ext4)
+
+
+def check_new(folder: str | os.PathLike) -> None:
+    """Raises ValueError where ``folder`` exists, or the folder that it lies in does not."""
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise ValueError(f"expected a new folder, got {folder}, which exists: remove it, or choose another name")
+    if not folder.absolute().parent.is_dir():
+        raise ValueError(f"expected a new folder in one that exists, got {folder}: make {folder.parent} first")
 
 
 @contextlib.contextmanager
 def creating(folder: str | os.PathLike) -> Iterator[Path]:
-    """Gives the path of a new folder beside ``folder``, which takes its place when the block has succeeded, and else is removed.
+    """Yields the path of a temporary folder, which is renamed to ``folder`` when the block succeeds, and removed otherwise.
 
     Raises:
-        ValueError: ``folder`` exists, or what it should lie in does not.
-        OSError: nothing can be written there.
+        ValueError: ``folder`` exists, or the folder that it lies in does not.
+        OSError: the folder cannot be written.
     """
+    check_new(folder)
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise ValueError(f"expected a new folder, but {folder} exists: remove it, or choose another name")
-    if not folder.absolute().parent.is_dir():
-        raise ValueError(f"expected a new folder within one that exists, but {folder.parent} does not: make it first")
     partial = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}-"))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,46 +68,46 @@ def creating(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Writes the JSON."""
+    """Writes the JSON of a folder."""
     text = json.dumps({"format": FORMAT, **description}, indent=1)
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
-    """Reads the JSON.
+    """Reads the JSON of a folder.
 
     Raises:
-        ValueError: the folder is no converted checkpoint, or one of a later format.
+        ValueError: the folder is not a checkpoint of jaxspec, or has a later format.
     """
     try:
         description = json.loads((Path(folder) / DESCRIPTION).read_text(encoding="utf-8"))
         version = description.pop("format")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        came = f"{type(error).__name__}: {error}"
+        got = "no such folder" if not Path(folder).is_dir() else f"{type(error).__name__} ({error}) for its {DESCRIPTION}"
         raise ValueError(
-            f"expected a folder that `jaxspec convert` made at {folder}, but its {DESCRIPTION} cannot be read ({came})"
+            f"expected a folder that `jaxspec convert` made at {folder}, got {got}: convert a checkpoint to it, or check the path"
         ) from error
     if version != FORMAT:
-        raise ValueError(f"expected {folder} in format {FORMAT}, came {version}: convert it again, or install a newer jaxspec")
+        raise ValueError(f"expected format {FORMAT} of {folder}, got {version!r}: convert it again, or install a newer jaxspec")
     return description
 
 
 class _Leaf:
-    """A tensor as a leaf of a tree; a ``Tensor`` is a tuple, which trees would walk into."""
+    """A tensor as a leaf of a pytree; a ``Tensor`` is a tuple, which is not a leaf."""
 
     def __init__(self, tensor: Tensor):
         self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
 
 
-class _Room:
-    """Lets only so many bytes be in memory at a time."""
+class _Budget:
+    """Limits the bytes that are in memory at once."""
 
     def __init__(self, count: int):
         self._free, self._changed = count, asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def holding(self, count: int) -> AsyncIterator[None]:
-        """Waits until ``count`` bytes are free, and has them until the block ends."""
+        """Waits until ``count`` bytes are free, and holds them until the block ends."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._free >= count)
             self._free -= count
@@ -114,11 +120,18 @@ class _Room:
 
 
 def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Writes parameters by path ("layer_0/mlp/up/kernel") to ``folder``/params, and returns the digest of each.
+    """Writes parameters to ``folder``/params.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: by path ("layer_0/mlp/up/kernel").
+
+    Returns:
+        The digest of each tensor, by path.
 
     Raises:
-        ValueError: numbers are NaN or infinite, or cannot be read; a line for each tensor.
-        OSError: the disk is full, or cannot be written to.
+        ValueError: values are NaN or infinite, or cannot be read; a line for each tensor.
+        OSError: the disk is full or cannot be written.
     """
     import orbax.checkpoint as ocp  # slow to import
 
@@ -133,14 +146,14 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     needed = sum(map(_bytes, tensors.values()))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        came = f"expected {needed / 1e9:.2f} GB free for {folder.parent}, came {free / 1e9:.2f} GB"
-        raise OSError(f"{came}: make room, or choose another disk")
-    # A file for each tensor, which several threads write; OCDBT's are written by one.
+        got = f"expected {needed / 1e9:.2f} GB free for {folder.parent}, got {free / 1e9:.2f} GB"
+        raise OSError(f"{got}: free some space, or choose another disk")
+    # One file per tensor, so that several threads write at once; OCDBT has one writer.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, type_handler_registry=registry)
     try:
         with _without_warnings(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
-    except Exception as error:  # Orbax raises errors of many kinds, also of the tensors that were left out for theirs
+    except Exception as error:  # Orbax raises many kinds of errors, also for the tensors that failed before
         errors = errors or [_unwritten(error)]
     if failed := next((error for error in errors if isinstance(error, OSError)), None):
         raise failed
@@ -151,7 +164,7 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns that it finds no files of OCDBT to merge, which it looks for in every checkpoint."""
+    """Hides Orbax's warning that there are no OCDBT files to merge."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -162,7 +175,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
-    """Writes leaves as Orbax's own handler of numpy arrays would, but reads them only then, and a few rows at a time."""
+    """A handler that writes leaves as Orbax's handler of numpy arrays does, but reads them a few rows at a time."""
     import orbax.checkpoint as ocp
     import tensorstore as ts
 
@@ -174,7 +187,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
         spec = handlers.get_json_tspec_write(
             info, info.is_ocdbt_checkpoint, leaf.shape, block, leaf.dtype, process_index=jax.process_index()
         )
-        await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)  # writes what zarr says of an array
+        await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)  # writes zarr's metadata
         digest = blake3()
         for index, start in enumerate(starts):
             file = Path(info.path, _chunk_name((index, *(0 for _ in leaf.shape[1:]))[: len(leaf.shape)]))
@@ -187,17 +200,17 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
 
     class Lazy(handlers.NumpyHandler):
         async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
-            room = _Room(_BYTES_AT_A_TIME)
+            budget = _Budget(_BYTES_AT_A_TIME)
 
             async def write_in_turn(leaf: _Leaf, info: Any) -> None:
-                async with room.holding(min(_bytes(leaf), _BLOCK_BYTES)):
+                async with budget.holding(min(_bytes(leaf), _BLOCK_BYTES)):
                     if not any(isinstance(error, OSError) for error in errors):
                         await write(leaf, info)
 
             async def all_of_them() -> None:
                 await infos[0].await_path_creation()
                 leaves = sorted(zip(values, infos, strict=True), key=lambda pair: -_bytes(pair[0]))
-                await asyncio.gather(*(write_in_turn(*pair) for pair in leaves))  # the largest, whose blocks queue, first
+                await asyncio.gather(*(write_in_turn(*pair) for pair in leaves))  # largest first
 
             return [ocp.future.CommitFutureAwaitingContractedSignals(all_of_them(), name="lazy_tensors")]
 
@@ -209,7 +222,7 @@ def _bytes(tensor: Tensor | _Leaf) -> int:
 
 
 def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
-    """Where the blocks of rows of a tensor begin, and how many rows each has."""
+    """The first row of each block of a tensor, and how many rows a block has."""
     count, size = shape[0] if shape else 1, math.prod(shape) * dtype.itemsize
     step = max(1, -(-count // max(1, -(-size // _BLOCK_BYTES))))
     return range(0, max(count, 1), step), step
@@ -221,15 +234,15 @@ def _chunk_name(at: Sequence[int]) -> str:
 
 
 def _unwritten(error: Exception) -> OSError:
-    return OSError(f"expected to write the parameters, but {str(error).splitlines()[0]}: make room, or choose another disk")
+    return OSError(f"expected to write the parameters, got {str(error).splitlines()[0]}: free some space, or choose another disk")
 
 
 def _write(file: Path, tensor: Tensor, start: int, step: int, digest: blake3) -> None:
-    """Writes a block of rows, told to ``digest``, as an uncompressed chunk of zarr: the numbers themselves, zeros after the last.
+    """Writes a block of rows as an uncompressed zarr chunk (raw values, padded with zeros), and adds it to ``digest``.
 
     Raises:
-        ValueError: a number is NaN or infinite.
-        OSError: the disk is full, or cannot be written to.
+        ValueError: a value is NaN or infinite.
+        OSError: the disk is full or cannot be written.
     """
     stop = min(start + step, tensor.shape[0]) if tensor.shape else 1
     with file.open("wb") as chunk:
@@ -237,7 +250,7 @@ def _write(file: Path, tensor: Tensor, start: int, step: int, digest: blake3) ->
             for first in range(0, len(piece), count := max(1, _WRITE_BYTES // piece.itemsize)):
                 numbers = piece[first : first + count]
                 if not _finite(numbers):
-                    raise ValueError(f"{tensor.name}: expected finite numbers, came NaN or infinity; download it again")
+                    raise ValueError(f"{tensor.name}: expected finite values, got NaN or infinity: download it again")
                 digest.update(numbers.view(np.uint8))
                 chunk.write(numbers.view(np.uint8))
         chunk.truncate(math.prod((step, *tensor.shape[1:])) * tensor.dtype.itemsize)
@@ -245,15 +258,15 @@ def _write(file: Path, tensor: Tensor, start: int, step: int, digest: blake3) ->
 
 
 def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
-    """The numbers of a block in the order of its rows, some rows at a time, each piece flat."""
-    rows = np.atleast_1d(block).view(f"u{block.itemsize}")  # as numpy copies numbers of ml_dtypes one by one
+    """The values of a block in row-major order, a few rows at a time, each piece flat."""
+    rows = np.atleast_1d(block).view(f"u{block.itemsize}")  # numpy copies ml_dtypes one element at a time
     count = max(1, _PIECE_BYTES // max(1, rows[:1].nbytes))
     for start in range(0, len(rows), count):
-        yield _in_order(rows[start : start + count]).reshape(-1).view(block.dtype)
+        yield _row_major(rows[start : start + count]).reshape(-1).view(block.dtype)
 
 
-def _in_order(array: np.ndarray) -> np.ndarray:
-    """Row-major, as numpy would; a transposed matrix in strips, which is five times as quick as all at once."""
+def _row_major(array: np.ndarray) -> np.ndarray:
+    """``np.ascontiguousarray``, but a transposed matrix is copied in strips, which is five times as fast."""
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array)
     ordered = np.empty(array.shape, array.dtype)
@@ -263,7 +276,9 @@ def _in_order(array: np.ndarray) -> np.ndarray:
 
 
 def _finite(numbers: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite; those of two bytes are told by their bits, which is what numpy is quick at."""
+    """Whether no value is NaN or infinite; 16-bit floats are checked by their bits, which is faster."""
+    if not jax.numpy.issubdtype(numbers.dtype, jax.numpy.floating):
+        return True
     if numbers.dtype.itemsize != 2:
         return bool(np.isfinite(numbers).all())
     infinity = np.array(np.inf, numbers.dtype).view(np.int16)
@@ -279,10 +294,13 @@ def read_params(
     """Restores parameters.
 
     Args:
-        folder: of a converted checkpoint.
-        dtype: of floats, by default as written.
+        folder: of a checkpoint.
+        dtype: of floats; by default as written.
         sharding: where each parameter goes: one sharding for all, or a tree of them; by default the first device.
-        shared: parameters by path that are on the device already and are used in place of those on disk.
+        shared: arrays by path that are on the device already; they are used in place of those in the folder, if any.
+
+    Returns:
+        A nested dict of arrays.
 
     Raises:
         ValueError: the parameters are missing or damaged.
@@ -295,7 +313,7 @@ def read_params(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
             flat = traverse_util.flatten_dict(metadata, sep="/")
-            _check_whole(path, flat)
+            _check_complete(path, flat)
             placed = _shardings(sharding, flat)
             wanted = {
                 name: ocp.ArrayRestoreArgs(dtype=_dtype(leaf.dtype, dtype), sharding=placed[name], global_shape=leaf.shape)
@@ -307,23 +325,23 @@ def read_params(
                 item=item, restore_args=traverse_util.unflatten_dict(wanted, sep="/"), partial_restore=True
             )
             restored = traverse_util.flatten_dict(checkpointer.restore(path, args=arguments), sep="/")
-    except Exception as error:  # orbax and tensorstore raise errors of many kinds
-        came = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"expected whole parameters at {path}, but {came}: convert the checkpoint again") from error
+    except Exception as error:  # orbax and tensorstore raise many kinds of errors
+        got = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"expected complete parameters at {path}, got {got}: convert the checkpoint again") from error
     return traverse_util.unflatten_dict({**restored, **shared}, sep="/")
 
 
-def _check_whole(path: Path, flat: Mapping[str, Any]) -> None:
-    """Raises ValueError where a file is missing or too short, for which zarr would give zeros."""
+def _check_complete(path: Path, flat: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file is missing or too short, which zarr would read as zeros."""
     for name, leaf in flat.items():
         folder = path / name.replace("/", ".")
         chunk = json.loads((folder / ".zarray").read_text(encoding="utf-8"))["chunks"]
         size = math.prod(chunk) * np.dtype(leaf.dtype).itemsize
         for at in itertools.product(*(range(-(-count // step)) for count, step in zip(leaf.shape, chunk, strict=True))):
             file = folder / _chunk_name(at)
-            came = file.stat().st_size
-            if came != size:
-                raise ValueError(f"{file.name} of {name} has {came} bytes in place of {size}")
+            got = file.stat().st_size
+            if got != size:
+                raise ValueError(f"{file.name} of {name} with {got} bytes in place of {size}")
 
 
 def _dtype(stored: Any, wanted: str | None) -> Any:

@@ -1,32 +1,50 @@
-"""A tensor of a checkpoint that is read when it is asked for, a few rows at a time, and views of such tensors."""
+"""Tensors of a checkpoint that are read on request, a few rows at a time, and views of such tensors."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 
 class Tensor(NamedTuple):
-    """A name, a shape, and the way to the numbers; nothing is in memory until ``read`` is called."""
+    """A name, a shape, and a function that reads the values; nothing is in memory until ``read`` is called.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: of the whole tensor.
+        dtype: ml_dtypes.bfloat16 included.
+        read: read(start, stop) -> rows [start, stop) of the first axis; a scalar is read by (0, 1), and has shape ().
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype  # ml_dtypes.bfloat16 included
-    read: Callable[[int, int], np.ndarray]  # rows [start, stop) of the first axis; a scalar is read by (0, 1), as shape ()
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
 
     def all(self) -> np.ndarray:
         """The whole tensor."""
         return self.read(0, self.shape[0] if self.shape else 1)
 
 
+def of_array(name: str, array: jax.Array | np.ndarray) -> Tensor:
+    """An array in memory or on a device, fetched to the host a few rows at a time."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        whole = array.ndim == 0 or (start <= 0 and stop >= array.shape[0])
+        return np.asarray(jax.device_get(array if whole else array[start:stop]))
+
+    return Tensor(name, tuple(array.shape), np.dtype(array.dtype), read)
+
+
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """The rows [start, stop) of a tensor as one of its own."""
+    """The rows [start, stop) of a tensor."""
     shape = (stop - start, *tensor.shape[1:])
     return tensor._replace(shape=shape, read=lambda first, last: tensor.read(start + first, start + min(last, shape[0])))
 
 
 def padded(tensor: Tensor, count: int) -> Tensor:
-    """A tensor with rows of zeros after its own, ``count`` in all."""
+    """A tensor followed by rows of zeros, ``count`` rows in all."""
 
     def read(start: int, stop: int) -> np.ndarray:
         stop = min(stop, count)
@@ -37,7 +55,7 @@ def padded(tensor: Tensor, count: int) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The rows of some tensors, one after the other, as one tensor."""
+    """The rows of several tensors, one after the other, as one tensor with the name of the first."""
     starts = np.cumsum([0, *(tensor.shape[0] for tensor in tensors)])
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -52,12 +70,12 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    """A tensor in another type."""
+    """A tensor converted to another dtype as it is read."""
     return tensor._replace(dtype=dtype, read=lambda start, stop: tensor.read(start, stop).astype(dtype, copy=False))
 
 
 def equal(a: Tensor, b: Tensor, block: int = 4096) -> bool:
-    """Whether two tensors hold the same numbers."""
+    """Whether two tensors have equal shapes and values, compared ``block`` rows at a time."""
     if a.shape != b.shape:
         return False
     starts = range(0, a.shape[0], block)

@@ -5,17 +5,17 @@ A family is one settings file in ``jaxspec.models`` or ``jaxspec.codec``, and on
 
 import dataclasses
 import functools
-import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from blake3 import blake3
 from flax import traverse_util
 
-from jaxspec.checkpoint import store
+from jaxspec.checkpoint import pretrained, store
+from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.checkpoint.tensors import Tensor, cast, joined, padded, rows
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec import xcodec2 as xcodec2_codec
@@ -71,7 +71,7 @@ class Layout(NamedTuple):
     """A checkpoint ready to be written: its parameters, the JSON, and what was left out by name or is worth knowing."""
 
     params: dict[str, Tensor]
-    description: dict[str, Any]
+    description: card.Model | CodecDescription
     dropped: list[str]
     notes: list[str]
     tokenizer: Any = None
@@ -101,22 +101,16 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
         OSError: ``dest`` cannot be written, or the disk is full.
     """
     options = options or Options()
-    with store.creating(dest) as folder:
-        opened = open_source(source, revision)
-        tokenizer = _tokenizer(opened)
-        name = options.family or recognise(opened.tensors, tokenizer)
-        layout = _layout(name, opened, tokenizer, options)
-        digests = store.write_params(folder, layout.params)
-        whole = blake3(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-        files = [path.name for path in opened.files]
-        description = layout.description | {"source": opened.origin, "files": files, "digest": f"blake3:{whole}"}
-        if description["kind"] == "language model":
-            description["tables"] = {path: digests[path] for path in digests if path.startswith(("table_", "head"))}
-            layout.tokenizer.save(str(folder / card.TOKENIZER))
-        store.write_description(folder, description)
-    sizes = [int(np.prod(tensor.shape)) for tensor in layout.params.values()]
-    total = sum(size * tensor.dtype.itemsize for size, tensor in zip(sizes, layout.params.values(), strict=True))
-    return Converted(name, sum(sizes), total, layout.dropped, layout.notes)
+    store.check_new(dest)  # before a download
+    opened = open_source(source, revision)
+    tokenizer = _tokenizer(opened)
+    name = options.family or recognise(opened.tensors, tokenizer)
+    layout = _layout(name, opened, tokenizer, options)
+    files = tuple(path.name for path in opened.files)
+    description = dataclasses.replace(layout.description, source=opened.origin, files=files)
+    written = pretrained.save(dest, description, layout.params, layout.tokenizer)
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in layout.params.values())
+    return Converted(name, written.parameters, total, layout.dropped, layout.notes)
 
 
 def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
@@ -166,7 +160,7 @@ def _codec(name: str, opened: Source, options: Options) -> Layout:
     table, codec, licence = CODECS[name]
     tensors = fold_weight_norm(opened.tensors)
     config, rules = table.config({key: tensor.shape for key, tensor in tensors.items()}, opened.config)
-    description = {"kind": "codec", "family": name, "licence": licence, "shape": dataclasses.asdict(config)}
+    description = CodecDescription(name, dataclasses.asdict(config), licence)
     dtype = DTYPES[options.dtype or "float32"]
     return _planned(tensors, rules, codec.abstract_params(config), dtype, description, [], [])
 
@@ -254,9 +248,8 @@ def _language_model(
         head_bias="head_bias" in tensors,
         dtype=str(dtype),
     )
-    description = card.to_json(make(shape))
     abstract = transformer.abstract_params(shape)
-    return _planned(tensors, llama.RULES, abstract, dtype, description, dropped, notes)._replace(tokenizer=tokenizer)
+    return _planned(tensors, llama.RULES, abstract, dtype, make(shape), dropped, notes)._replace(tokenizer=tokenizer)
 
 
 def _dtype(options: Options, tensors: dict[str, Tensor]) -> np.dtype:
@@ -269,7 +262,7 @@ def _planned(
     rules: Sequence[Rule],
     abstract: Any,
     dtype: np.dtype,
-    description: dict[str, Any],
+    description: card.Model | CodecDescription,
     dropped: list[str],
     notes: list[str],
 ) -> Layout:

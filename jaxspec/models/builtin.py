@@ -8,13 +8,13 @@ import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxspec.codec import builtin as codecs
 from jaxspec.codec import fsq
-from jaxspec.common import weights
+from jaxspec.common import records, weights
 from jaxspec.models import transformer
 from jaxspec.text.symbols import SYMBOLS, encode, to_symbols
 from jaxspec.types import Params
@@ -89,12 +89,8 @@ def load(path: str | os.PathLike = BUILTIN) -> Voice:
     """
     tree, shapes = weights.load(path)
     try:
-        target, draft = (transformer.Config(**_tuples(shapes[name])) for name in ("target", "draft"))
-        codec = codecs.Config(**_tuples(shapes["codec"]))
+        target, draft = (records.from_json(transformer.Config, shapes[name]) for name in ("target", "draft"))
+        codec = records.from_json(codecs.Config, shapes["codec"])
         return Voice(target, draft, codec, tree["target"], tree["draft"], tree["codec"], tree["trained"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a voice of jaxspec in {path}, but it is not one ({error}): install it again") from error
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -1,41 +1,51 @@
-"""What a language model's checkpoint says of itself beyond its weights: ids, prompt, sampling, limits, codec, licence.
+"""The description of a language model beyond its weights: ids, prompt, sampling, limits, codec and licence.
 
-A family's settings file (llasa.py, cosyvoice.py, ...) makes a ``Model`` when a checkpoint is converted; it is stored whole in the
-checkpoint's JSON, and what speaks reads nothing else.
+A family's settings file (llasa.py, cosyvoice.py, ...) builds a ``Model`` when a checkpoint is converted. It is stored in the
+folder's JSON, and synthesis reads nothing else about the family.
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxspec.common import records
 from jaxspec.models.transformer import Config, RopeScaling
 from jaxspec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A converted language model.
+    """A language model of speech codes.
 
-    shape: of the transformer. Ids are those of its input tables, see ``jaxspec.types``.
-    codes_first, num_codes, slots: code c of slot s of a frame is id codes_first + s * num_codes + c.
-    stop_ids: end a text.
-    text_first: the id of the tokenizer's id 0; 0 where the head has the tokenizer's whole vocabulary.
-    prompt: its parts. A string is tokenized on its own, after {text}, {voice} and {reference} were filled in; a number is an id.
-        Without {reference}, the reference's text comes before the text, and a space between them.
-    clones: whether codes of a reference may follow the prompt.
-    voices: names for {voice}, the first being the default.
-    phonemes: the language, as espeak names it, in whose phonemes the text is given; "": the text itself.
-    max_tokens: of prompt and codes together; max_new_tokens: of codes; max_codes_per_token: of codes for each token of the text.
-        0 is no such limit. min_codes_per_token: before that many, ``sampling.withheld`` does not come.
-    codec: "xcodec2", "neucodec", "snac", or "" where codes are all that comes out.
-    head: "all" (the checkpoint's whole vocabulary), or "speech" (codes and stop ids alone, their law renormalised).
-    source, files: what was converted. digest: of all parameters; tables: of each table and head, to know what models share.
+    Attributes:
+        family: "llasa", "orpheus", ...
+        shape: of the transformer. Ids are those of its input tables, see ``jaxspec.types``.
+        codes_first, num_codes, slots: code c of slot s of a frame has the id codes_first + s * num_codes + c.
+        stop_ids: ids that end an utterance.
+        text_first: the id of the tokenizer's id 0; 0 where the head has the tokenizer's whole vocabulary.
+        prompt: its parts, in order. A string is tokenized separately, after {text}, {voice} and {reference} are filled in; a
+            number is an id. Without {reference}, the reference's text precedes the text, separated by a space.
+        sampling: the default.
+        codec: "xcodec2", "neucodec", "snac", or "" for a family whose codec is not implemented (codes only).
+        licence: of the weights.
+        clones: whether codes of a reference recording may follow the prompt.
+        voices: names for {voice}; the first is the default.
+        phonemes: the espeak language in whose phonemes the text is given; "" for plain text.
+        max_tokens: limit on prompt and codes together. max_new_tokens: limit on codes. max_codes_per_token: limit on codes per
+            token of the text. 0 is no limit.
+        min_codes_per_token: ``sampling.withheld`` is not sampled before that many codes per token of the text.
+        head: "all" (the checkpoint's vocabulary) or "speech" (codes and stop ids only, with their probs renormalised).
+        source, files: what was converted.
+        digest: of all parameters. tables: the digest of each input table and head, by which models find equal arrays.
+        parameters: how many numbers there are; 0 if unknown.
     """
 
     family: str
@@ -61,45 +71,44 @@ class Model:
     files: tuple[str, ...] = ()
     digest: str = ""
     tables: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    parameters: int = 0
 
 
-def to_json(model: Model) -> dict[str, Any]:
-    """A model as plain values."""
-    return {"kind": "language model", **dataclasses.asdict(model)}
-
-
-def from_json(values: Mapping[str, Any], path: Path) -> Model:
-    """The model that ``to_json`` wrote.
+def from_json(values: Mapping[str, Any]) -> Model:
+    """A model from its JSON values.
 
     Raises:
-        ValueError: the values are not those of a model, as ``path`` said they were.
+        ValueError: a field is missing, unknown, or of another type.
     """
-    try:
-        values = dict(values)
-        if values.pop("kind") != "language model":
-            raise ValueError("it is of a codec")
-        shape = dict(values.pop("shape"))
-        scaling = shape.pop("rope_scaling")
-        shape = Config(**_tuples(shape), rope_scaling=RopeScaling(**scaling) if scaling else None)
-        model = Model(shape=shape, sampling=Sampling(**values.pop("sampling")), **_tuples(values))
-        for field, kind in typing.get_type_hints(Model).items():
-            plain = typing.get_origin(kind) or kind
-            if not isinstance(getattr(model, field), (dict if plain is Mapping else plain)):
-                raise ValueError(f"{field} is {getattr(model, field)!r}")
-        return model
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected the description of a language model in {path}, but {error}: convert it again") from error
+    for name in ("shape", "sampling"):
+        if not isinstance(values.get(name), Mapping):
+            raise ValueError(f"{name} is {values.get(name)!r}")
+    sampling = records.from_json(Sampling, values["sampling"])
+    return records.from_json(Model, {**values, "shape": shape_from_json(values["shape"]), "sampling": sampling})
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def code_ids(tokenizer: Any, pattern: str) -> tuple[int, int]:
-    """The id of the token that ``pattern`` ("<|s_{}|>") gives for 0, and how many follow it, their ids without a gap.
+def shape_from_json(values: Mapping[str, Any]) -> Config:
+    """The shape of a transformer from JSON values.
 
     Raises:
-        ValueError: there are none.
+        ValueError: a field is missing, unknown, or of another type.
+    """
+    scaling = values.get("rope_scaling")
+    return records.from_json(Config, {**values, "rope_scaling": records.from_json(RopeScaling, scaling) if scaling else None})
+
+
+def code_ids(tokenizer: "Tokenizer", pattern: str) -> tuple[int, int]:
+    """The ids of the codes in a tokenizer.
+
+    Args:
+        tokenizer: of the checkpoint.
+        pattern: the token of code number {}, such as "<|s_{}|>".
+
+    Returns:
+        The id of code 0, and how many codes follow it with consecutive ids.
+
+    Raises:
+        ValueError: the tokenizer has none.
     """
     (first,) = token_ids(tokenizer, pattern.format(0))
     count = 1
@@ -108,63 +117,66 @@ def code_ids(tokenizer: Any, pattern: str) -> tuple[int, int]:
     return first, count
 
 
-def token_ids(tokenizer: Any, *tokens: str) -> list[int]:
+def token_ids(tokenizer: "Tokenizer", *tokens: str) -> list[int]:
     """The ids of some tokens.
 
     Raises:
-        ValueError: the tokenizer lacks one.
+        ValueError: the tokenizer does not have one of them.
     """
-    ids = [tokenizer.token_to_id(token) for token in tokens]
-    if None in ids:
-        raise ValueError(f"expected a tokenizer that knows {tokens[ids.index(None)]}, but it does not: give the checkpoint's")
+    ids = []
+    for token in tokens:
+        if (found := tokenizer.token_to_id(token)) is None:
+            raise ValueError(f"expected a tokenizer with the token {token}, got one without it: use the checkpoint's own")
+        ids.append(found)
     return ids
 
 
-def tokenizer_of(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> "Tokenizer":
     """The tokenizer of a folder.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     import tokenizers
 
     try:
         return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # the library raises bare exceptions
-        raise ValueError(f"expected a tokenizer at {folder / TOKENIZER}, but {error}: convert the checkpoint again") from error
+        raise ValueError(f"expected a tokenizer at {folder / TOKENIZER}, got {error}: convert the checkpoint again") from error
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """The tokenizer's ids of a text, nothing added."""
+def tokenize(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """The tokenizer's ids of a text, without special tokens around them."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def prompt_ids(
-    model: Model, tokenizer: Any, text: str, voice: str = "", reference: str = "", codes: Sequence[int] | np.ndarray = ()
+    model: Model,
+    tokenizer: "Tokenizer",
+    text: str,
+    voice: str = "",
+    reference: str = "",
+    codes: Sequence[int] | np.ndarray = (),
 ) -> np.ndarray:
-    """The ids of a prompt, int32 [P].
+    """The ids of a prompt.
 
     Args:
-        model: whose prompt.
-        tokenizer: the checkpoint's.
-        text: what to say, in phonemes where the model takes them.
-        voice: one of ``model.voices``, "" for the first.
-        reference: what the reference says.
-        codes: of the reference, int [T] or, with slots, [T Q].
+        model: the language model's description.
+        tokenizer: of the checkpoint.
+        text: the text to speak, in phonemes where ``model.phonemes`` is set.
+        voice: one of ``model.voices``; "" is the first.
+        reference: the text of the reference recording.
+        codes: of the reference recording, int [T].
+
+    Returns:
+        int32 [P].
 
     Raises:
-        ValueError: a voice that the model does not know, or a reference that it cannot take.
+        ValueError: the model does not have the voice or takes no such reference, or an id lies outside its input tables.
     """
-    if voice and voice not in model.voices:
-        raise ValueError(f"expected a voice among {', '.join(model.voices) or 'none'}, got {voice!r}")
-    codes = np.asarray(codes, np.int64)
-    if len(codes) and not model.clones:
-        raise ValueError(f"expected no reference codes for {model.family}, which takes none: choose a voice in their place")
-    if codes.ndim != 1 or (len(codes) and not 0 <= codes.min() <= codes.max() < model.num_codes):
-        span = f"{codes.min()} to {codes.max()}" if codes.size else "none"
-        raise ValueError(f"expected reference codes int [T] of 0 to {model.num_codes - 1}, got {codes.shape} of {span}")
-    apart = any("{reference}" in str(part) for part in model.prompt)
-    if reference and not apart:
+    _check_voice(model, voice)
+    codes = _checked_codes(model, codes)
+    if reference and not any("{reference}" in str(part) for part in model.prompt):
         text = f"{reference} {text}"
     ids: list[int] = []
     for part in model.prompt:
@@ -174,13 +186,48 @@ def prompt_ids(
         for name, value in (("{voice}", voice or next(iter(model.voices), "")), ("{reference}", reference), ("{text}", text)):
             part = part.replace(name, value)
         ids += [model.text_first + i for i in tokenize(tokenizer, part)]
+    rows = sum(model.shape.input_tables)
+    if ids and max(ids) >= rows:
+        raise ValueError(
+            f"expected prompt ids below {rows}, the rows of the input tables of {model.family}, got {max(ids)}: "
+            "use the tokenizer that belongs to the checkpoint"
+        )
     return np.array([*ids, *(model.codes_first + codes)], np.int32)
 
 
-def codes_of(model: Model, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The codes among emitted ids [T], and where they stood: (int32 [T' Q], int32 [T' Q] indices into ``ids``).
+def _check_voice(model: Model, voice: str) -> None:
+    if voice and not model.voices:
+        instead = "give a reference recording" if model.clones else "leave the voice out"
+        raise ValueError(f"expected no voice for {model.family}, which has no named voices, got {voice!r}: {instead} instead")
+    if voice and voice not in model.voices:
+        raise ValueError(f"expected a voice among {', '.join(model.voices)}, got {voice!r}: choose one of these")
 
-    What is no code is left out: stop ids, text, and whole frames in which a code is not of its slot.
+
+def _checked_codes(model: Model, codes: Sequence[int] | np.ndarray) -> np.ndarray:
+    codes = np.asarray(codes, np.int64)
+    if len(codes) and not model.clones:
+        instead = "choose a voice instead" if model.voices else "leave them out"
+        raise ValueError(f"expected no reference codes for {model.family}, which takes none, got {len(codes)}: {instead}")
+    if codes.ndim != 1 or (len(codes) and not 0 <= codes.min() <= codes.max() < model.num_codes):
+        span = f"{codes.min()} to {codes.max()}" if codes.size else "none"
+        raise ValueError(
+            f"expected reference codes int [T] of 0 to {model.num_codes - 1}, got {codes.shape} of {span}: "
+            f"encode the recording with the codec of {model.family}"
+        )
+    return codes
+
+
+def codes_of(model: Model, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The codes among emitted ids.
+
+    Stop ids and text are left out, and so is a whole frame in which an id does not belong to its slot.
+
+    Args:
+        model: the language model's description.
+        ids: emitted ids, int [T].
+
+    Returns:
+        The codes int32 [T' Q], and their indices into ``ids``, int32 [T' Q].
     """
     at = np.flatnonzero((ids >= model.codes_first) & (ids < model.codes_first + model.slots * model.num_codes))
     at = at[: len(at) // model.slots * model.slots].reshape(-1, model.slots)

@@ -1,0 +1,98 @@
+"""The JSON descriptions of the three kinds of folders: language model ("model"), draft ("draft") and codec ("codec")."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxspec.checkpoint import store
+from jaxspec.common import records
+from jaxspec.models import card
+from jaxspec.models.card import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftDescription:
+    """A draft that was trained for one target.
+
+    Attributes:
+        family: a name in ``pretrained.DRAFTERS``.
+        settings: what the family's builder takes, as JSON values.
+        target: the digest of the target's parameters, ``Model.digest``.
+        shared: the draft's parameters that are arrays of the target, {path in the draft: path in the target}; not stored.
+        licence, source: of the weights.
+        digest: of the stored parameters. parameters: how many numbers are stored.
+    """
+
+    family: str
+    settings: Mapping[str, Any]
+    target: str
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    licence: str = ""
+    source: str = ""
+    digest: str = ""
+    parameters: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecDescription:
+    """A codec.
+
+    Attributes:
+        family: a name in ``pretrained.CODECS``.
+        shape: the fields of the codec's ``Config``, as JSON values.
+        licence: of the weights.
+        source, files: what was converted.
+        digest: of the parameters. parameters: how many numbers there are; 0 if unknown.
+    """
+
+    family: str
+    shape: Mapping[str, Any]
+    licence: str
+    source: str = ""
+    files: tuple[str, ...] = ()
+    digest: str = ""
+    parameters: int = 0
+
+
+Description = Model | DraftDescription | CodecDescription
+_Kind = TypeVar("_Kind", Model, DraftDescription, CodecDescription)
+
+_NAMES: dict[type[Description], str] = {Model: "language model", DraftDescription: "draft", CodecDescription: "codec"}
+_KINDS: dict[type[Description], str] = {Model: "model", DraftDescription: "draft", CodecDescription: "codec"}
+_READ = {kind: made for made, kind in _KINDS.items()} | {"language model": Model}  # the last in folders of earlier versions
+
+
+def to_json(description: Description) -> dict[str, Any]:
+    """A description as JSON values."""
+    return {"kind": _KINDS[type(description)], **dataclasses.asdict(description)}
+
+
+def read(folder: str | Path) -> Description:
+    """The description of a folder.
+
+    Raises:
+        ValueError: the folder holds none, or one that cannot be read.
+    """
+    values = store.read_description(folder)
+    path, kind = Path(folder) / store.DESCRIPTION, values.pop("kind", None)
+    if not isinstance(kind, str) or kind not in _READ:
+        raise ValueError(f"expected kind {', '.join(_KINDS.values())} in {path}, got {kind!r}: install a newer jaxspec")
+    made = _READ[kind]
+    try:
+        return card.from_json(values) if made is Model else records.from_json(made, values)
+    except ValueError as error:
+        raise ValueError(f"expected the description of a {_NAMES[made]} in {path}, got {error}: make the folder again") from error
+
+
+def read_as(folder: str | Path, kind: type[_Kind]) -> _Kind:
+    """The description of a folder that must be of one kind.
+
+    Raises:
+        ValueError: the folder holds none, one of another kind, or one that cannot be read.
+    """
+    description = read(folder)
+    if not isinstance(description, kind):
+        came, wanted = _NAMES[type(description)], _NAMES[kind]
+        raise ValueError(f"expected a {wanted} in {folder}, got a {came}: give the folder of a {wanted}")
+    return description

@@ -1,0 +1,43 @@
+"""Dataclasses from JSON."""
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
+
+
+def from_json(kind: type[Record], values: Mapping[str, Any]) -> Record:
+    """Builds a dataclass from its JSON, in which its tuples became lists.
+
+    Args:
+        kind: the dataclass.
+        values: its fields by name; a field with a default may be absent.
+
+    Returns:
+        The dataclass, every list a tuple.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type, or ``kind`` refuses a value.
+
+    >>> from jaxspec.sampling import Sampling
+    >>> from_json(Sampling, {"temperature": 0.5}).temperature
+    0.5
+    """
+    try:
+        record = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    for name, hint in typing.get_type_hints(kind).items():
+        value = getattr(record, name)
+        if not isinstance(value, _plain(hint)):
+            raise ValueError(f"{name} is {value!r}")
+    return record
+
+
+def _plain(hint: Any) -> Any:
+    """The class that ``isinstance`` takes for a type hint; an int is a float, as PEP 484 has it."""
+    if hint is float:
+        return (float, int)
+    return hint if isinstance(hint, types.UnionType) else typing.get_origin(hint) or hint
