@@ -20,6 +20,7 @@ import jax
 Array = jax.Array
 Params = Any  # a tree of arrays
 Cache = Any  # a tree of arrays with B as the leading axis
+Condition = Any  # a tree of arrays with B as the leading axis, or None
 
 
 class LanguageModel(NamedTuple):
@@ -105,14 +106,22 @@ Verify = Callable[[Array, Array, Array, Array], Verdict]
 
 
 class Codec(NamedTuple):
-    """Waves to codes and back.
+    """Waves to codes and back, for batches of rows of different lengths.
 
-    encode(params, wave float32 [B N]) -> codes int32 [B T Q]; None where only the decoder is here.
-    decode(params, codes) -> wave [B N]; codecs whose decoder looks ahead take decode(params, codes, length int32 [B]), by which a
-        row sounds as it would alone.
+    encode(params, wave float32 [B N], length int32 [B]) -> codes int32 [B T Q]
+        ``length`` counts the valid samples of each row; a last frame that is partly valid counts. Codes after it are 0.
+    decode(params, codes int32 [B T Q], length int32 [B], condition, key) -> wave float32 [B T*samples_per_frame]
+        ``length`` counts the valid frames of each row; samples after them are 0.
+        ``condition`` is what else the decoder is given for each row, such as its voice; None where it takes nothing.
+        ``key`` holds a PRNG key for each row [B] and is consumed; None where the decoder draws no noise, or to draw none.
+
+    The result for a row depends on its valid part, its condition and its key, and not on padding, batch or slot.
     """
 
-    encode: Callable[[Params, Array], Array] | None
-    decode: Callable[..., Array]
+    encode: Callable[[Params, Array, Array], Array] | None  # None where there is no encoder
+    decode: Callable[[Params, Array, Array, Condition, Array | None], Array]
     sample_rate_hz: int
     frame_rate_hz: float
+    # How many frames to the left and to the right of a frame its samples depend on; None: all of them (global attention or
+    # normalisation, recurrence). A causal decoder has 0 to the right.
+    context_frames: tuple[int | None, int | None]

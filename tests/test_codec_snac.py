@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import snac
 import torch
 from checkpoints import SNAC, folded, planned, snac_model
 
+from jaxspec.codec import snac as snac_codec
 from jaxspec.codec.snac import Config, abstract_params, codec
 from jaxspec.convert.snac import RULES, config
 
@@ -15,7 +17,7 @@ LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "latent_dim": 
 LARGE |= {"decoder_rates": [8, 8, 4, 2], "codebook_size": 4096, "codebook_dim": 8}
 FRAMES, HOP = 5, 4 * 4 * 3 * 2
 LEVELS = [[0], [1, 4], [2, 3, 5, 6]]  # where in Orpheus' frame of seven each codebook's codes are
-KEY = jax.random.key(3)
+KEYS = jax.random.split(jax.random.key(3), 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +47,40 @@ def frames(seed=0, rows=3, count=FRAMES):
     return np.random.default_rng(seed).integers(0, 16, (rows, count, 7), np.int32)
 
 
+def full(codes):
+    return np.full(len(codes), codes.shape[1], np.int32)
+
+
 def expected(model, codes, noise, monkeypatch):
-    """The reference's wave, its noise blocks given the noise [T 1] of each."""
+    """The reference's wave, with the noise [B T 1] of each of its noise blocks given."""
     left = iter(noise)
-    with_noise = lambda block, x: x + torch.tensor(next(left)(x.shape[-1])).T * block.linear(x)  # noqa: E731
+    with_noise = lambda block, x: x + torch.tensor(np.array(next(left))).mT * block.linear(x)  # noqa: E731
     monkeypatch.setattr(snac.layers.NoiseBlock, "forward", with_noise)
     with torch.no_grad():
         return model.decode([torch.tensor(codes[:, :, level].reshape(len(codes), -1)) for level in LEVELS])[:, 0].numpy()
 
 
 def test_wave_is_the_packages(reference, ours, monkeypatch):
-    silence = [lambda steps: np.zeros((steps, 1), np.float32)] * 3
-    wave = expected(reference, frames(), silence, monkeypatch)
+    wave = expected(reference, frames(), [np.zeros((1, 1, 1), np.float32)] * 3, monkeypatch)
     assert wave.shape == (3, FRAMES * HOP)
     assert 0.1 < wave.std() < 0.9
-    np.testing.assert_allclose(ours[0].decode(ours[1], frames()), wave, atol=1e-5)
+    np.testing.assert_allclose(ours[0].decode(ours[1], frames(), full(frames()), None, None), wave, atol=1e-5)
 
 
 def test_wave_with_noise_is_the_packages_with_the_same(reference, ours, monkeypatch):
-    noise = [lambda steps, key=key: np.array(jax.random.normal(key, (steps, 1))) for key in jax.random.split(KEY, 3)]
+    keys = [jax.vmap(jax.random.fold_in, (0, None))(KEYS, block) for block in range(3)]
+    noise = [snac_codec.noise(keys[i], FRAMES, steps) for i, steps in enumerate((16, 48, 96))]
     wave = expected(reference, frames(), noise, monkeypatch)
-    np.testing.assert_allclose(ours[0].decode(ours[1], frames(), None, KEY), wave, atol=1e-5)
+    np.testing.assert_allclose(ours[0].decode(ours[1], frames(), full(frames()), None, KEYS), wave, atol=1e-5)
+
+
+def test_noise_is_standard_normal_and_that_of_its_row_and_frame():
+    drawn = snac_codec.noise(KEYS, 40, 250)
+    assert drawn.shape == (3, 10_000, 1)
+    assert drawn.dtype == jnp.float32
+    assert scipy.stats.kstest(drawn[:, :, 0].ravel(), "norm").pvalue > 1e-6  # the rate of false alarms
+    assert jnp.unique(drawn).size > 0.99 * drawn.size
+    np.testing.assert_array_equal(snac_codec.noise(KEYS[1:2], 7, 250)[0], drawn[1, : 7 * 250])
 
 
 def test_the_older_names_of_weight_norm_give_the_same(reference, ours):
@@ -74,23 +89,14 @@ def test_the_older_names_of_weight_norm_give_the_same(reference, ours):
     jax.tree.map(np.testing.assert_array_equal, planned(tensors_of(old), RULES, ours[1]), ours[1])
 
 
-@pytest.mark.parametrize("key", [None, KEY])
-def test_a_row_is_the_same_alone_and_silent_beyond_its_end(ours, key):
-    (_, decode, *_), params = ours
-    codes, lengths = frames(), np.array([2, FRAMES, 0])
-    waves = decode(params, codes, lengths, key)
-    for row, length, wave in zip(codes, lengths, waves, strict=True):
-        if length:
-            alone = decode(params, row[None, :length], None, key)[0]
-            np.testing.assert_allclose(wave[: length * HOP], alone, atol=1e-6)
-        assert not wave[length * HOP :].any()
-
-
 def test_noise_is_the_keys(ours):
-    (_, decode, *_), params = ours
-    first, again, other, without = (decode(params, frames(), None, key) for key in (KEY, KEY, jax.random.key(4), None))
+    codes = frames()
+    first, again, other, without = (
+        ours[0].decode(ours[1], codes, full(codes), None, keys) for keys in (KEYS, KEYS, KEYS[::-1], None)
+    )
     np.testing.assert_array_equal(first, again)
-    assert jnp.abs(first - other).mean() > 0.01
+    np.testing.assert_array_equal(first[1], other[1])
+    assert jnp.abs(first[0] - other[0]).mean() > 0.01
     assert jnp.abs(first - without).mean() > 0.01
 
 
@@ -102,7 +108,7 @@ def test_a_frame_is_2048_samples():
     assert (made.sample_rate_hz, made.frame_rate_hz) == (24_000, 24_000 / 2048)
     assert codec(Config()) is made
     codes, length = jax.ShapeDtypeStruct((2, 12, 7), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    wave = jax.eval_shape(made.decode, abstract_params(Config()), codes, length)
+    wave = jax.eval_shape(made.decode, abstract_params(Config()), codes, length, None, None)
     assert (wave.shape, wave.dtype) == ((2, 12 * 2048), jnp.float32)
 
 

@@ -154,7 +154,9 @@ def test_a_converted_codec_sounds_like_the_reference(sources, tmp_path, name):
     model = checkpoints.xcodec2_model({"xcodec2": "X-codec2", "neucodec": "NeuCodec"}[name])
     with torch.no_grad():
         wave = model.decode(torch.from_numpy(codes).mT.long()).audio_values[:, 0]
-    np.testing.assert_allclose(made.codec.decode(made.params, codes), wave, atol=1e-5)
+    np.testing.assert_allclose(
+        made.codec.decode(made.params, codes, np.full(2, codes.shape[1], np.int32), None, None), wave, atol=1e-5
+    )
 
 
 def test_a_converted_snac_sounds_like_the_reference(sources, tmp_path, monkeypatch):
@@ -169,7 +171,9 @@ def test_a_converted_snac_sounds_like_the_reference(sources, tmp_path, monkeypat
     with torch.no_grad():
         levels = [torch.tensor(codes[:, :, at].reshape(2, -1)) for at in ([0], [1, 4], [2, 3, 5, 6])]
         wave = checkpoints.snac_model().decode(levels)[:, 0]
-    np.testing.assert_allclose(made.codec.decode(made.params, codes), wave, atol=1e-5)
+    np.testing.assert_allclose(
+        made.codec.decode(made.params, codes, np.full(2, codes.shape[1], np.int32), None, None), wave, atol=1e-5
+    )
 
 
 def test_convert_and_info_say_what_was_made(sources, tmp_path, caplog):

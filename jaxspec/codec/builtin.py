@@ -1,9 +1,10 @@
-"""The codec of the built-in voice: one code every 40 ms from a log-mel encoder, and an ISTFT decoder that knows who speaks.
+"""The codec of the built-in voice: one code every 40 ms from a log-mel encoder, and an ISTFT decoder conditioned on the voice.
 
     wave -> log mel (100 Hz) -> convolutions -> 25 Hz -> FSQ -> codes
     codes + voice -> convolutions at 25 Hz -> 100 Hz -> magnitude and phase -> wave          (the head of Vocos, arXiv 2306.00814)
 
-The decoder is given the voice, so that a code is left to say what is said and how, not by whom.
+The decoder is given the voice, so that the codes need to carry only what is said and how. Every convolution has zeros for input
+beyond a row's length, so that padding does not change a row.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxspec.codec import fsq, spectrum
+from jaxspec.codec import fsq, padding, spectrum
 from jaxspec.types import Array, Codec, Params
 
 
@@ -35,36 +36,51 @@ class Config:
 
     @property
     def samples_per_code(self) -> int:
-        """Samples of wave that one code stands for."""
+        """Samples of wave for each code."""
         return self.hop * self.stride
+
+    @property
+    def context_frames(self) -> tuple[int, int]:
+        """The decoder's receptive field: a step for each convolution, and half a window of the ISTFT.
+
+        >>> Config(voices=2).context_frames
+        (6, 6)
+        """
+        fine = self.fine_blocks + self.n_fft // self.hop // 2
+        side = 1 + self.coarse_blocks + -(-fine // self.stride)
+        return side, side
 
 
 class Block(nn.Module):
-    """x + up(gelu(conv(norm(x)))): a residual block with a full convolution (grouped ones are slow on CPU)."""
+    """x + out(gelu(conv(norm(x)))): a residual block with a full convolution (grouped ones are slow on CPU)."""
 
     width: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x [B T D] -> [B T D]."""
-        y = nn.Conv(2 * self.width, (3,), name="conv")(nn.LayerNorm(name="norm")(x))
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """x [B T D], mask bool [B T 1] -> [B T D]."""
+        y = nn.Conv(2 * self.width, (3,), name="conv")(jnp.where(mask, nn.LayerNorm(name="norm")(x), 0))
         return x + nn.Dense(self.width, name="out")(nn.gelu(y))
 
 
 class Encoder(nn.Module):
-    """Log-mel spectrum to unquantised coordinates."""
+    """Log-mel spectrogram to unquantised coordinates."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, wave: Array) -> Array:
-        """wave [B N] -> [B N/samples_per_code len(levels)]."""
+    def __call__(self, wave: Array, length: Array) -> Array:
+        """wave [B N], of which ``length`` int32 [B] samples are valid -> [B N/samples_per_code len(levels)]."""
         c = self.config
+        codes = -(-length // c.samples_per_code)
+        wave = jnp.where(padding.valid(length, wave.shape[1]), wave, 0)
         x = spectrum.log_mel(wave, c.sample_rate_hz, c.n_fft, c.hop, c.mel_bins) / 4 + 1
-        x = Block(c.encoder_width)(nn.Conv(c.encoder_width, (3,))(x))
-        x = nn.Conv(c.width, (2 * c.stride,), strides=(c.stride,))(x)
+        mask = padding.valid(codes * c.stride, x.shape[1])[:, :, None]
+        x = Block(c.encoder_width)(nn.Conv(c.encoder_width, (3,))(jnp.where(mask, x, 0)), mask)
+        x = nn.Conv(c.width, (2 * c.stride,), strides=(c.stride,))(jnp.where(mask, x, 0))
+        mask = padding.valid(codes, x.shape[1])[:, :, None]
         for _ in range(c.coarse_blocks):
-            x = Block(c.width)(x)
+            x = Block(c.width)(x, mask)
         return nn.Dense(len(c.levels))(nn.LayerNorm()(x))
 
 
@@ -74,19 +90,21 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, z: Array, voice: Array) -> Array:
-        """z [B T len(levels)], voice int32 [B] -> wave [B T*samples_per_code]."""
+    def __call__(self, z: Array, length: Array, voice: Array) -> Array:
+        """z [B T len(levels)], of which ``length`` int32 [B] steps are valid, voice int32 [B] -> [B T*samples_per_code]."""
         c = self.config
-        x = nn.Conv(c.width, (3,))(z) + nn.Embed(c.voices, c.width)(voice)[:, None]
+        mask = padding.valid(length, z.shape[1])[:, :, None]
+        x = nn.Conv(c.width, (3,))(jnp.where(mask, z, 0)) + nn.Embed(c.voices, c.width)(voice)[:, None]
         for _ in range(c.coarse_blocks):
-            x = Block(c.width)(x)
+            x = Block(c.width)(x, mask)
         x = nn.Dense(c.width * c.stride)(x).reshape(x.shape[0], -1, c.width)
+        mask = padding.valid(length * c.stride, x.shape[1])[:, :, None]
         for _ in range(c.fine_blocks):
-            x = Block(c.width)(x)
+            x = Block(c.width)(x, mask)
         x = nn.Dense(c.n_fft + 2)(nn.LayerNorm()(x))
         log_magnitude, phase = jnp.split(x, 2, axis=-1)
         polar = jnp.exp(jnp.minimum(log_magnitude, 5.0)) * jnp.exp(1j * phase)
-        return spectrum.istft(polar, c.n_fft, c.hop)
+        return spectrum.istft(polar, mask[:, :, 0], c.n_fft, c.hop)
 
 
 class VoiceCodec(nn.Module):
@@ -100,34 +118,37 @@ class VoiceCodec(nn.Module):
         self.decoder = Decoder(self.config)
 
     def __call__(self, wave: Array, voice: Array) -> tuple[Array, Array]:
-        """wave [B N], voice int32 [B] -> (the wave again [B N], quantised coordinates [B T n]); for training."""
-        z, _ = fsq.quantize(self.encoder(wave), self.config.levels)
-        return self.decoder(z, voice), z
+        """wave [B N], voice int32 [B] -> (the reconstruction [B N], quantised coordinates [B T n]); for training."""
+        length = jnp.full(wave.shape[0], wave.shape[1], jnp.int32)
+        z, _ = fsq.quantize(self.encoder(wave, length), self.config.levels)
+        return self.decoder(z, length // self.config.samples_per_code, voice), z
 
-    def encode(self, wave: Array) -> Array:
-        """wave [B N] -> codes int32 [B T 1]."""
-        _, digits = fsq.quantize(self.encoder(wave), self.config.levels)
-        return fsq.to_codes(digits, self.config.levels)[..., None]
+    def encode(self, wave: Array, length: Array) -> Array:
+        """wave [B N], of which ``length`` int32 [B] samples are valid -> codes int32 [B T 1]."""
+        _, digits = fsq.quantize(self.encoder(wave, length), self.config.levels)
+        codes = fsq.to_codes(digits, self.config.levels)
+        mask = padding.valid(-(-length // self.config.samples_per_code), codes.shape[1])
+        return jnp.where(mask, codes, 0)[..., None]
 
-    def decode(self, codes: Array, voice: Array) -> Array:
-        """codes int32 [B T 1], voice int32 [B] -> wave [B N]."""
-        return self.decoder(fsq.vectors(codes[..., 0], self.config.levels), voice)
+    def decode(self, codes: Array, length: Array, voice: Array) -> Array:
+        """codes int32 [B T 1], of which ``length`` int32 [B] are valid, voice int32 [B] -> wave [B N]."""
+        return self.decoder(fsq.vectors(codes[..., 0], self.config.levels), length, voice)
 
 
 @functools.lru_cache
-def codec(config: Config, voice: int) -> Codec:
-    """The codec as the pair of pure functions of ``jaxspec.types``, with the voice that its decoder speaks in.
+def codec(config: Config) -> Codec:
+    """The codec as the pure functions of ``jaxspec.types.Codec``, compiled; equal configs give the same object.
 
-    The same arguments give the same object, so that nothing is compiled twice.
+    ``condition`` of its decoder is the voice of each row, int32 [B] in 0 .. config.voices - 1. It draws no noise: ``key`` is
+    ignored.
     """
     model = VoiceCodec(config)
 
-    def encode(params: Params, wave: Array) -> Array:
-        return model.apply({"params": params}, wave, method="encode")
+    def encode(params: Params, wave: Array, length: Array) -> Array:
+        return model.apply({"params": params}, wave, length, method="encode")
 
-    def decode(params: Params, codes: Array) -> Array:
-        voices = jnp.full(codes.shape[0], voice, jnp.int32)
-        return model.apply({"params": params}, codes, voices, method="decode")
+    def decode(params: Params, codes: Array, length: Array, condition: Array, key: Array | None) -> Array:
+        return model.apply({"params": params}, codes, length, condition, method="decode")
 
-    frame_rate_hz = config.sample_rate_hz // config.samples_per_code
-    return Codec(jax.jit(encode), jax.jit(decode), config.sample_rate_hz, frame_rate_hz)
+    rate = config.sample_rate_hz
+    return Codec(jax.jit(encode), jax.jit(decode), rate, rate / config.samples_per_code, config.context_frames)

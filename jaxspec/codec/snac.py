@@ -1,8 +1,8 @@
-"""The decoder of SNAC, whose codebooks run at different rates (arXiv 2410.14411): frames of codes to waves, as Orpheus needs.
+"""The decoder of SNAC, whose codebooks have different rates (arXiv 2410.14411): frames of codes to waves, as Orpheus needs.
 
     codes -> vectors, repeated for their strides, summed -> [x8, x8, x4, x2: transposed convolution, noise, residuals] -> wave
 
-Rows are padded on the right, and biases would fill the padding: what a convolution could see of it is set to zero first.
+Every convolution has zeros for input beyond a row's length, so that padding does not change a row.
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxspec.types import Array, Codec, Params
+from jaxspec.codec import padding
+from jaxspec.types import Array, Codec, Condition, Params
 
 _TAPS = 7
 _DILATIONS = (1, 3, 9)
@@ -23,8 +25,8 @@ _DILATIONS = (1, 3, 9)
 class Config:
     """The shape of the decoder; the defaults are those of the 24 kHz checkpoint.
 
-    decoder_rates: by how much each block raises the rate, while it halves the channels.
-    strides: how many latent steps a code of each codebook stands for, coarsest first; the first is a frame.
+    decoder_rates: the upsampling factor of each block, which also halves the channels.
+    strides: how many latent steps a code of each codebook spans, coarsest first; the first is a frame.
     """
 
     latent_width: int = 768
@@ -37,12 +39,12 @@ class Config:
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples of wave that one frame of codes stands for."""
+        """Samples of wave for each frame of codes."""
         return self.strides[0] * math.prod(self.decoder_rates)
 
     @property
     def slots(self) -> tuple[tuple[int, ...], ...]:
-        """Where in a frame the codes of each codebook are: in the order in which their sound begins, coarse before fine.
+        """The places in a frame of each codebook's codes, which are ordered by start time, coarse before fine.
 
         >>> Config().slots
         ((0,), (1, 4), (2, 3, 5, 6))
@@ -50,10 +52,43 @@ class Config:
         order = sorted((start, book) for book, s in enumerate(self.strides) for start in range(0, self.strides[0], s))
         return tuple(tuple(i for i, (_, of) in enumerate(order) if of == book) for book in range(len(self.strides)))
 
+    @property
+    def context_frames(self) -> tuple[int, int]:
+        """The decoder's receptive field: the steps that a frame's samples depend on, from the last layer to the first.
 
-def _held(x: Array, length: Array) -> Array:
+        >>> Config().context_frames
+        (3, 3)
+        """
+        first, last = -(_TAPS // 2), self.samples_per_frame - 1 + _TAPS // 2
+        for stride in reversed(self.decoder_rates):
+            side = _TAPS // 2 * sum(_DILATIONS)
+            first = (first - side + -(-stride // 2)) // stride - 1
+            last = (last + side + -(-stride // 2)) // stride
+        return -((first - _TAPS // 2) // self.strides[0]), (last + _TAPS // 2) // self.strides[0]
+
+
+def noise(keys: Array, frames: int, steps: int) -> Array:
+    """Standard normal noise whose values for a frame depend on the row's key and the frame's index alone.
+
+    Args:
+        keys: PRNG keys [B], one for each row.
+        frames: how many frames.
+        steps: values for each frame.
+
+    Returns:
+        float32 [B frames*steps 1].
+    """
+
+    def draw(key: Array, frame: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, frame), (steps,), jnp.float32)
+
+    drawn = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, jnp.arange(frames, dtype=jnp.uint32))
+    return drawn.reshape(-1, frames * steps, 1)
+
+
+def _masked(x: Array, length: Array) -> Array:
     """[B T C] with zeros from each row's ``length`` on."""
-    return jnp.where((jnp.arange(x.shape[1]) < length[:, None])[:, :, None], x, 0)
+    return jnp.where(padding.valid(length, x.shape[1])[:, :, None], x, 0)
 
 
 def _dot(x: Array, kernel: Array) -> Array:
@@ -75,11 +110,12 @@ class Snake(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B T C] -> [B T C]."""
         alpha = self.param("alpha", _per_channel(1.0), (x.shape[-1],))
+        alpha = alpha[None, None]
         return x + jnp.sin(alpha * x) ** 2 / (alpha + 1e-9)
 
 
 class Pointwise(nn.Module):
-    """A convolution that sees one step."""
+    """A convolution of one tap."""
 
     channels: int
     bias: bool = True
@@ -88,7 +124,7 @@ class Pointwise(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B T C] -> [B T channels]."""
         y = _dot(x, self.param("kernel", _kernel(("channels_in", "channels")), (x.shape[-1], self.channels)))
-        return y + self.param("bias", _per_channel(0.0), (self.channels,)) if self.bias else y
+        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None] if self.bias else y
 
 
 class Depthwise(nn.Module):
@@ -101,13 +137,13 @@ class Depthwise(nn.Module):
         """[B T C] -> [B T C]."""
         kernel = self.param("kernel", _kernel((None, "channels")), (_TAPS, x.shape[-1]))
         side, steps = _TAPS // 2 * self.dilation, x.shape[1]
-        padded = jnp.pad(_held(x, length), ((0, 0), (side, side), (0, 0)))
-        shifted = (padded[:, i * self.dilation :][:, :steps] * kernel[i] for i in range(_TAPS))
-        return sum(shifted) + self.param("bias", _per_channel(0.0), x.shape[-1:])
+        padded = jnp.pad(_masked(x, length), ((0, 0), (side, side), (0, 0)))
+        shifted = (padded[:, i * self.dilation :][:, :steps] * kernel[i][None, None] for i in range(_TAPS))
+        return sum(shifted) + self.param("bias", _per_channel(0.0), x.shape[-1:])[None, None]
 
 
 class Up(nn.Module):
-    """A transposed convolution of 2 * stride taps: a product to two strides of samples for each step, and an overlap-add."""
+    """A transposed convolution of 2 * stride taps, as a product and an overlap-add."""
 
     channels: int
     stride: int
@@ -117,10 +153,10 @@ class Up(nn.Module):
         """[B T C] -> [B T*stride channels]."""
         batch, steps, width = x.shape
         kernel = self.param("kernel", _kernel(("channels_in", None, "channels")), (width, 2 * self.stride, self.channels))
-        y = _dot(_held(x, length), kernel.reshape(width, -1)).reshape(batch, steps, 2, self.stride, self.channels)
+        y = _dot(_masked(x, length), kernel.reshape(width, -1)).reshape(batch, steps, 2, self.stride, self.channels)
         y = jnp.pad(y[:, :, 0], ((0, 0), (0, 1), (0, 0), (0, 0))) + jnp.pad(y[:, :, 1], ((0, 0), (1, 0), (0, 0), (0, 0)))
         y = y.reshape(batch, -1, self.channels)[:, -(-self.stride // 2) :][:, : steps * self.stride]
-        return y + self.param("bias", _per_channel(0.0), (self.channels,))
+        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None]
 
 
 class Residual(nn.Module):
@@ -136,18 +172,18 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Raises the rate by ``stride``, adds noise as loud as the signal asks for, then the residuals."""
+    """Upsampling by ``stride``, noise with a gain that depends on the signal, and residual units."""
 
     channels: int
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array, length: Array, key: Array | None) -> Array:
-        """[B T C] -> [B T*stride channels]; ``length`` counts steps before."""
+    def __call__(self, x: Array, length: Array, drawn: Array | None) -> Array:
+        """[B T C], of which ``length`` int32 [B] steps are valid, noise [B T*stride 1] -> [B T*stride channels]."""
         x = Up(self.channels, self.stride, name="up")(Snake(name="snake")(x), length)
-        loudness = Pointwise(self.channels, bias=False, name="noise")(x)
-        if key is not None:
-            x = x + jax.random.normal(key, (x.shape[1], 1)) * loudness
+        gain = Pointwise(self.channels, bias=False, name="noise")(x)
+        if drawn is not None:
+            x = x + drawn * gain
         for i, dilation in enumerate(_DILATIONS):
             x = Residual(dilation, name=f"residual_{i + 3}")(x, length * self.stride)
         return x
@@ -168,54 +204,54 @@ class Codebook(nn.Module):
 
 
 class Head(nn.Module):
-    """The last convolution, to one channel: a product to the seven taps, then the sum of their shifts."""
+    """The last convolution, to one channel, as a product for each tap and the sum of their shifts."""
 
     @nn.compact
     def __call__(self, x: Array, length: Array) -> Array:
         """[B T C] -> [B T]."""
-        taps = _dot(_held(x, length), self.param("kernel", _kernel(("channels_in", None)), (x.shape[-1], _TAPS)))
+        taps = _dot(_masked(x, length), self.param("kernel", _kernel(("channels_in", None)), (x.shape[-1], _TAPS)))
         padded = jnp.pad(taps, ((0, 0), (_TAPS // 2, _TAPS // 2), (0, 0)))
         shifted = (padded[:, i:, i][:, : x.shape[1]] for i in range(_TAPS))
-        return sum(shifted) + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))
+        return sum(shifted) + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))[None]
 
 
 class Decoder(nn.Module):
-    """Frames of codes to a wave. Blocks and residuals are numbered by their places in the checkpoint's lists."""
+    """Frames of codes to a wave. Blocks and residual units are numbered as in the checkpoint."""
 
     config: Config
 
     @nn.compact
     def __call__(self, codes: Array, length: Array, key: Array | None) -> Array:
-        """codes int32 [B T Q], length int32 [B] -> float32 [B T*samples_per_frame]."""
-        c, batch = self.config, codes.shape[0]
-        x, length = 0.0, length * c.strides[0]
+        """codes int32 [B T Q], length int32 [B], PRNG keys [B] | None -> float32 [B T*samples_per_frame]."""
+        c, (batch, frames, _) = self.config, codes.shape
+        x, length, rate = 0.0, length * c.strides[0], c.strides[0]
         for i, (slots, stride) in enumerate(zip(c.slots, c.strides, strict=True)):
-            vectors = Codebook(c, name=f"codebook_{i}")(codes[:, :, jnp.array(slots)].reshape(batch, -1))
+            vectors = Codebook(c, name=f"codebook_{i}")(codes[:, :, np.array(slots)].reshape(batch, -1))
             x = x + jnp.repeat(vectors, stride, axis=1)
         x = Pointwise(c.decoder_dim, name="pointwise")(Depthwise(name="depthwise")(x, length))
-        keys = [None] * len(c.decoder_rates) if key is None else jax.random.split(key, len(c.decoder_rates))
         for i, stride in enumerate(c.decoder_rates):
-            x = Block(x.shape[-1] // 2, stride, name=f"block_{i + 2}")(x, length, keys[i])
+            rate *= stride
+            drawn = None if key is None else noise(jax.vmap(jax.random.fold_in, (0, None))(key, i), frames, rate)
+            x = Block(x.shape[-1] // 2, stride, name=f"block_{i + 2}")(x, length, drawn)
             length = length * stride
         wave = jnp.tanh(Head(name="head")(Snake(name="snake")(x), length))
-        return _held(wave[:, :, None], length)[:, :, 0]
+        return jnp.where(padding.valid(length, wave.shape[1]), wave, 0)
 
 
 @functools.lru_cache
 def codec(config: Config) -> Codec:
-    """The decoder as the pure function of ``jaxspec.types``; there is no encoder. The same config gives the same object.
+    """The decoder as a ``jaxspec.types.Codec`` without an encoder, compiled; equal configs give the same object.
 
-    decode(params, codes int32 [B T 7], length int32 [B] | None, key | None) -> wave float32 [B T*samples_per_frame].
-        length: how many frames of each row hold; the samples of the others are 0, and no sample before them knows of them.
-        key: for the noise, the same in every row, so that a row sounds alike in any batch; without it there is none.
+    A row has the codes of all codebooks for each frame [T Q], in the order of ``Config.slots``. ``condition`` is ignored. ``key``
+    draws the noise that the blocks add, which depends on the row's key and the frame's index; without it there is none.
     """
     decoder = Decoder(config)
 
-    def decode(params: Params, codes: Array, length: Array | None = None, key: Array | None = None) -> Array:
-        length = jnp.full(codes.shape[0], codes.shape[1]) if length is None else length
+    def decode(params: Params, codes: Array, length: Array, condition: Condition, key: Array | None) -> Array:
         return decoder.apply({"params": params}, codes, length, key)
 
-    return Codec(None, jax.jit(decode), config.sample_rate_hz, config.sample_rate_hz / config.samples_per_frame)
+    rate = config.sample_rate_hz
+    return Codec(None, jax.jit(decode), rate, rate / config.samples_per_frame, config.context_frames)
 
 
 def abstract_params(config: Config) -> Params:

@@ -2,7 +2,7 @@
 
     code -> 8 digits of 4 levels -> convolutions -> transformer -> convolutions -> magnitude and phase -> wave
 
-Rows are padded, and a row's samples do not depend on what pads it: every part that mixes codes is told which of them count.
+Every part that mixes frames masks those beyond a row's length, so that padding does not change a row.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxspec.codec import fsq, spectrum
-from jaxspec.types import Array, Codec, Params
+from jaxspec.codec import fsq, padding, spectrum
+from jaxspec.types import Array, Codec, Condition, Params
 
 LEVELS = (4,) * 8
 EPS = 1e-6  # of every norm
@@ -66,7 +66,7 @@ def _norm(kind: Callable[..., nn.Module], axis: str, *, name: str) -> nn.Module:
 
 
 class ResNetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), each norm over the codes that count, in 32 groups of channels."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), each norm over the valid frames, in 32 groups of channels."""
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
@@ -81,9 +81,9 @@ class ResNetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of every code to every code that counts.
+    """Attention of every frame to every valid frame.
 
-    No rotary positions: the models as trained turn query and key alike, by an angle of the head and not of the time.
+    No rotary positions: the trained models rotate query and key by the same angle, which depends on the head, not the time.
     """
 
     config: Config
@@ -134,11 +134,11 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, codes: Array, length: Array) -> Array:
-        """codes int32 [B T], of which the first ``length`` int32 [B] count -> wave float32 [B T*hop], 0 beyond them."""
+        """codes int32 [B T], of which the first ``length`` int32 [B] are valid -> wave float32 [B T*hop], 0 after them."""
         c = self.config
-        mask = (jnp.arange(codes.shape[1]) < length[:, None])[:, :, None]
+        mask = padding.valid(length, codes.shape[1])[:, :, None]
         # Of 4 levels the lowest is -1 and the third is 0; ``fsq.vectors`` would spread them evenly over -1 .. 1.
-        x = fsq.to_digits(codes, LEVELS) / 2.0 - 1.0
+        x = fsq.to_digits(codes, LEVELS).astype(jnp.float32) / 2 - 1
         x = _linear(c.quantizer_width, "digits", "quantizer", bias=True, name="project_out")(x)
         x = _linear(c.width, "quantizer", "mlp", bias=True, name="fc")(x)
         x = _conv(c.width, 7, "mlp", "embed", name="embed")(jnp.where(mask, x, 0))
@@ -150,37 +150,25 @@ class Decoder(nn.Module):
             x = ResNetBlock(name=f"post_{i}")(x, mask)
         x = _norm(nn.LayerNorm, "embed", name="norm")(x)
         log_magnitude, phase = jnp.split(_linear(c.n_fft + 2, "embed", "bins", bias=True, name="head")(x), 2, axis=-1)
-        return _synthesize(jnp.minimum(jnp.exp(log_magnitude), 100.0) * jnp.exp(1j * phase), mask, c)
-
-
-def _synthesize(frames: Array, mask: Array, config: Config) -> Array:
-    """Spectra complex [B T n_fft/2+1], mask bool [B T 1] -> wave [B T*hop] of the frames that count.
-
-    ``istft`` divides by the squared windows of all T frames. The part of them that counts is what it makes of frames that hold
-    the window itself.
-    """
-    istft = functools.partial(spectrum.istft, n_fft=config.n_fft, hop=config.hop)
-    counted = istft(jnp.where(mask, jnp.fft.rfft(spectrum.hann(config.n_fft)), 0))
-    wave = istft(jnp.where(mask, frames, 0)) / counted
-    return jnp.where(jnp.repeat(mask[:, :, 0], config.hop, axis=1), wave, 0)
+        polar = jnp.minimum(jnp.exp(log_magnitude), 100.0) * jnp.exp(1j * phase)
+        return spectrum.istft(polar, mask[:, :, 0], c.n_fft, c.hop)
 
 
 @functools.lru_cache
 def codec(config: Config) -> Codec:
-    """The decoder alone as a codec of ``jaxspec.types``: decode(params, codes int32 [B T 1], length int32 [B] | None) -> wave.
+    """The decoder as a ``jaxspec.types.Codec`` without an encoder, compiled; equal configs give the same object.
 
-    The wave is float32 [B T*hop]. Of row b the first ``length[b]`` codes count (None: all), and it is 0 after hop * length[b]
-    samples. The same config gives the same object, so that nothing is compiled twice.
+    A row has one code [T 1] for each frame of ``hop`` samples. ``condition`` and ``key`` are ignored. Attention and group norms
+    span the whole row, so the context is unbounded on both sides.
     """
     model = Decoder(config)
 
-    def decode(params: Params, codes: Array, length: Array | None = None) -> Array:
-        length = jnp.full(codes.shape[0], codes.shape[1]) if length is None else length
-        # The exponential of the head makes much of small errors, such as those of TF32.
+    def decode(params: Params, codes: Array, length: Array, condition: Condition, key: Array | None) -> Array:
+        # The exponential in the head amplifies small errors, such as those of TF32.
         with jax.default_matmul_precision("highest"):
             return model.apply({"params": params}, codes[..., 0], length)
 
-    return Codec(None, jax.jit(decode), config.sample_rate_hz, config.sample_rate_hz // config.hop)
+    return Codec(None, jax.jit(decode), config.sample_rate_hz, config.sample_rate_hz / config.hop, (None, None))
 
 
 def abstract_params(config: Config) -> Params:

@@ -106,12 +106,13 @@ def _speed_ups(candidates: dict[str, Candidate], sentences: Sequence[str], advan
 
 def _reconstructions(recordings: Waves, voice: Voice, advance: Advance) -> Waves:
     """The recordings, encoded and decoded by the codec."""
-    waves = []
+    waves, model = [], codec(voice.codec)
     for index, wave in enumerate(recordings):
-        model = codec(voice.codec, voices.voice_index(voice_of(index)))
         padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE_HZ))[None]  # to whole seconds, so that few lengths are compiled
-        codes = model.encode(voice.codec_params, padded)
-        waves.append(np.asarray(model.decode(voice.codec_params, codes))[0, : len(wave)])
+        codes = model.encode(voice.codec_params, padded, np.array([len(wave)], np.int32))
+        frames = np.array([-(-len(wave) // voice.codec.samples_per_code)], np.int32)
+        condition = np.array([voices.voice_index(voice_of(index))], np.int32)
+        waves.append(np.asarray(model.decode(voice.codec_params, codes, frames, condition, None))[0, : len(wave)])
         advance("codec reconstruction", 1)
     return waves
 

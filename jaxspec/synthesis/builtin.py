@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxspec.codec.builtin import codec
+from jaxspec.codec.padding import decode_rows
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
@@ -30,12 +31,9 @@ def synthesizer(voice: Voice) -> Synthesizer:
     target_params, draft_params, codec_params = jax.device_put((voice.target_params, voice.draft_params, voice.codec_params))
 
     def decode(rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
-        """As one batch: each row is padded with its last code to a round length."""
-        speaks, span = codec(voice.codec, voices.voice_index(settings.voice or VOICES[0])), voice.codec.samples_per_code
-        width = -(-max(map(len, rows)) // 40) * 40 or 40
-        codes = np.stack([np.pad(row, (0, width - len(row)), mode="edge" if len(row) else "constant") for row in rows])
-        waves = np.asarray(speaks.decode(codec_params, codes[..., None]))
-        return [wave[: len(row) * span] for wave, row in zip(waves, rows, strict=True)]
+        """Decodes a batch of rows, all in the voice of the settings."""
+        voices_of_rows = np.full(len(rows), voices.voice_index(settings.voice or VOICES[0]), np.int32)
+        return decode_rows(codec(voice.codec), codec_params, rows, voices_of_rows)
 
     return Synthesizer(
         target=transformer.language_model(voice.target),

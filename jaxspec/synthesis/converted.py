@@ -13,6 +13,7 @@ import numpy as np
 from jaxspec import groups as asg
 from jaxspec.checkpoint import groups as group_files
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, language_model
+from jaxspec.codec.padding import decode_rows
 from jaxspec.groups import Groups
 from jaxspec.models import card
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer, padded
@@ -117,19 +118,8 @@ def _codes(target: Pretrained, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _decode(codec: PretrainedCodec, rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
-    """The waves of the rows one by one, each after the reference's codes, whose part of the wave is then cut off."""
-    prefix = np.array(settings.reference_codes, np.int32)
-    return [_decode_one(codec, row, prefix) if len(row) else np.zeros(0, np.float32) for row in rows]
-
-
-def _decode_one(codec: PretrainedCodec, row: np.ndarray, prefix: np.ndarray) -> np.ndarray:
-    row = np.concatenate([prefix, row]) if len(prefix) else row
-    frames = row.reshape(len(row), -1)
-    width = -(-len(row) // 50) * 50
-    filled = np.concatenate([frames, np.zeros((width - len(row), frames.shape[1]), np.int32)])
-    wave = np.asarray(codec.codec.decode(codec.params, filled[None], np.array([len(row)], np.int32)))[0]
-    span = round(codec.codec.sample_rate_hz / codec.codec.frame_rate_hz)
-    return wave[len(prefix) * span : len(row) * span]
+    """Decodes a batch of rows; each continues the reference's codes, whose part of the wave is cut off."""
+    return decode_rows(codec.codec, codec.params, rows, prefix=np.array(settings.reference_codes, np.int32))
 
 
 def groups(target: Pretrained, threshold: float, progress: Callable[[int, int], None] | None = None) -> Groups:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxspec.codec import spectrum
 from jaxspec.codec.builtin import Config, VoiceCodec, codec
+from jaxspec.codec.padding import padded_length
 from jaxspec.train.loop import Loss
 from jaxspec.train.voice.corpus import Recording, read_shard, write_shard
 from jaxspec.types import Array, Params
@@ -117,7 +118,7 @@ def batches(corpus: Path, voices: list[str], config: Config, batch: int, crop: i
 def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> Iterator[str]:
     """Writes each shard of recordings again with codes in place of samples; yields a line a shard. Shards that exist are kept."""
     out.mkdir(parents=True, exist_ok=True)
-    encode, span = codec(config, 0).encode, config.samples_per_code
+    encode, span = codec(config).encode, config.samples_per_code
     for path in sorted(corpus.glob("*.npz")):
         if (out / path.name).exists():
             continue
@@ -127,10 +128,11 @@ def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> It
         encoded: dict[int, Recording] = {}
         for first in range(0, len(order), 32):
             rows = order[first : first + 32]
-            # Silence up to a round length, so that few lengths are compiled.
-            length = -(-counts[rows[-1]] // 25) * 25 * span
-            wave = np.stack([np.pad(utterances[i].signal, (0, length - len(utterances[i].signal))) for i in rows])
-            codes = np.asarray(encode(params, wave.astype(np.float32) / 32768))
+            # Padded to a round length, so that few lengths are compiled.
+            length = np.array([len(utterances[i].signal) for i in rows], np.int32)
+            samples = padded_length(counts[rows[-1]]) * span
+            wave = np.stack([np.pad(utterances[i].signal, (0, samples - len(utterances[i].signal))) for i in rows])
+            codes = np.asarray(encode(params, wave.astype(np.float32) / 32768, length))
             encoded |= {
                 i: utterances[i]._replace(signal=row[: counts[i], 0].astype(np.uint16))
                 for i, row in zip(rows, codes, strict=True)
