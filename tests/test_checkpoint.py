@@ -61,7 +61,7 @@ def test_a_table_of_rules_fills_every_parameter():
         assert (part.shape, part.dtype) == (array.shape, array.dtype)
 
 
-def test_all_that_is_wrong_with_a_checkpoint_is_told_at_once():
+def test_all_errors_of_a_checkpoint_are_reported_together():
     state = named(
         layers__0__up__weight=numbers(3, 5), layers__1__up__weight=numbers(3), embed=numbers(7, 2), embed_again=numbers(7, 2)
     )
@@ -71,15 +71,15 @@ def test_all_that_is_wrong_with_a_checkpoint_is_told_at_once():
         plan(state, RULES, shapes | {"norm": (4,)})
     lines = str(error.value).split("\n")
     told = [
-        ("stranger: ", "came 0"),
-        ("older.bias: ", "came 2"),
-        ("embed_again: ", "table to be free, but embed fills it"),
-        ("norm: ", "came none"),
-        ("layers.0.up.weight: ", "shape (3, 5) as layer_0/up/kernel, by the config, came (5, 3)"),
-        ("layers.1.up.weight: ", "without layer_1/up/kernel"),
-        ("qkv: ", "shape (4, 2) as value, by the config, came (4, 3)"),
-        ("conv: ", "other axes, came shape (2, 3)"),
-        ("conv: ", "came none"),
+        ("stranger: ", "got 0"),
+        ("older.bias: ", "got 2"),
+        ("embed_again: ", "one tensor for table, got also embed"),
+        ("norm: ", "got none"),
+        ("layers.0.up.weight: ", "shape (3, 5) of layer_0/up/kernel by the config, got (5, 3)"),
+        ("layers.1.up.weight: ", "expected no layer_1/up/kernel by the config"),
+        ("qkv: ", "shape (4, 2) of value by the config, got (4, 3)"),
+        ("conv: ", "other axes, got shape (2, 3)"),
+        ("conv: ", "got none"),
     ]
     assert len(lines) == len(told), error.value
     for start, part in told:
@@ -232,7 +232,7 @@ def test_parameters_are_restored_onto_a_mesh(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_numbers_that_are_not_finite_are_told_of_every_tensor(tmp_path):
+def test_values_that_are_not_finite_are_reported_for_every_tensor(tmp_path):
     bad = {"w": numbers(4, 4), "v": numbers(300_000, dtype=BFLOAT16), "h": numbers(3, dtype=np.float16), "fine": numbers(2)}
     bad["w"][3, 1], bad["v"][-1], bad["h"][0] = np.nan, -np.inf, np.inf
     with pytest.raises(ValueError, match="finite") as error:
@@ -243,7 +243,7 @@ def test_numbers_that_are_not_finite_are_told_of_every_tensor(tmp_path):
     written(tmp_path / "a", {"a": tensor("a", extremes), "b": tensor("b", np.float32([3e38, -3e38]).astype(BFLOAT16))})
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 27, 27))
     with pytest.raises(OSError, match=r"0\.00 GB free.*free some space"):
         written(tmp_path / "a", {"a": tensor("a", numbers(7))._replace(read=None)})
@@ -285,7 +285,7 @@ def test_a_disk_that_refuses_what_is_written_is_an_os_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_written_atomically(tmp_path):
     def stopped():
         with store.creating(tmp_path / "a") as folder:
             (folder / "x").touch()

@@ -1,4 +1,4 @@
-"""The commands convert and info: what a person may give them, in which forms, and what is said of what is wrong."""
+"""The commands convert and info: valid inputs in all their forms, and the errors for wrong ones."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ TIES = {
     "untied with the same head": (False, lambda state: state.update({HEAD: state[EMBED]}), False, ""),
     "untied without a head": (False, lambda state: None, None, f"{HEAD}, as config"),
     "untied with a head alone": (False, lambda state: state.update({HEAD: state.pop(EMBED)}), None, f"{EMBED}, as config"),
-    "neither": (True, lambda state: state.pop(EMBED), None, "came neither"),
+    "neither": (True, lambda state: state.pop(EMBED), None, "got neither"),
 }
 
 
@@ -229,7 +229,7 @@ WRONG = {
     "tensors": (
         lambda folder: edit_weights(folder, tangle),
         [],
-        ["layers.0.self_attn.extra.weight: expected one place", "layer_1/mlp/up/kernel: expected a tensor", "came (48, 80)"],
+        ["layers.0.self_attn.extra.weight: expected one matching", "layer_1/mlp/up/kernel: expected a tensor", "got (48, 80)"],
     ),
     "numbers": (
         lambda folder: edit_weights(folder, spoil),
@@ -243,32 +243,32 @@ WRONG = {
         [],
         ["model.norm.weight: expected finite", "q_proj.weight: expected finite"],
     ),
-    "architecture": (settings(architectures=["MistralForCausalLM"]), [], ["LlamaForCausalLM", "came MistralForCausalLM"]),
-    "architectures": (settings(architectures=5), [], ["architectures", "came 5"]),
+    "architecture": (settings(architectures=["MistralForCausalLM"]), [], ["LlamaForCausalLM", "got MistralForCausalLM"]),
+    "architectures": (settings(architectures=5), [], ["architectures", "got 5"]),
     "sliding window": (settings(use_sliding_window=True), [], ["sliding window"]),
-    "rotary positions": (settings(rope_parameters=checkpoints.LLAMA3 | {"rope_type": "yarn"}), [], ["came yarn"]),
-    "half a scaling": (settings(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), [], ["'factor' is missing"]),
-    "rope": (settings(rope_parameters="x"), [], ["rope_parameters", "came 'x'"]),
+    "rotary positions": (settings(rope_parameters=checkpoints.LLAMA3 | {"rope_type": "yarn"}), [], ["got yarn"]),
+    "half a scaling": (settings(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), [], ["'factor' missing"]),
+    "rope": (settings(rope_parameters="x"), [], ["rope_parameters", "got 'x'"]),
     "no theta": (settings(rope_parameters=None), [], ["rope_theta"]),
     "no width": (settings(hidden_size=None), [], ["hidden_size"]),
-    "width": (settings(hidden_size="48"), [], ["hidden_size", "came '48'"]),
-    "heads": (settings(num_attention_heads=0), [], ["num_attention_heads", "came 0"]),
-    "layers": (settings(num_hidden_layers=2.5), [], ["num_hidden_layers", "came 2.5"]),
-    "vocabulary": (settings(vocab_size=[1]), [], ["vocab_size", "came [1]"]),
-    "other sizes": (settings(intermediate_size=81), [], ["expected shape (48, 81) as layer_0/mlp/up/kernel"]),
+    "width": (settings(hidden_size="48"), [], ["hidden_size", "got '48'"]),
+    "heads": (settings(num_attention_heads=0), [], ["num_attention_heads", "got 0"]),
+    "layers": (settings(num_hidden_layers=2.5), [], ["num_hidden_layers", "got 2.5"]),
+    "vocabulary": (settings(vocab_size=[1]), [], ["vocab_size", "got [1]"]),
+    "other sizes": (settings(intermediate_size=81), [], ["expected shape (48, 81) of layer_0/mlp/up/kernel"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), [], ["config.json"]),
-    "family": (another_tokenizer("<|x|>"), [], ["expected a checkpoint of llasa", "a tokenizer of none of them", "--family"]),
+    "family": (another_tokenizer("<|x|>"), [], ["expected a checkpoint of llasa", "the tokenizer of another family", "--family"]),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), [], ["no tokenizer.json"]),
     "damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), [], ["expected a tokenizer at"]),
-    "half a tokenizer": (another_tokenizer("<|SPEECH_UNDERSTANDING_START|>"), [], ["knows <|s_0|>"]),
-    "fewer rows than tokens": (fewer_rows, [], [f"expected {EMBED} to have a row for each id up to 408, came 400"]),
+    "half a tokenizer": (another_tokenizer("<|SPEECH_UNDERSTANDING_START|>"), [], ["with the token <|s_0|>"]),
+    "fewer rows than tokens": (fewer_rows, [], [f"expected a row of {EMBED} for each id up to 408, got 400"]),
     "unknown family": (lambda folder: None, ["--family", "x"], ["--family"]),
     "other family": (lambda folder: None, ["--family", "orpheus"], ["<custom_token_0>"]),
     "other kind": (lambda folder: None, ["--family", "snac"], ["expected the decoder of a SNAC"]),
     "layers of words": (lambda folder: None, ["--layers", "x"], ["expected layers such as 0,1,18-23, got 'x'"]),
-    "no layers": (lambda folder: None, ["--layers", "2-1"], ["a layer or more"]),
-    "a layer twice": (lambda folder: None, ["--layers", "0,0-1"], ["different layers of 0 to 2, came [0, 0, 1]"]),
-    "a layer too many": (lambda folder: None, ["--layers", "2-3"], ["different layers of 0 to 2, came [2, 3]"]),
+    "no layers": (lambda folder: None, ["--layers", "2-1"], ["one layer or more"]),
+    "a layer twice": (lambda folder: None, ["--layers", "0,0-1"], ["different layers of 0 to 2, got [0, 0, 1]"]),
+    "a layer too many": (lambda folder: None, ["--layers", "2-3"], ["different layers of 0 to 2, got [2, 3]"]),
     "pad to nothing": (lambda folder: None, ["--pad-to", "0"], ["pad_to of 1 to"]),
     "pad to too much": (lambda folder: None, ["--pad-to", "1000000000000"], ["pad_to of 1 to"]),
     "a revision": (lambda folder: None, ["--revision", "main"], ["leave the revision out"]),

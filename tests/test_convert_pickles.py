@@ -113,9 +113,9 @@ def test_plain_values_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (numbers((2,)), "came a tensor"),
-        ([numbers((2,))], "came a list"),
-        ({}, "came a dict"),
+        (numbers((2,)), "got a tensor"),
+        ([numbers((2,))], "got a list"),
+        ({}, "got a dict"),
         ({"generator": {"w": numbers((2,))}}, "'generator'"),
         ({"w": numbers((2,)), "more": {"v": numbers((2,))}}, "'more', 'w'"),
         ({"model": {"w": numbers((2,))}, "state_dict": {"w": numbers((2,))}}, "'model', 'state_dict'"),
@@ -133,7 +133,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, value, message):
 
 def test_the_old_format_and_foreign_files_are_refused(tmp_path):
     old = saved(tmp_path / "old.pt", {"w": numbers((2,))}, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"before 1\.6; re-save .* with torch\.save, or as safetensors"):
+    with pytest.raises(ValueError, match=r"before 1\.6: re-save .* with torch\.save, or as safetensors"):
         pickles.tensors(old)
     for name, content in {"a.pt": b"version https://git-lfs", "b.pt": b"", "c.pt": b"PK\x03\x04" + bytes(99)}.items():
         (tmp_path / name).write_bytes(content)
@@ -238,10 +238,10 @@ def test_a_tensor_lies_within_its_storage(tmp_path, tensor, member):
 
 def test_problems_of_a_pickle_are_told_together(tmp_path):
     torch.save({"a": numbers((2,)).to(torch.float8_e4m3fn), "b": numbers((2,))}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt: 'a': .* came float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"a\.pt: 'a': .* got float8_e4m3fn"):
         pickles.tensors(tmp_path / "a.pt")
     state = {"far": rebuilt(9, (2,), (1,)), "gone": rebuilt(0, (1,), (1,), of=storage(key="7"))}
-    with pytest.raises(ValueError, match=r"a\.pt: 'far': .*\n.*a\.pt: 'gone': .*'7', came none"):
+    with pytest.raises(ValueError, match=r"a\.pt: 'far': .*\n.*a\.pt: 'gone': .*'7', got none"):
         pickles.tensors(crafted(tmp_path / "a.pt", state, {"data/0": bytes(24)}))
 
 
@@ -291,7 +291,7 @@ def test_a_large_pickle_or_member_is_refused_before_it_is_unpacked(tmp_path):
     place = content.rindex(b"PK\x01\x02")  # the central directory's entry of the last member, data/0
     lie = struct.pack("<H", 8) + content[place + 12 : place + 24] + struct.pack("<I", size)  # deflated, and of such a size
     (tmp_path / "a.pt").write_bytes(content[: place + 10] + lie + content[place + 28 :])
-    with pytest.raises(ValueError, match=f"came {size} bytes"):
+    with pytest.raises(ValueError, match=f"got {size} bytes"):
         pickles.tensors(tmp_path / "a.pt")
 
 
@@ -311,7 +311,7 @@ def test_a_compressed_file_is_read(tmp_path):
 
 def test_odd_zips_are_refused(tmp_path):
     big = crafted(tmp_path / "a.pt", {"w": rebuilt(0, (1,), (1,))}, {"data/0": bytes(24), "byteorder": b"big"})
-    with pytest.raises(ValueError, match="little-endian numbers, came byte order b'big'"):
+    with pytest.raises(ValueError, match="little-endian numbers, got byte order b'big'"):
         pickles.tensors(big)
     for names in (["a/data.pkl", "b/data.pkl"], ["data.pkl"], ["a/b/data.pkl"]):
         with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:

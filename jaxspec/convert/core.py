@@ -1,7 +1,7 @@
-"""The engine of a conversion: a table of rules turns the tensors of a checkpoint into the parameters of a model.
+"""The conversion engine: a table of rules maps the tensors of a checkpoint to the parameters of a model.
 
-Every tensor is used once or dropped by name, every parameter is filled once and has its shape; whatever is wrong is told at once.
-Nothing is read here: a parameter is again a ``Tensor``, that reads and changes its source when it is asked for.
+Each tensor is used once or dropped by name, each parameter is filled once with its shape, and all errors are reported together.
+Nothing is read here: a parameter is again a ``Tensor``, which reads and transforms its source on request.
 """
 
 import re
@@ -16,30 +16,33 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def same(array: np.ndarray) -> np.ndarray:
-    """As it is; such a tensor is copied a few rows at a time, however large it is."""
+    """The identity; such a tensor is copied a few rows at a time, whatever its size."""
     return array
 
 
 def transpose(array: np.ndarray) -> np.ndarray:
-    """torch's linear layer [out in] -> a kernel [in out]."""
+    """A linear layer of torch [out in] -> a kernel [in out]."""
     return array.T
 
 
 def conv(array: np.ndarray) -> np.ndarray:
-    """torch's convolution [out in taps] -> a kernel [taps in out]."""
+    """A convolution of torch [out in taps] -> a kernel [taps in out]."""
     return array.transpose(2, 1, 0)
 
 
 def is_count(value: object) -> bool:
-    """Whether a setting of a config.json is a whole number of things: 1 or more, and not absurd."""
+    """Whether a setting of a config.json is an integer from 1 to 10**7 - 1."""
     return type(value) is int and 1 <= value < 10**7
 
 
 class Rule(NamedTuple):
-    """What becomes of the tensors whose whole name matches ``source``.
+    """Where the tensors whose full name matches ``source`` go.
 
-    target: the parameter's path, in which {0}, {1} ... stand for the groups of ``source``; several paths share the rows of the
-        tensor equally, in this order; None drops it.
+    Attributes:
+        source: a regular expression.
+        target: the parameter's path, in which {0}, {1} ... are the groups of ``source``; several paths split the rows of the
+            tensor equally, in this order; None drops the tensor.
+        change: the transformation of the values.
     """
 
     source: str
@@ -52,17 +55,23 @@ _WEIGHT_NORM = re.compile(r"(.*)(?:weight_([gv])|parametrizations\.weight\.origi
 
 
 def fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, those of weight norm as the weight that they stand for: g v / |v|, the norm over all axes but the first.
+    """Replaces each pair of weight norm by its weight g v / |v|, the norm over all axes but the first.
+
+    Args:
+        tensors: by name, in either naming of torch.
+
+    Returns:
+        The tensors by name, pairs as "...weight".
 
     Raises:
-        ValueError: a magnitude without its direction, or the other way round.
+        ValueError: a magnitude g without its direction v, or the other way round.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if match := _WEIGHT_NORM.fullmatch(name):
             parts.setdefault(f"{match[1]}weight", {})["g" if "g" in match.groups() or "0" in match.groups() else "v"] = tensor
     if halves := sorted(name for name, pair in parts.items() if len(pair) < 2):
-        raise ValueError(f"expected magnitude and direction of {halves[0]}, came one of the two; download the checkpoint again")
+        raise ValueError(f"expected magnitude and direction of {halves[0]}, got one of them: download the checkpoint again")
     plain = {name: tensor for name, tensor in tensors.items() if not _WEIGHT_NORM.fullmatch(name)}
     return plain | {name: _folded(name, **pair) for name, pair in parts.items()}
 
@@ -77,16 +86,19 @@ def _folded(name: str, g: Tensor, v: Tensor) -> Tensor:
 
 
 def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes) -> tuple[dict[str, Tensor], list[str]]:
-    """The parameters by path, each a tensor that is read when it is asked for, and the names of the tensors that are dropped.
+    """Applies a table of rules.
 
     Args:
         tensors: of the checkpoint, by name, weight norm folded.
-        rules: see ``Rule``; a name that several match is an error of the table.
+        rules: see ``Rule``; a name that several rules match is an error.
         expected: the shape of every parameter, by path.
 
+    Returns:
+        The parameters by path, and the names of the tensors that were dropped.
+
     Raises:
-        ValueError: a line for each tensor that no rule or two rules match, for each parameter that is filled twice, not at all,
-            or with another shape.
+        ValueError: a line for each tensor that no rule or several rules match, and for each parameter that is filled twice, not
+            filled, or filled with another shape.
     """
     rules = [(re.compile(rule.source), rule) for rule in rules]
     filled: dict[str, Tensor] = {}
@@ -95,27 +107,30 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
     for name, tensor in tensors.items():
         matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(name))]
         if len(matches) != 1:
-            problems.append(f"{name}: expected one place for it in the model, came {len(matches)}")
+            problems.append(f"{name}: expected one matching rule, got {len(matches)}: check the family and the files")
             continue
         match, rule = matches[0]
         if rule.target is None:
             dropped.append(tensor.name)
         try:
             parts = list(_parts(tensor, match, rule))
-        except (ValueError, IndexError):  # of a change to axes that are not there
-            problems.append(f"{name}: expected other axes, came shape {tensor.shape}")
+        except (ValueError, IndexError):  # a transformation of axes that do not exist
+            problems.append(f"{name}: expected other axes, got shape {tensor.shape}: check the family and the files")
             continue
         for path, part in parts:
             if path in filled:
-                problems.append(f"{name}: expected {path} to be free, but {filled[path].name} fills it")
+                problems.append(f"{name}: expected one tensor for {path}, got also {filled[path].name}: remove one of them")
             else:
                 filled[path] = part
-    problems += [f"{path}: expected a tensor for it, came none" for path in expected if path not in filled]
+    problems += [f"{path}: expected a tensor, got none: give all files" for path in expected if path not in filled]
     for path, part in filled.items():
         if path not in expected:
-            problems.append(f"{part.name}: expected a model without {path}, by its config")
+            problems.append(f"{part.name}: expected no {path} by the config, got one: give the config.json of these weights")
         elif tuple(expected[path]) != part.shape:
-            problems.append(f"{part.name}: expected shape {tuple(expected[path])} as {path}, by the config, came {part.shape}")
+            problems.append(
+                f"{part.name}: expected shape {tuple(expected[path])} of {path} by the config, got {part.shape}: "
+                "give the config.json of these weights"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return {path: filled[path] for path in expected}, dropped

@@ -1,4 +1,4 @@
-"""The Llama and Qwen family as transformers names its tensors: one table, also for the backbone of CosyVoice."""
+"""Rules for the Llama and Qwen family in the names of transformers; also for the backbone of CosyVoice."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -51,20 +51,20 @@ RULES = (
     Rule(_LAYER + r"post_attention_layernorm\.weight", "layer_{0}/mlp_norm/scale"),
     Rule(r"model\.norm\.weight", "norm/scale"),
     Rule(r"(table_\d|head|head_bias)", "{0}"),  # cut from the embedding and the head by the family
-    Rule(rf"{_LAYER}self_attn\.rotary_emb\.inv_freq", None),  # of old versions; computed
+    Rule(rf"{_LAYER}self_attn\.rotary_emb\.inv_freq", None),  # in old versions; computed here
 )
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what is null in it.
+    """A config.json without its nulls.
 
     Raises:
-        ValueError: a setting is not of its kind, or a size is out of range.
+        ValueError: a setting has the wrong type, or a size is out of range.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     for name, value in settings.items():
         if (name in _SIZES and not is_count(value)) or not isinstance(value, _KINDS.get(name, object)):
-            raise ValueError(f"expected another value of {name} in config.json, came {value!r}: download it again")
+            raise ValueError(f"expected a valid {name} in config.json, got {value!r}: download it again")
     return settings
 
 
@@ -75,14 +75,19 @@ def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
         settings: ``checked``; of transformers 4 or 5.
         vocabulary: the fields of ``Config`` that the family decides: input_tables, vocab, tied, head_bias, padding, dtype.
 
+    Returns:
+        The transformer's configuration.
+
     Raises:
-        ValueError: an architecture, or a kind of rotary scaling, that the transformer does not have; a setting is missing.
+        ValueError: the architecture or the rotary scaling is not supported, or a setting is missing.
     """
     kind = (settings.get("architectures") or ["none"])[0]
     if kind not in ARCHITECTURES:
-        raise ValueError(f"expected an architecture among {', '.join(ARCHITECTURES)} in config.json, came {kind}")
+        raise ValueError(
+            f"expected an architecture among {', '.join(ARCHITECTURES)} in config.json, got {kind}: choose one of these"
+        )
     if settings.get("hidden_act", "silu") != "silu" or settings.get("use_sliding_window") or settings.get("mlp_bias"):
-        raise ValueError("expected silu, no sliding window and no mlp_bias in config.json, came others: no such layer is here")
+        raise ValueError("expected silu, no sliding window and no mlp_bias in config.json, got others: they are not supported")
     try:
         heads, width = settings["num_attention_heads"], settings["hidden_size"]
         theta, scaling = _rope(settings)
@@ -101,7 +106,7 @@ def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
             **vocabulary,
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"expected a whole config.json, but {error} is missing or of another kind: download it again") from error
+        raise ValueError(f"expected a complete config.json, got {error} missing or of another type: download it again") from error
 
 
 def _rope(settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -109,49 +114,65 @@ def _rope(settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = settings.get("rope_parameters") or {"rope_theta": settings.get("rope_theta"), **(settings.get("rope_scaling") or {})}
     theta, kind = rope.get("rope_theta") or settings.get("rope_theta"), rope.get("rope_type") or rope.get("type") or "default"
     if theta is None:
-        raise ValueError("expected rope_theta in config.json, in rope_parameters or on its own, came none: download it again")
+        raise ValueError("expected rope_theta in config.json, also within rope_parameters, got none: download it again")
     if kind == "default":
         return float(theta), None
     if kind != "llama3":
-        raise ValueError(f"expected rotary positions of type default or llama3, came {kind}: no other is here")
+        raise ValueError(f"expected rotary positions of type default or llama3, got {kind}: other types are not supported")
     factors = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     return float(theta), RopeScaling(*factors, int(rope["original_max_position_embeddings"]))
 
 
 def tie(tensors: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Takes embedding and head out of ``tensors``; None in place of a head that is the embedding. Compares, never guesses.
+    """Takes embedding and head out of ``tensors``, by comparing their values.
 
-    As transformers 5: a head that is stored and differs from the embedding is used, whatever ``tie_word_embeddings`` says.
+    As in transformers 5, a stored head that differs from the embedding is used, whatever ``tie_word_embeddings`` says.
+
+    Args:
+        tensors: by name; embedding and head are removed.
+        settings: config.json.
+        notes: gets a line where config.json and the tensors disagree, or the head is stored twice.
+
+    Returns:
+        The embedding, and the head or None where they are tied.
 
     Raises:
-        ValueError: neither is there, or a head is missing that config.json says is not tied.
+        ValueError: both are missing, or one is and config.json says that they are not tied.
     """
     embed, head, tied = tensors.pop(EMBED, None), tensors.pop(HEAD, None), settings.get("tie_word_embeddings", False)
     if embed is None and head is None:
-        raise ValueError(f"expected {EMBED} or {HEAD}, came neither; give all files of the checkpoint")
+        raise ValueError(f"expected {EMBED} or {HEAD}, got neither: give all files of the checkpoint")
     if embed is None or head is None:
         if not tied:
             missing = EMBED if embed is None else HEAD
-            raise ValueError(f"expected {missing}, as config.json says that embedding and head are not tied, came none")
+            raise ValueError(f"expected {missing}, as config.json does not tie embedding and head, got none: give all files")
         return embed or head, None
     if not tied:
         return embed, head
     if equal(embed, head):
-        notes.append(f"{HEAD} holds the embedding again, as tie_word_embeddings says: stored once")
+        notes.append(f"{HEAD} equals the embedding, as tie_word_embeddings says: stored once")
         return embed, None
-    notes.append(f"{HEAD} differs from {EMBED}, though tie_word_embeddings is true: used as it is (transformers 4 would not)")
+    notes.append(f"{HEAD} differs from {EMBED} although tie_word_embeddings is true: used as it is (transformers 4 ignores it)")
     return embed, head
 
 
 def cut_layers(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Sequence[int]) -> tuple[dict, dict, list[str]]:
-    """A model of some layers of another, in the order given: (tensors, config.json, the names of what is left out).
+    """Keeps some layers of a model.
+
+    Args:
+        tensors: by name.
+        settings: config.json.
+        layers: those to keep, in this order.
+
+    Returns:
+        The tensors and the config.json of the smaller model, and the names of the tensors that are left out.
 
     Raises:
-        ValueError: a layer that the model does not have, or one twice.
+        ValueError: the model does not have a layer, or a layer is given twice.
     """
     count = settings.get("num_hidden_layers", 0)
     if len(set(layers)) != len(layers) or not all(0 <= i < count for i in layers):
-        raise ValueError(f"expected different layers of 0 to {count - 1}, came {list(layers)}")
+        raise ValueError(f"expected different layers of 0 to {count - 1}, got {list(layers)}: change --layers")
     kept, dropped = {}, []
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)

@@ -1,8 +1,8 @@
-"""Reads the tensors of torch's ``.pt``, ``.pth`` and ``.bin`` files, without torch and without running what is in them.
+"""Reads the tensors of torch's ``.pt``, ``.pth`` and ``.bin`` files without torch and without running code from the file.
 
-Such a file is a zip: ``root/data.pkl`` is a pickle that says what tensors there are, ``root/data/<key>`` are their numbers. A
-pickle is a program. The little machine here knows only the instructions that describe dicts of tensors, and the few globals that
-it knows are names to it: nothing is imported, and nothing of the file's choosing is called.
+Such a file is a zip archive: ``root/data.pkl`` is a pickle that describes the tensors, ``root/data/<key>`` holds their values. A
+pickle is a program. The interpreter here executes only the instructions that describe dicts of tensors, and treats the few
+globals that it accepts as names: nothing is imported, and no function that the file names is called.
 """
 
 import math
@@ -62,49 +62,64 @@ class _Stored(NamedTuple):
 
 
 def tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a dict that holds one under "state_dict" or "model".
+    """The tensors of a state dict, or of a dict that has one under "state_dict" or "model".
 
-    Only the description is read; numbers are read when they are asked for. What is no tensor (numbers, strings, None) is skipped,
-    and so is what stands beside "state_dict" or "model". The numbers' checksums are not verified: that would read the whole file.
+    Only the description is read; values are read on request. Entries that are not tensors (numbers, strings, None) are skipped,
+    and so are those beside "state_dict" or "model". Checksums are not verified, as that would read the whole file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        ValueError: the file is no zip, is damaged, describes more than tensors and plain values, or a tensor does not lie in its
-            storage; each problem is a line.
+        ValueError: the file is not a zip archive, is damaged, describes more than tensors and plain values, or a tensor does not
+            lie within its storage; one line per problem.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             head = file.read(4)
             if head != b"PK\x03\x04":
-                came = "the format of torch before 1.6" if head[:1] == b"\x80" else f"a file that begins with {head!r}"
-                raise ValueError(f"expected a zip file of torch.save, came {came}; {_RESAVE}")
+                got = "the format of torch before 1.6" if head[:1] == b"\x80" else f"a file that begins with {head!r}"
+                raise ValueError(f"expected a zip file of torch.save, got {got}: {_RESAVE}")
             with zipfile.ZipFile(file) as archive:
                 return _tensors(path, file, archive)
     except _DAMAGE as error:
-        raise ValueError(f"{path}: expected a whole zip file of torch.save, came {error}; download or save it again") from error
+        raise ValueError(f"{path}: expected a complete zip file of torch.save, got {error}: download or save it again") from error
     except ValueError as error:
         raise ValueError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from error
 
 
 def some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
+    """The first three names in order, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"{name!r:.200}" for name in names[:3]) + more
 
 
 def unsupported(dtypes: dict[str, str]) -> list[str]:
-    """A line for each dtype that cannot be read, from the dtypes of all tensors by name."""
+    """An error line for each dtype that is not supported.
+
+    Args:
+        dtypes: of all tensors, by name.
+    """
     return [
-        f"{some(name for name in dtypes if dtypes[name] == dtype)}: expected a supported dtype, came {dtype}; save as bfloat16"
+        f"{some(name for name in dtypes if dtypes[name] == dtype)}: expected a supported dtype, got {dtype}: save as bfloat16"
         for dtype in sorted(set(dtypes.values()) - set(DTYPES))
     ]
 
 
 def strided(name: str, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...], fetch: Callable) -> Tensor:
-    """A tensor over the bytes that ``fetch(start, count)`` gives as uint8, of which it asks for what its rows span.
+    """A tensor over raw bytes.
 
-    Strides count elements.
+    Args:
+        name: of the tensor.
+        dtype: of its values.
+        shape: of the tensor.
+        strides: in elements, one per axis.
+        fetch: fetch(start, count) -> uint8 [count]; called for the bytes that the rows span.
     """
     strides = tuple(step if length > 1 else 0 for length, step in zip(shape, strides, strict=True))
 
@@ -122,23 +137,31 @@ def strided(name: str, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[i
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements lie from the first to the last of a tensor."""
+    """The number of elements from the first to the last of a tensor."""
     return 0 if 0 in shape else 1 + sum((length - 1) * step for length, step in zip(shape, strides, strict=True))
 
 
 def file_bytes(path: Path, position: int, start: int, count: int) -> np.ndarray:
-    """Uint8 [count] from ``position + start`` of a file, mapped: it takes memory only while it lives.
+    """Bytes of a file, memory-mapped.
+
+    Args:
+        path: of the file.
+        position, start: their sum is the offset of the first byte.
+        count: number of bytes.
+
+    Returns:
+        uint8 [count].
 
     Raises:
-        ValueError: the file is gone, or has become shorter since it was opened.
+        ValueError: the file was removed or truncated since it was opened.
     """
     try:
-        came = max(path.stat().st_size - position - start, 0)
-        if came >= count:
+        got = max(path.stat().st_size - position - start, 0)
+        if got >= count:
             return np.asarray(np.memmap(path, np.uint8, "r", position + start, (count,)))
     except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read, came {error}; leave it in place") from error
-    raise ValueError(f"{path}: expected {count} bytes at {position + start}, came {came}; download it again")
+        raise ValueError(f"{path}: expected a file that can be read, got {error}: leave it in place") from error
+    raise ValueError(f"{path}: expected {count} bytes at {position + start}, got {got}: download it again")
 
 
 def _inflate(path: Path, member: str, start: int, count: int) -> np.ndarray:
@@ -147,13 +170,13 @@ def _inflate(path: Path, member: str, start: int, count: int) -> np.ndarray:
             file.seek(start)
             return np.frombuffer(_exactly(file, count), np.uint8)
     except (*_DAMAGE, ValueError) as error:
-        raise ValueError(f"{path}: expected a whole member {member!r}, came {error}; download it again") from error
+        raise ValueError(f"{path}: expected a complete member {member!r}, got {error}: download it again") from error
 
 
 def _exactly(file: IO[bytes], count: int) -> bytes:
     data = file.read(count)
     if len(data) < count:
-        raise ValueError(f"expected {count} bytes, came {len(data)}; download or save it again")
+        raise ValueError(f"expected {count} bytes, got {len(data)}: download or save it again")
     return data
 
 
@@ -161,11 +184,11 @@ def _tensors(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[str,
     members = {info.filename: info for info in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]*/data\.pkl", name)]
     if len(roots) != 1 or len(members) != len(archive.infolist()):
-        raise ValueError(f"expected one member */data.pkl and no name twice, came {some(members)}; {_RESAVE}")
+        raise ValueError(f"expected one member */data.pkl and unique names, got {some(members)}: {_RESAVE}")
     if order := members.get(f"{roots[0]}byteorder"):
         with archive.open(order) as record:
-            if (came := record.read(16)) != b"little":
-                raise ValueError(f"expected little-endian numbers, came byte order {came!r}; save it on such a machine")
+            if (got := record.read(16)) != b"little":
+                raise ValueError(f"expected little-endian numbers, got byte order {got!r}: save it on a little-endian machine")
     pickle = _readable(members[f"{roots[0]}data.pkl"], _PICKLE_BYTES)
     with archive.open(pickle) as record:
         stored = _state_dict(_unpickle(_exactly(record, pickle.file_size)))
@@ -184,21 +207,23 @@ def _tensors(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[str,
 
 def _readable(info: zipfile.ZipInfo, limit: int) -> zipfile.ZipInfo:
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > limit:
-        came = f"{info.file_size} bytes (compression {info.compress_type}, flags {info.flag_bits})"
-        raise ValueError(f"expected at most {limit} bytes in {info.filename!r}, stored or deflated, came {came}; {_RESAVE}")
+        got = f"{info.file_size} bytes (compression {info.compress_type}, flags {info.flag_bits})"
+        raise ValueError(f"expected at most {limit} bytes in {info.filename!r}, stored or deflated, got {got}: {_RESAVE}")
     return info
 
 
 def _fetch(path: Path, file: IO[bytes], info: zipfile.ZipInfo | None, value: _Stored) -> Callable[[int, int], np.ndarray]:
-    """The way to a tensor's bytes, once it is sure that it lies in its storage and the storage in the file."""
+    """A function that reads a tensor's bytes; checks that the tensor lies within its storage and the storage within the file."""
     size, claimed = DTYPES[value.dtype].itemsize, value.storage.size * DTYPES[value.storage.dtype].itemsize
     end = (value.offset + _span(value.shape, value.strides)) * size
     if end > claimed or math.prod(max(length, 1) for length in value.shape) * size >= 2**63:
-        raise ValueError(f"expected it in a storage of {claimed} bytes, came shape {value.shape} that ends at {end}; {_RESAVE}")
-    if info is None or info.file_size < claimed:
-        came = "none" if info is None else f"{info.file_size} bytes"
         raise ValueError(
-            f"expected {claimed} bytes in the zip's data/ as {value.storage.key!r:.200}, came {came}; download it again"
+            f"expected it within a storage of {claimed} bytes, got shape {value.shape} that ends at {end}: {_RESAVE}"
+        )
+    if info is None or info.file_size < claimed:
+        got = "none" if info is None else f"{info.file_size} bytes"
+        raise ValueError(
+            f"expected {claimed} bytes in the zip's data/ as {value.storage.key!r:.200}, got {got}: download it again"
         )
     if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
         read = partial(file_bytes, path, _position(file, info))
@@ -208,14 +233,14 @@ def _fetch(path: Path, file: IO[bytes], info: zipfile.ZipInfo | None, value: _St
 
 
 def _position(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a stored member begin: after its local header, which has a length of its own."""
+    """The offset of a stored member's first byte: after its local header, whose length varies."""
     file.seek(info.header_offset)
     header = _exactly(file, 30)
     position = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
     end = file.seek(0, 2)
     if header[:4] != b"PK\x03\x04" or position + info.file_size > end:
-        came = f"{info.file_size} bytes at {position} of {end}"
-        raise ValueError(f"expected member {info.filename!r} within the file, came {came}; download it again")
+        got = f"{info.file_size} bytes at {position} of {end}"
+        raise ValueError(f"expected member {info.filename!r} within the file, got {got}: download it again")
     return position
 
 
@@ -224,13 +249,13 @@ def _state_dict(value: Any) -> dict[str, _Stored]:
     state = value[inner[0]] if len(inner) == 1 else value
     found = _named(state)
     if not found or any(_named(item) for item in state.values()):
-        came = f"a dict of {some(map(str, value))}" if isinstance(value, dict) else f"a {_kind(value)}"
-        raise ValueError(f"expected one dict of tensors by name, alone or as 'state_dict' or 'model', came {came}; {_RESAVE}")
+        got = f"a dict of {some(map(str, value))}" if isinstance(value, dict) else f"a {_kind(value)}"
+        raise ValueError(f"expected one dict of tensors by name, at the top or as 'state_dict' or 'model', got {got}: {_RESAVE}")
     return found
 
 
 def _named(value: Any) -> dict[str, _Stored] | None:
-    """The tensors that a dict holds by name, None for what is no dict."""
+    """The tensors of a dict by name; None where ``value`` is not a dict."""
     if isinstance(value, dict):
         return {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, _Stored)}
 
@@ -240,7 +265,7 @@ def _kind(value: Any) -> str:
 
 
 def _unpickle(data: bytes) -> Any:
-    """What a pickle describes; anything that a state dict has no need of is refused."""
+    """The value that a pickle describes; anything that a state dict does not need is refused."""
     stack, marks, memo = [], [], {}
     try:
         for opcode, arg, _ in pickletools.genops(data):
@@ -249,13 +274,13 @@ def _unpickle(data: bytes) -> Any:
             _step(opcode.name, arg, stack, marks, memo)
         raise ValueError("no end")
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"expected a pickle of tensors and plain values alone, came {error}; {_RESAVE}") from error
+        raise ValueError(f"expected a pickle of tensors and plain values only, got {error}: {_RESAVE}") from error
 
 
 def _step(name: str, arg: Any, stack: list, marks: list[int], memo: dict[int, Any]) -> None:
-    """One instruction of a pickle."""
+    """Executes one instruction of a pickle."""
 
-    def cut(count: int | None = None) -> list:  # without a count, all above the last mark
+    def cut(count: int | None = None) -> list:  # without a count, all items above the last mark
         start = marks.pop() if count is None else len(stack) - count
         items = stack[start:]
         del stack[start:]
@@ -295,7 +320,7 @@ def _step(name: str, arg: Any, stack: list, marks: list[int], memo: dict[int, An
             stack.append(_storage(stack.pop()))
         case "REDUCE":
             stack.append(_reduce(*cut(2)))
-        case "BUILD":  # the ``_metadata`` of a module's state dict, which is not needed
+        case "BUILD":  # the ``_metadata`` of a module's state dict
             stack.pop()
             top(dict)
         case _:
@@ -326,7 +351,7 @@ def _storage(reference: Any) -> _Storage:
 
 
 def _reduce(function: Any, args: Any) -> Any:
-    """The result of a call of a known global: an empty dict, what describes a tensor, or None for what is not needed."""
+    """The result of calling a known global: an empty dict, the description of a tensor, or None where it is not needed."""
     match function, args:
         case _Global("collections.OrderedDict"), ():
             return {}
@@ -338,15 +363,13 @@ def _reduce(function: Any, args: Any) -> Any:
             return _rebuilt(args[0], args[0].dtype, offset, shape, strides, metadata)
         case _Global("torch._utils._rebuild_tensor_v3"), (_Storage(), offset, shape, strides, _, _, _Global(dtype), *metadata):
             return _rebuilt(args[0], dtype.removeprefix("torch."), offset, shape, strides, metadata)
-    raise ValueError(
-        f"a call of a {_kind(function)} {getattr(function, 'name', '')!r} with arguments that torch does not give it"
-    )
+    raise ValueError(f"a call of a {_kind(function)} {getattr(function, 'name', '')!r} with arguments that torch does not use")
 
 
 def _rebuilt(storage: _Storage, dtype: str, offset: Any, shape: Any, strides: Any, metadata: list) -> _Stored:
     if not (_sizes((offset,)) and _sizes(shape) and _sizes(strides) and len(shape) == len(strides)):
         raise ValueError("a tensor whose offset, shape or strides are not whole numbers from 0")
-    if any(metadata):  # conjugated or negated, without that the numbers are
+    if any(metadata):  # marked as conjugated or negated, although the values are not
         raise ValueError("a tensor with metadata")
     return _Stored(storage, dtype, offset, shape, strides)
 

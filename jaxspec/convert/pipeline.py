@@ -1,6 +1,7 @@
-"""A checkpoint of PyTorch to a folder of jaxspec: open -> recognise -> lay out -> plan -> write.
+"""Converts a PyTorch checkpoint to a folder of jaxspec: open -> recognise -> lay out -> plan -> save.
 
-A family is one settings file in ``jaxspec.models`` or ``jaxspec.codec``, and one table of rules here; this file knows them all.
+A family is one settings file in ``jaxspec.models`` or ``jaxspec.codec`` and one table of rules in ``jaxspec.convert``; this file
+lists them all.
 """
 
 import dataclasses
@@ -38,16 +39,18 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What may be asked of a conversion.
+    """Settings of a conversion.
 
-    family: one of ``FAMILIES``, by default told from the files.
-    dtype: of the parameters: "bfloat16", "float16" or "float32"; by default the file's own, float32 for float16 and for codecs.
-    layers: those to keep, for a draft; by default all.
-    head: "all", or "speech": codes and stop ids alone, for models that have text and codes in one vocabulary.
-    pad_to: the rows of head and tables become a multiple of it, so that a mesh divides them.
+    Attributes:
+        family: one of ``FAMILIES``; by default recognised from the files.
+        dtype: of the parameters: "bfloat16", "float16" or "float32"; by default that of the files, but float32 for
+            float16 and for codecs.
+        layers: those to keep, for a draft; by default all.
+        head: "all", or "speech": codes and stop ids only, for models with text and codes in one vocabulary.
+        pad_to: rows of the head and the tables are padded to a multiple of it, so that a mesh divides them.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: a setting is out of range.
     """
 
     family: str | None = None
@@ -58,17 +61,18 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.family is not None and self.family not in FAMILIES:
-            raise ValueError(f"expected a family among {', '.join(FAMILIES)}, got {self.family!r}")
+            raise ValueError(f"expected a family among {', '.join(FAMILIES)}, got {self.family!r}: choose one of these")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {self.dtype!r}: choose one of these")
         if self.head not in ("all", "speech") or not 1 <= self.pad_to <= MAX_PAD:
-            raise ValueError(f"expected head all or speech and pad_to of 1 to {MAX_PAD}, got {self.head!r} and {self.pad_to}")
+            got = f"{self.head!r} and {self.pad_to}"
+            raise ValueError(f"expected head all or speech and pad_to of 1 to {MAX_PAD}, got {got}: change --head or --pad-to")
         if self.layers is not None and not self.layers:
-            raise ValueError("expected a layer or more to keep, got none")
+            raise ValueError("expected one layer or more to keep, got none: change --layers")
 
 
 class Layout(NamedTuple):
-    """A checkpoint ready to be written: its parameters, the JSON, and what was left out by name or is worth knowing."""
+    """A checkpoint ready to be saved: parameters, description, names of the tensors left out, and notes for the user."""
 
     params: dict[str, Tensor]
     description: card.Model | CodecDescription
@@ -78,7 +82,7 @@ class Layout(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What a conversion made."""
+    """What a conversion wrote: its family and size, the names of the tensors left out, and notes for the user."""
 
     family: str
     parameters: int
@@ -88,7 +92,7 @@ class Converted(NamedTuple):
 
 
 def convert(source: str, dest: str | Path, options: Options | None = None, revision: str | None = None) -> Converted:
-    """Converts a checkpoint into the new folder ``dest``, which appears whole or not at all.
+    """Converts a checkpoint into the new folder ``dest``, which is written atomically.
 
     Args:
         source: a directory, a weight file, or an id of the Hugging Face hub.
@@ -96,8 +100,11 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
         options: see ``Options``.
         revision: of the hub repository.
 
+    Returns:
+        What was written.
+
     Raises:
-        ValueError: the checkpoint is none, of no known family, or damaged (all problems, a line each), or ``dest`` exists.
+        ValueError: there is no checkpoint, its family is unknown, it is damaged (one line per problem), or ``dest`` exists.
         OSError: ``dest`` cannot be written, or the disk is full.
     """
     options = options or Options()
@@ -116,8 +123,15 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
 def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
     """The family of a checkpoint, by the names of its tensors and its tokens.
 
+    Args:
+        tensors: by name.
+        tokenizer: of the checkpoint, None if there is none.
+
+    Returns:
+        One of ``FAMILIES``.
+
     Raises:
-        ValueError: none is known.
+        ValueError: the family is unknown.
     """
     if "generator.head.out.weight" in tensors or "acoustic_decoder.head.linear.weight" in tensors:
         head = tensors.get("generator.head.out.weight") or tensors["acoustic_decoder.head.linear.weight"]
@@ -130,9 +144,9 @@ def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
         if tokenizer is not None and tokenizer.token_to_id(module.MARK) is not None:
             return name
     some = ", ".join(sorted(tensors)[:3])
-    came = "a tokenizer of none of them" if tokenizer is not None else "no tokenizer.json"
+    got = "the tokenizer of another family" if tokenizer is not None else "no tokenizer.json"
     raise ValueError(
-        f"expected a checkpoint of {', '.join(FAMILIES)}, came tensors {some} ... and {came}: give --family if it is one of these"
+        f"expected a checkpoint of {', '.join(FAMILIES)}, got tensors {some} ... and {got}: give --family if it is one of these"
     )
 
 
@@ -148,7 +162,7 @@ def _layout(name: str, opened: Source, tokenizer: Any, options: Options) -> Layo
     if name in CODECS:
         return _codec(name, opened, options)
     if tokenizer is None:
-        raise ValueError(f"expected {card.TOKENIZER} beside the weights of {name}, came none; download it with them")
+        raise ValueError(f"expected {card.TOKENIZER} beside the weights of {name}, got none: download it too")
     if name in VOCABULARIES:
         return _one_vocabulary(VOCABULARIES[name], opened, tokenizer, options)
     return _cosyvoice(cosyvoice_model.VERSIONS[name], opened, tokenizer, options)
@@ -156,7 +170,7 @@ def _layout(name: str, opened: Source, tokenizer: Any, options: Options) -> Layo
 
 def _codec(name: str, opened: Source, options: Options) -> Layout:
     if options.layers or options.head != "all" or options.pad_to != 1:
-        raise ValueError(f"expected no --layers, --head or --pad-to for the codec {name}, which has none of them")
+        raise ValueError(f"expected no --layers, --head or --pad-to for the codec {name}, got one: leave it out")
     table, codec, licence = CODECS[name]
     tensors = fold_weight_norm(opened.tensors)
     config, rules = table.config({key: tensor.shape for key, tensor in tensors.items()}, opened.config)
@@ -166,7 +180,7 @@ def _codec(name: str, opened: Source, options: Options) -> Layout:
 
 
 def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Options) -> Layout:
-    """LLaSA, NeuTTS-Air, Orpheus: text and codes in one vocabulary, of which the head may keep the codes and stop ids alone."""
+    """LLaSA, NeuTTS-Air, Orpheus: text and codes in one vocabulary, of which the head may keep codes and stop ids only."""
     tensors, settings, dropped, notes = dict(opened.tensors), llama.checked(opened.config), [], []
     if options.layers:
         tensors, settings, dropped = llama.cut_layers(tensors, settings, options.layers)
@@ -176,7 +190,7 @@ def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Option
     codes, stops = module.SLOTS * count, card.token_ids(tokenizer, *module.STOPS)
     if (last := max(first + codes - 1, *stops)) >= embed.shape[0]:
         raise ValueError(
-            f"expected {embed.name} to have a row for each id up to {last}, came {embed.shape[0]}: another tokenizer's?"
+            f"expected a row of {embed.name} for each id up to {last}, got {embed.shape[0]}: use the checkpoint's own tokenizer"
         )
     if options.head == "speech":
         parts = [(first, first + codes), *((stop, stop + 1) for stop in stops)]
@@ -204,7 +218,7 @@ def _cosyvoice(version: cosyvoice_model.Version, opened: Source, tokenizer: Any,
     notes: list[str] = []
     separate = "llm_decoder.weight" in opened.tensors
     if separate:
-        tensors, dropped = cosyvoice.separate(dict(opened.tensors), notes, version)
+        tensors, dropped = cosyvoice.separate(dict(opened.tensors), version)
     else:
         tensors, dropped = cosyvoice.unmerge(dict(opened.tensors), notes, version, tokenizer)
     settings = llama.checked(cosyvoice.backbone(opened.folder) if separate else opened.config)
@@ -215,7 +229,7 @@ def _cosyvoice(version: cosyvoice_model.Version, opened: Source, tokenizer: Any,
     text_rows = tensors[last].shape[0] if last in tensors else 0
     if separate and 0 < text_rows < (tokens := tokenizer.get_vocab_size()):
         raise ValueError(
-            f"expected {tensors[last].name} to have a row for each of {tokens} tokens, came {text_rows}: another tokenizer's?"
+            f"expected a row of {tensors[last].name} for each of {tokens} tokens, got {text_rows}: use the checkpoint's own"
         )
     table_rows = [version.rows, *([version.markers] if version.markers else []), text_rows]
     make = functools.partial(cosyvoice_model.model, version)
@@ -232,11 +246,11 @@ def _language_model(
     notes: list[str],
     tokenizer: Any,
 ) -> Layout:
-    """Pads the tables, and plans the transformer that config.json describes."""
+    """Pads the tables and plans the transformer that config.json describes."""
     total = [-(-count // options.pad_to) * options.pad_to for count in table_rows]
     for i, count in enumerate(table_rows):
         for name in (f"table_{i}", *(("head", "head_bias") if i == 0 else ())):
-            if name in tensors and tensors[name].shape[0] == count:  # else the plan says what is wrong
+            if name in tensors and tensors[name].shape[0] == count:  # otherwise ``plan`` reports the mismatch
                 tensors[name] = padded(tensors[name], total[i])
     dtype = _dtype(options, tensors)
     shape = llama.architecture(

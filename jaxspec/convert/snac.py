@@ -1,4 +1,4 @@
-"""SNAC's tensors (as the package ``snac`` names them) to the parameters of ``jaxspec.codec.snac``; the encoder is left out."""
+"""Rules for SNAC in the names of the package ``snac``; the encoder is left out."""
 
 import itertools
 from collections.abc import Mapping
@@ -64,13 +64,17 @@ RULES = (
 
 
 def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, tuple[Rule, ...]]:
-    """The shape of a checkpoint's decoder and the rules to convert it.
+    """The configuration of a checkpoint's decoder.
 
-    shapes: of each tensor by its name, weight norm folded.
-    settings: its config.json, which alone tells the strides and the sample rate; None: those of the 24 kHz checkpoint.
+    Args:
+        shapes: of each tensor by name, weight norm folded.
+        settings: config.json, for strides and sample rate; without it, those of the 24 kHz checkpoint.
+
+    Returns:
+        The configuration, and the rules that convert the checkpoint.
 
     Raises:
-        ValueError: a tensor is missing, or the checkpoint is of a kind that the decoder does not have.
+        ValueError: a tensor is missing, or the variant is not supported.
     """
     _refuse_unsupported(shapes)
     settings = settings or {}
@@ -82,7 +86,7 @@ def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, 
     strides = tuple(strides) if isinstance(strides, list) else strides
     books = sum(name.endswith(".codebook.weight") for name in shapes)
     if not is_count(rate):
-        raise ValueError(f"expected sampling_rate to be a whole number, got {rate!r}: correct config.json")
+        raise ValueError(f"expected a whole number as sampling_rate, got {rate!r}: correct config.json")
     if not isinstance(strides, tuple) or len(strides) != books or not all(is_count(i) and not strides[0] % i for i in strides):
         raise ValueError(f"expected {books} vq_strides that divide the first of them, got {strides}: correct config.json")
     return Config(latent, width, tuple(shapes[up][2] // 2 for up in ups), size, dim, strides, rate), RULES

@@ -1,6 +1,6 @@
-"""The decoders of X-codec2 and NeuCodec from their checkpoints: the original layout, or that of transformers 5.
+"""Rules for the decoders of X-codec2 and NeuCodec, in the original layout and in that of transformers 5.
 
-Both are read for the decoder alone; what encodes waves to codes is dropped by name.
+Only the decoder is converted; the encoder is dropped by name.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Any
 from jaxspec.codec.xcodec2 import EPS, LEVELS, Config
 from jaxspec.convert.core import Rule, conv, is_count, transpose
 
-# What tensor shapes do not tell, and the decoder takes for granted.
+# Settings that tensor shapes do not show and the decoder assumes.
 FIXED = {"hidden_act": "silu", "rms_norm_eps": EPS, "quantization_levels": list(LEVELS)}
 
-# Rows of the head (n_fft + 2) -> samples a code, sample rate.
+# Rows of the head (n_fft + 2) -> samples per code, sample rate in Hz.
 HEADS = {1282: (320, 16_000), 1922: (480, 24_000)}
 
 
@@ -26,7 +26,7 @@ def _norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def _outside_attention(root: str, layers: str, norms: tuple[str, str]) -> tuple[Rule, ...]:
-    """What the two layouts name alike under ``root``: the convolutions and the MLPs; and the norms of the layers."""
+    """The part whose names agree in the two layouts under ``root``: convolutions, MLPs, and the norms of the layers."""
     layer = rf"{root}\.{layers}\.(\d+)"
     return (
         *_affine(rf"{root}\.embed", "embed", conv),
@@ -54,10 +54,10 @@ RULES_ORIGINAL = (
     Rule(r"generator\.head\.istft\.window", None),
     Rule(r"generator\.quantizer\.project_in\..*", None),
     Rule(r"(CodecEnc|SemanticEncoder_module|semantic_model|fc_prior)\..*", None),
-    Rule(r"(fc_post_s|SemanticDecoder(_module)?)\..*", None),  # of training
+    Rule(r"(fc_post_s|SemanticDecoder(_module)?)\..*", None),  # used in training only
 )
 
-# Here query and key hold the dimensions of a head in another order than in the original, the same in both: q k is unchanged.
+# Query and key hold the dimensions of a head in another order than the original, the same in both, so q k is unchanged.
 RULES_TRANSFORMERS = (
     *_affine(r"quantizer\.project_out", "project_out"),
     *_affine(r"acoustic_decoder\.fc", "fc"),
@@ -75,7 +75,7 @@ RULES_TRANSFORMERS = (
 
 
 def _shapes(names_and_shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes that tensors have in the file, by the parameters that they become."""
+    """The shapes of tensors in the file, by the path of their parameter."""
     found = {}
     for name, shape in names_and_shapes.items():
         for rule in rules:
@@ -94,39 +94,42 @@ def _rules(names: Iterable[str]) -> tuple[Rule, ...]:
             return rules
     raise ValueError(
         "expected the tensor 'generator.head.out.weight' (original) or 'acoustic_decoder.head.linear.weight' (transformers), "
-        "got neither; give all files of a checkpoint of X-codec2 or NeuCodec"
+        "got neither: give all files of a checkpoint of X-codec2 or NeuCodec"
     )
 
 
 def config(
     names_and_shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any] | None
 ) -> tuple[Config, tuple[Rule, ...]]:
-    """The shape of a checkpoint's decoder, and the rules that convert it.
+    """The configuration of a checkpoint's decoder.
 
     Args:
-        names_and_shapes: the shape of each tensor of the checkpoint, by its name.
-        settings: its config.json, which alone tells the number of heads; without it, the 16 of the published checkpoints.
+        names_and_shapes: the shape of each tensor of the checkpoint, by name.
+        settings: config.json, for the number of heads; without it, the 16 of the published checkpoints.
+
+    Returns:
+        The configuration, and the rules that convert the checkpoint.
 
     Raises:
-        ValueError: this is no X-codec2 and no NeuCodec, or one that the decoder does not know.
+        ValueError: the checkpoint is neither X-codec2 nor NeuCodec, or a variant that is not supported.
     """
     settings = settings or {}
     for key, expected in FIXED.items():
         if settings.get(key, expected) != expected:
             raise ValueError(
-                f"expected {key} = {expected} in config.json, got {settings[key]}; give X-codec2 or NeuCodec as published"
+                f"expected {key} = {expected} in config.json, got {settings[key]}: give X-codec2 or NeuCodec as published"
             )
     rules = _rules(names_and_shapes)
     shapes = _shapes(names_and_shapes, rules)
     needed = ("project_out/kernel", "layer_0/mlp/up/kernel", "layer_0/attention/out/kernel")
     if missing := [name for name in needed if name not in shapes]:
-        raise ValueError(f"expected tensors for {', '.join(missing)}, got none; give all files of the checkpoint")
+        raise ValueError(f"expected tensors for {', '.join(missing)}, got none: give all files of the checkpoint")
     rows, width = shapes["head/kernel"]
     if rows not in HEADS:
-        raise ValueError(f"expected a head of 1282 rows (X-codec2) or 1922 (NeuCodec), got {rows}; no other decoder is known")
+        raise ValueError(f"expected a head of 1282 rows (X-codec2) or 1922 (NeuCodec), got {rows}: give one of the two")
     heads, features = settings.get("num_attention_heads", Config.heads), shapes["layer_0/attention/out/kernel"][1]
     if not is_count(heads) or features % heads:
-        raise ValueError(f"expected attention features in {heads} equal heads, got {features}; give its config.json")
+        raise ValueError(f"expected attention features in {heads} equal heads, got {features}: give its config.json")
     layers = sum(name.endswith("mlp/up/kernel") for name in shapes)
     mlp_width, quantizer_width = shapes["layer_0/mlp/up/kernel"][0], shapes["project_out/kernel"][0]
     return Config(width, layers, heads, features // heads, mlp_width, quantizer_width, *HEADS[rows]), rules
