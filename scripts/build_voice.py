@@ -1,7 +1,8 @@
-"""Makes the built-in voice from nothing: python scripts/build_voice.py STAGE [--config FILE] [--work DIR]. Every stage resumes.
+"""Builds the built-in voice from nothing: python scripts/build_voice.py STAGE [--config FILE] [--work DIR].
 
-Stages, in order: corpus (flite speaks), codec, encode (recordings to codes), decoder (learns on), target, sample (the target
-speaks), draft (learns from the target), pack (writes jaxspec/voice/builtin.safetensors).
+Stages, in order; each resumes from what it finds in DIR: corpus (recordings by flite), codec, encode (recordings to codes),
+decoder (the codec's decoder, trained further), target, sample (codes sampled from the target), draft (distilled from the target),
+pack (writes jaxspec/voice/builtin.safetensors).
 """
 
 import argparse
@@ -17,45 +18,45 @@ from jaxspec.codec import builtin as codecs
 from jaxspec.models import builtin as voice
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
-from jaxspec.train.loop import Schedule, averaged, fit
+from jaxspec.train.loop import TrainConfig, fit, load_ema
 from jaxspec.train.voice import codec, corpus, distil, language_model
 
 CODEC = codecs.Config(len(voice.VOICES), voice.LEVELS)
 FRAME_S = CODEC.samples_per_code / CODEC.sample_rate_hz
 
 
-def schedule(settings: dict[str, Any]) -> Schedule:
-    """The part of a stage's settings that says how long and how fast to learn."""
-    names = {field.name for field in dataclasses.fields(Schedule)}
-    return Schedule(**{name: value for name, value in settings.items() if name in names})
+def train_config(settings: dict[str, Any]) -> TrainConfig:
+    """The steps and rates among a stage's settings."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in settings.items() if name in names})
 
 
-def shape(settings: dict[str, Any]) -> transformer.Config:
-    """The part of a stage's settings that says what the model looks like."""
+def model_config(settings: dict[str, Any]) -> transformer.Config:
+    """The transformer's shape among a stage's settings."""
     names = ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
     tables = (voice.VOCAB, voice.PROMPT_ROWS)
     return transformer.Config(tables, voice.VOCAB, **{name: settings[name] for name in names}, qk_norm=True)
 
 
 def composed(name: str, config: dict[str, Any], work: Path) -> Any:
-    """The trained weights of the target or the draft as the transformer's own."""
-    start = language_model.init_params(jax.random.key(0), shape(config[name]))
-    return language_model.compose(averaged(work / name, start), language_model.digit_features())
+    """The trained weights of the target or the draft, with composed code tables."""
+    start = language_model.init_params(jax.random.key(0), model_config(config[name]))
+    return language_model.compose(load_ema(work / name, start), language_model.digit_features())
 
 
 def trained_codec(work: Path) -> Any:
     """The trained weights of the codec."""
-    return averaged(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
+    return load_ema(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
 
 
-def polished_codec(work: Path) -> Any:
-    """The same with the decoder that went on learning."""
+def final_codec(work: Path) -> Any:
+    """The same with the decoder of the stage decoder."""
     params = trained_codec(work)
-    return {**params, "decoder": averaged(work / "decoder", params["decoder"])}
+    return {**params, "decoder": load_ema(work / "decoder", params["decoder"])}
 
 
 def run_corpus(config: dict[str, Any], work: Path) -> None:
-    """flite speaks."""
+    """Records the corpus with flite."""
     settings = config["corpus"]
     for hours in corpus.build(work / "corpus", settings["voices"], settings["hours"], settings["seed"]):
         print(f"{hours:.2f} of {settings['hours']} h", flush=True)
@@ -70,18 +71,24 @@ def crops(config: dict[str, Any], work: Path, seed: int) -> Any:
 def run_codec(config: dict[str, Any], work: Path) -> None:
     """Trains the codec on crops of the recordings."""
     start = codec.init_params(jax.random.key(0), CODEC)
-    fit(work / "codec", start, codec.loss(CODEC), lambda step: crops(config, work, 1000 + step), schedule(config["codec"]))
+    fit(work / "codec", start, codec.loss(CODEC), lambda step: crops(config, work, 1000 + step), train_config(config["codec"]))
 
 
 def run_decoder(config: dict[str, Any], work: Path) -> None:
-    """Trains the codec's decoder further while the codes stay as they are."""
+    """Trains the codec's decoder further, with the encoder fixed."""
     params = trained_codec(work)
     loss = codec.decoder_loss(CODEC, params)
-    fit(work / "decoder", params["decoder"], loss, lambda step: crops(config, work, 100_000 + step), schedule(config["decoder"]))
+    fit(
+        work / "decoder",
+        params["decoder"],
+        loss,
+        lambda step: crops(config, work, 100_000 + step),
+        train_config(config["decoder"]),
+    )
 
 
 def run_encode(config: dict[str, Any], work: Path) -> None:
-    """Recordings to codes."""
+    """Encodes the recordings."""
     for line in codec.encode_shards(work / "corpus", work / "codes", trained_codec(work), CODEC):
         print(line, flush=True)
 
@@ -89,51 +96,55 @@ def run_encode(config: dict[str, Any], work: Path) -> None:
 def run_target(config: dict[str, Any], work: Path) -> None:
     """Trains the target on the encoded recordings."""
     settings = config["target"]
-    start = language_model.init_params(jax.random.key(0), shape(settings))
-    loss = language_model.loss(shape(settings), tuple(settings["guided_layers"]))
+    start = language_model.init_params(jax.random.key(0), model_config(settings))
+    loss = language_model.loss(model_config(settings), tuple(settings["guided_layers"]))
     reading = language_model.Reading()
     fit(
         work / "target",
         start,
         loss,
         lambda step: language_model.batches([work / "codes"], reading, FRAME_S, step),
-        schedule(settings),
+        train_config(settings),
     )
 
 
 def run_sample(config: dict[str, Any], work: Path) -> None:
-    """The target speaks, for the draft to learn from."""
+    """Samples codes from the target, for the draft to be trained on."""
     settings, params = config["sample"], composed("target", config, work)
     sampling = Sampling(temperature=settings["temperature"], top_p=settings["top_p"])
     lines = distil.sample_shards(
-        work / "samples", shape(config["target"]), params, sampling, settings["utterances"], settings["seed"]
+        work / "samples", model_config(config["target"]), params, sampling, settings["utterances"], settings["seed"]
     )
     for line in lines:
         print(line, flush=True)
 
 
 def run_draft(config: dict[str, Any], work: Path) -> None:
-    """Trains the draft on the target's laws."""
+    """Trains the draft on the target's distributions."""
     settings, temperature = config["draft"], config["sample"]["temperature"]
-    start = language_model.init_params(jax.random.key(1), shape(settings))
+    start = language_model.init_params(jax.random.key(1), model_config(settings))
     loss = distil.loss(
-        shape(settings), shape(config["target"]), composed("target", config, work), temperature, tuple(settings["guided_layers"])
+        model_config(settings),
+        model_config(config["target"]),
+        composed("target", config, work),
+        temperature,
+        tuple(settings["guided_layers"]),
     )
     reading, folders = language_model.Reading(), [work / "codes", work / "samples"]
-    fit(work / "draft", start, loss, lambda step: language_model.batches(folders, reading, FRAME_S, step), schedule(settings))
+    fit(work / "draft", start, loss, lambda step: language_model.batches(folders, reading, FRAME_S, step), train_config(settings))
 
 
 def run_pack(config: dict[str, Any], work: Path) -> None:
-    """Writes the file that ships."""
-    met = np.zeros(voice.VOCAB, np.uint8)
+    """Writes the file that comes with the package."""
+    trained = np.zeros(voice.VOCAB, np.uint8)
     for path in (work / "codes").glob("*.npz"):
-        for utterance in corpus.read_shard(path):
-            met[utterance.signal] = 1
-    shapes = shape(config["target"]), shape(config["draft"]), CODEC
-    params = composed("target", config, work), composed("draft", config, work), polished_codec(work)
+        for recording in corpus.read_shard(path):
+            trained[recording.signal] = 1
+    shapes = model_config(config["target"]), model_config(config["draft"]), CODEC
+    params = composed("target", config, work), composed("draft", config, work), final_codec(work)
     voice.BUILTIN.parent.mkdir(exist_ok=True)
-    voice.save(voice.BUILTIN, voice.Voice(*shapes, *params, met))
-    print(f"{voice.BUILTIN}: {voice.BUILTIN.stat().st_size / 1e6:.1f} MB, {met.mean():.1%} of the codes occurred")
+    voice.save(voice.BUILTIN, voice.Voice(*shapes, *params, trained))
+    print(f"{voice.BUILTIN}: {voice.BUILTIN.stat().st_size / 1e6:.1f} MB, {trained.mean():.1%} of the codes occur in the corpus")
 
 
 STAGES = {

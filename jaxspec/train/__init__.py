@@ -1,0 +1,1 @@
+"""Training: a loop for any model, and the recipe of the built-in voice."""

@@ -1,10 +1,10 @@
-"""Trains the codec of the built-in voice: multi-resolution spectra, mel spectra, and the phone that each code stands for.
+"""Training of the codec of the built-in voice: losses on spectra, and a phone loss.
 
-The phone loss asks a small head to name, from the quantised codes alone, what is being said, so that the few bits of a code go
-to what a listener understands. The head is not part of the codec.
+The phone loss is the cross-entropy of a small head that predicts the phones from the quantised codes, so that the few bits of a
+code carry what makes speech intelligible. The head is not part of the codec.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -29,50 +29,61 @@ class PhoneHead(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        """A look at two codes to either side."""
+        """z [B T n] -> logits; the receptive field is two codes to either side."""
         x = nn.gelu(nn.Conv(192, (3,))(z))
         x = nn.gelu(nn.Conv(192, (3,))(x))
         return nn.Dense(PHONES_PER_CODE * len(PHONES))(x).reshape(z.shape[0], -1, len(PHONES))
 
 
 def init_params(key: Array, config: Config) -> Params:
-    """Random weights: {"codec": ..., "phones": ...}."""
+    """Random weights: {"codec": those of the codec, "phones": those of ``PhoneHead``}. The key is consumed."""
     wave, voice = jnp.zeros((1, 8 * config.samples_per_code)), jnp.zeros(1, jnp.int32)
     codec = jax.jit(VoiceCodec(config).init)(key, wave, voice)["params"]
     phones = PhoneHead().init(key, jnp.zeros((1, 8, len(config.levels))))["params"]
     return {"codec": codec, "phones": phones}
 
 
-def spectral_loss(ours: Array, theirs: Array, config: Config) -> Array:
-    """Mean over resolutions of |log magnitude| distance and spectral convergence, plus the log-mel distance. Waves [B N]."""
+def spectral_loss(output: Array, reference: Array, config: Config) -> Array:
+    """L1 of log magnitudes and spectral convergence (arXiv 1910.11480), the mean over STFT sizes, plus L1 of log-mel spectra.
+
+    Args:
+        output: waves, float32 [B N].
+        reference: waves, float32 [B N].
+        config: of the codec.
+
+    Returns:
+        float32 [].
+    """
     total = jnp.float32(0)
     for size in STFT_SIZES:
-        a, b = spectrum.magnitude(ours, size, size // 4), spectrum.magnitude(theirs, size, size // 4)
+        a, b = (spectrum.magnitude(wave, size, size // 4) for wave in (output, reference))
         total += jnp.abs(jnp.log(a + 1e-3) - jnp.log(b + 1e-3)).mean()
         total += jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-3)
-    mels = (spectrum.log_mel(w, config.sample_rate_hz, 1024, 256, config.mel_bins) for w in (ours, theirs))
-    a, b = mels
+    a, b = (spectrum.log_mel(wave, config.sample_rate_hz, 1024, 256, config.mel_bins) for wave in (output, reference))
     return total / len(STFT_SIZES) + 2 * jnp.abs(a - b).mean()
 
 
 def loss(config: Config) -> Loss:
-    """The loss of a batch (wave float32 [B N], voice int32 [B], phone int32 [B T*PHONES_PER_CODE])."""
+    """The spectral loss plus 0.3 times the phone loss.
+
+    A batch is (wave float32 [B N], voice int32 [B], phones int32 [B T*PHONES_PER_CODE]); params are those of ``init_params``.
+    """
 
     def value(params: Params, batch: tuple[Array, Array, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         wave, voice, phone = batch
         again, z = VoiceCodec(config).apply({"params": params["codec"]}, wave, voice)
         logits = PhoneHead().apply({"params": params["phones"]}, z)
         spectral = spectral_loss(again, wave, config)
-        log_law = jax.nn.log_softmax(logits)
-        phones = -jnp.take_along_axis(log_law, phone[..., None], axis=-1).mean()
-        right = (logits.argmax(-1) == phone).mean()
-        return spectral + 0.3 * phones, {"spectral": spectral, "phones": phones, "phone_accuracy": right}
+        log_probs = jax.nn.log_softmax(logits)
+        phones = -jnp.take_along_axis(log_probs, phone[..., None], axis=-1).mean()
+        accuracy = (logits.argmax(-1) == phone).mean()
+        return spectral + 0.3 * phones, {"spectral": spectral, "phones": phones, "phone_accuracy": accuracy}
 
     return value
 
 
 def decoder_loss(config: Config, codec_params: Params) -> Loss:
-    """The spectral loss of the decoder alone: the codes stay as they are, so that models of them stay right."""
+    """The spectral loss as a function of the decoder's weights. The encoder is fixed, so that models of its codes stay valid."""
 
     def value(decoder: Params, batch: tuple[Array, Array, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         wave, voice, _ = batch
@@ -83,59 +94,96 @@ def decoder_loss(config: Config, codec_params: Params) -> Loss:
     return value
 
 
-def phone_track(utterance: Recording, step_s: float, count: int) -> np.ndarray:
-    """The phone at the middle of each of ``count`` steps of ``step_s`` seconds: indices into ``PHONES``, int32 [count]."""
-    ends = np.array([end for _, end in utterance.phones])
-    names = np.array([PHONES.index(name) for name, _ in utterance.phones], np.int32)
+def phone_track(recording: Recording, step_s: float, count: int) -> np.ndarray:
+    """The phone at the middle of each step.
+
+    Args:
+        recording: with phones.
+        step_s: the duration of a step in seconds.
+        count: steps.
+
+    Returns:
+        indices into ``PHONES``, int32 [count].
+    """
+    ends = np.array([end for _, end in recording.phones])
+    names = np.array([PHONES.index(name) for name, _ in recording.phones], np.int32)
     middle = (np.arange(count) + 0.5) * step_s
     return names[np.minimum(np.searchsorted(ends, middle), len(names) - 1)]
 
 
-def batches(corpus: Path, voices: list[str], config: Config, batch: int, crop: int, seed: int) -> Iterator[tuple]:
-    """Random crops of ``crop`` codes, for ever; a shard is read once for every 1,000 crops."""
+def batches(
+    corpus: Path, voices: Sequence[str], config: Config, batch: int, crop: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Random crops of the recordings, without end.
+
+    Args:
+        corpus: the folder of shards, two or more.
+        voices: the names of the voices, in the order of their indices.
+        config: of the codec.
+        batch: crops in a batch.
+        crop: the length of a crop in codes.
+        seed: of shards, crops and levels.
+
+    Yields:
+        (wave float32 [B N], voice int32 [B], phones int32 [B crop*PHONES_PER_CODE]).
+    """
     rng = np.random.default_rng(seed)
-    length, step = crop * config.samples_per_code, config.samples_per_code // PHONES_PER_CODE
+    step = config.samples_per_code // PHONES_PER_CODE  # samples for each phone
+    length = crop * config.samples_per_code
     while True:
         shards = sorted(corpus.glob("*.npz"))
-        utterances = [u for i in rng.choice(len(shards), 2, replace=False) for u in read_shard(shards[i])]
-        pool = [
-            (u, phone_track(u, step / config.sample_rate_hz, len(u.signal) // step)) for u in utterances if len(u.signal) > length
-        ]
-        for _ in range(2000 // batch):
-            rows = []
-            for index in rng.integers(len(pool), size=batch):
-                utterance, track = pool[index]
-                first = (
-                    int(rng.integers((len(utterance.signal) - length) // step)) if len(utterance.signal) > length + step else 0
-                )
-                piece = utterance.signal[first * step :][:length].astype(np.float32) / 32768
-                gain = 10 ** rng.uniform(-0.3, 0.1)
-                rows.append((piece * gain, voices.index(utterance.voice), track[first:][: crop * PHONES_PER_CODE]))
-            wave, voice, phone = zip(*rows, strict=True)
-            yield np.stack(wave), np.array(voice, np.int32), np.stack(phone)
+        recordings = [one for i in rng.choice(len(shards), 2, replace=False) for one in read_shard(shards[i])]
+        recordings = [one for one in recordings if len(one.signal) > length]
+        tracks = [phone_track(one, step / config.sample_rate_hz, len(one.signal) // step) for one in recordings]
+        for _ in range(2000 // batch):  # about as many crops as two shards have recordings
+            chosen = rng.integers(len(recordings), size=batch)
+            crops = [_crop(recordings[i].signal, tracks[i], step, length, rng) for i in chosen]
+            wave, phones = zip(*crops, strict=True)
+            voice = [voices.index(recordings[i].voice) for i in chosen]
+            yield np.stack(wave), np.array(voice, np.int32), np.stack(phones)
+
+
+def _crop(
+    signal: np.ndarray, track: np.ndarray, step: int, length: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop of ``length`` samples at a random level, and its phones."""
+    first = int(rng.integers(max(1, (len(signal) - length) // step)))
+    gain = 10 ** rng.uniform(-0.3, 0.1)
+    wave = signal[first * step :][:length].astype(np.float32) / 32768
+    return wave * gain, track[first:][: length // step]
 
 
 def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> Iterator[str]:
-    """Writes each shard of recordings again with codes in place of samples; yields a line a shard. Shards that exist are kept."""
+    """Encodes a corpus: writes each shard with codes in place of samples. Shards that exist are kept.
+
+    Args:
+        corpus: the folder of recordings.
+        out: the folder of encoded shards; created if it does not exist.
+        params: the codec's weights.
+        config: of the codec.
+
+    Yields:
+        a line of text after each shard.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    encode, span = codec(config).encode, config.samples_per_code
     for path in sorted(corpus.glob("*.npz")):
-        if (out / path.name).exists():
-            continue
-        utterances = read_shard(path)
-        counts = [-(-len(u.signal) // span) for u in utterances]
-        order = sorted(range(len(utterances)), key=counts.__getitem__)
-        encoded: dict[int, Recording] = {}
-        for first in range(0, len(order), 32):
-            rows = order[first : first + 32]
-            # Padded to a round length, so that few lengths are compiled.
-            length = np.array([len(utterances[i].signal) for i in rows], np.int32)
-            samples = padded_length(counts[rows[-1]]) * span
-            wave = np.stack([np.pad(utterances[i].signal, (0, samples - len(utterances[i].signal))) for i in rows])
-            codes = np.asarray(encode(params, wave.astype(np.float32) / 32768, length))
-            encoded |= {
-                i: utterances[i]._replace(signal=row[: counts[i], 0].astype(np.uint16))
-                for i, row in zip(rows, codes, strict=True)
-            }
-        write_shard(out / path.name, [encoded[i] for i in range(len(utterances))])
-        yield f"{path.name}: {len(encoded)} utterances"
+        if not (out / path.name).exists():
+            recordings = read_shard(path)
+            write_shard(out / path.name, _encode(recordings, params, config))
+            yield f"{path.name}: {len(recordings)} recordings"
+
+
+def _encode(recordings: Sequence[Recording], params: Params, config: Config, batch: int = 32) -> list[Recording]:
+    """The recordings with codes as their signals, encoded in batches of similar length."""
+    encode, span = codec(config).encode, config.samples_per_code
+    order = sorted(range(len(recordings)), key=lambda i: len(recordings[i].signal))
+    encoded: dict[int, Recording] = {}
+    for first in range(0, len(order), batch):
+        rows = [(i, recordings[i].signal) for i in order[first : first + batch]]
+        length = np.array([len(signal) for _, signal in rows], np.int32)
+        samples = padded_length(-(-int(length.max()) // span)) * span  # a round length, so that few are compiled
+        wave = np.stack([np.pad(signal, (0, samples - len(signal))) for _, signal in rows]).astype(np.float32) / 32768
+        codes = np.asarray(encode(params, wave, length))
+        for (i, signal), row in zip(rows, codes, strict=True):
+            encoded[i] = recordings[i]._replace(signal=row[: -(-len(signal) // span), 0].astype(np.uint16))
+    return [encoded[i] for i in range(len(recordings))]

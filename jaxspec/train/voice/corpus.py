@@ -1,8 +1,7 @@
-"""Recordings to learn from: flite speaks the sentences of the recipe, and tells which phone it speaks when.
+"""The corpus: recordings of the recipe's sentences by flite, with the phones and their times.
 
-A corpus is a folder of shards. Each shard is one ``.npz``: ``signal`` (all utterances, one after the other: int16
-samples, or uint16 codes), ``start`` int64 [N + 1] (their borders) and ``meta`` (JSON: text, voice, phones with
-end times in seconds).
+A corpus is a folder of shards. Each shard is one ``.npz``: ``signal`` (the N recordings concatenated: int16 samples, or uint16
+codes), ``start`` int64 [N + 1] (where each begins and ends) and ``meta`` (JSON: text, voice, phones with end times in seconds).
 """
 
 import itertools
@@ -11,7 +10,7 @@ import os
 import subprocess
 import tempfile
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,50 +24,73 @@ SAMPLE_RATE_HZ = 16_000
 
 
 class Recording(NamedTuple):
-    """One recording: text, voice name, [(phone, end_s), ...] and the wave int16 [N], or its codes uint16 [T] once encoded."""
+    """One recording."""
 
     text: str
     voice: str
-    phones: list[tuple[str, float]]
-    signal: np.ndarray
+    phones: list[tuple[str, float]]  # (phone, end in seconds); empty where the phones are unknown
+    signal: np.ndarray  # the wave, int16 [N], or its codes, uint16 [T]
 
 
 def record(text: str, voice: str) -> Recording:
-    """Lets flite speak one text.
+    """Records one text with flite.
+
+    Args:
+        text: plain English.
+        voice: a voice of flite.
+
+    Returns:
+        the recording, at ``SAMPLE_RATE_HZ``.
 
     Raises:
-        RuntimeError: when flite is not installed or fails.
+        RuntimeError: flite is not installed or fails.
     """
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         command = ["flite", "-voice", voice, "-psdur", "-t", text, "-o", file.name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"expected a working flite (Debian package 'flite'): {error}") from error
+            raise RuntimeError(f"expected a working flite, got {error}: apt-get install flite") from error
         with wave.open(file.name) as reader:
             samples = np.frombuffer(reader.readframes(reader.getnframes()), np.int16)
     pairs = [item.rsplit(":", 1) for item in done.stdout.split()]
     return Recording(text, voice, [(phone, float(end)) for phone, end in pairs], samples)
 
 
-def write_shard(path: Path, utterances: list[Recording]) -> None:
-    """Writes one shard; the file appears whole or not at all."""
-    start = np.cumsum([0] + [len(u.signal) for u in utterances])
-    meta = json.dumps([{"text": u.text, "voice": u.voice, "phones": u.phones} for u in utterances])
+def write_shard(path: Path, recordings: Sequence[Recording]) -> None:
+    """Writes one or more recordings as a shard, atomically."""
+    start = np.cumsum([0] + [len(one.signal) for one in recordings])
+    meta = json.dumps([{"text": one.text, "voice": one.voice, "phones": one.phones} for one in recordings])
     with replacing(path) as partial:
-        np.savez(partial, signal=np.concatenate([u.signal for u in utterances]), start=start, meta=np.array(meta))
+        np.savez(partial, signal=np.concatenate([one.signal for one in recordings]), start=start, meta=np.array(meta))
 
 
 def read_shard(path: Path) -> list[Recording]:
-    """Reads one shard back."""
+    """Reads the recordings of a shard."""
     with np.load(path, allow_pickle=False) as data:
-        samples, start, meta = data["signal"], data["start"], json.loads(str(data["meta"]))
-    borders = itertools.pairwise(start)
-    return [Recording(m["text"], m["voice"], m["phones"], samples[a:b]) for m, (a, b) in zip(meta, borders, strict=True)]
+        signal, start, meta = data["signal"], data["start"], json.loads(str(data["meta"]))
+    return [
+        Recording(one["text"], one["voice"], [(phone, end) for phone, end in one["phones"]], signal[first:last])
+        for one, (first, last) in zip(meta, itertools.pairwise(start), strict=True)
+    ]
 
 
-def build(directory: Path, voices: list[str], hours: float, seed: int, shard_size: int = 512) -> Iterator[float]:
-    """Records shards until ``hours`` of speech lie in ``directory``; yields the hours so far. Shards that exist are kept."""
+def build(directory: Path, voices: Sequence[str], hours: float, seed: int, shard_size: int = 512) -> Iterator[float]:
+    """Records shards until the folder holds ``hours`` of speech. Shards that exist are kept.
+
+    Args:
+        directory: the corpus; created if it does not exist.
+        voices: the voices of flite; sentences take them in turn.
+        hours: of speech.
+        seed: of the sentences.
+        shard_size: recordings in a shard.
+
+    Yields:
+        the hours so far, after each shard.
+
+    Raises:
+        RuntimeError: flite is not installed or fails.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     total_s = 0.0
     with ThreadPoolExecutor(os.cpu_count()) as pool:

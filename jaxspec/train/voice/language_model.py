@@ -1,14 +1,14 @@
-"""Trains the target and the first stage of the draft: codes from text, with a hand on where the model looks.
+"""Training of the target on codes and their text, with composed embeddings and attention guidance.
 
-Two things make a small model learn fast. The rows of the code tables are sums of learnt parts, one for each digit of a code and
-one for each pair of digits, so that codes which sound alike share what is learnt of them; the sums are written out when training
-ends. And one attention head in a few layers is told which symbol is being spoken (flite knows), so that the text is read
-in order.
+Two things let a small model learn fast. The rows of the code tables are sums of learnt parts, one for each digit of a code and
+one for each pair of digits, so that codes which sound alike share parameters; the sums are written out when training ends. And
+one attention head in a few layers is guided to the symbol that is being spoken, which flite reports, so that the text is read in
+order.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ IGNORE = -1
 
 
 class Batch(NamedTuple):
-    """Rows to learn from, each int32 [B S]: ids, the code that follows each, the position to look at; IGNORE for none."""
+    """Training examples, each int32 [B S]: ids, the next code of each, the position to attend to; IGNORE for none."""
 
     tokens: np.ndarray
     target: np.ndarray
@@ -38,16 +38,16 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How texts and codes are shown in training."""
+    """How texts and codes are presented in training."""
 
-    spell: float = 0.08  # the share of known words given in letters
-    disturb: float = 0.06  # the share of input codes moved by one level in one digit
-    buckets: tuple[int, ...] = (80, 104, 128, 160, 224)
-    tokens: int = 2048  # in one batch
+    spell: float = 0.08  # the fraction of dictionary words given in letters
+    disturb: float = 0.06  # the fraction of input codes moved by one level in one digit
+    buckets: tuple[int, ...] = (80, 104, 128, 160, 224)  # lengths of rows; longer ones are left out
+    tokens: int = 2048  # in a batch
 
 
 def digit_features() -> np.ndarray:
-    """Which digits and pairs of digits each code has: multi-hot float32 [V F]; the stop id has none."""
+    """The digits and pairs of digits of each code, multi-hot float32 [V F]; the stop id has none."""
     digits = np.asarray(fsq.to_digits(jnp.arange(CODES), LEVELS))
     single = [np.eye(level)[digits[:, d]] for d, level in enumerate(LEVELS)]
     pair = [
@@ -59,7 +59,15 @@ def digit_features() -> np.ndarray:
 
 
 def init_params(key: Array, config: transformer.Config) -> Params:
-    """Random weights to train: {"model": the transformer's, "parts": {"table_0", "head"} [F D]}; see ``compose``."""
+    """Random weights to train; see ``compose``.
+
+    Args:
+        key: consumed.
+        config: the transformer's shape.
+
+    Returns:
+        {"model": the transformer's weights, "parts": {"table_0", "head"}, each float32 [F D]}.
+    """
     model, features = transformer.init_params(key, config), digit_features()
     parts = {}
     for name in ("table_0", "head"):
@@ -70,32 +78,61 @@ def init_params(key: Array, config: transformer.Config) -> Params:
 
 
 def compose(params: Params, features: Array) -> Params:
-    """The transformer's own parameters: its code tables plus the sums of their parts."""
+    """The transformer's parameters: its code tables plus the sums of their parts.
+
+    Args:
+        params: of ``init_params``.
+        features: of ``digit_features``, [V F].
+
+    Returns:
+        weights as ``transformer.init_params`` gives them.
+    """
     summed = {name: params["model"][name] + features @ part for name, part in params["parts"].items()}
     return {**params["model"], **summed}
 
 
 def loss(config: transformer.Config, guided_layers: tuple[int, ...], guidance: float = 0.4) -> Loss:
-    """Cross-entropy of the codes in nats, and of the first attention head of the guided layers against where to look."""
+    """The target's loss: cross-entropy of the codes in nats, plus attention guidance.
+
+    Args:
+        config: the transformer's shape.
+        guided_layers: the layers whose first head is guided.
+        guidance: the weight of the guidance.
+
+    Returns:
+        a loss for ``train.loop.fit`` over (params of ``init_params``, ``Batch``, key).
+    """
     model, features = transformer.Transformer(config), digit_features()
 
     def value(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        (logits, _, _), seen = model.apply({"params": compose(params, features)}, batch.tokens, mutable="intermediates")
+        (logits, _, _), captured = model.apply({"params": compose(params, features)}, batch.tokens, mutable="intermediates")
         counted = batch.target != IGNORE
         chosen = jnp.take_along_axis(logits, jnp.maximum(batch.target, 0)[..., None], axis=-1)[..., 0]
         nats = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0).sum() / counted.sum()
-        guide = sum(looking(seen, layer, batch.look) for layer in guided_layers) / len(guided_layers)
+        guide = guidance_loss(captured, guided_layers, batch.look)
         return nats + guidance * guide, {"nats": nats, "guide": guide}
 
     return value
 
 
-def looking(seen: Any, layer: int, look: Array) -> Array:
-    """-log of the attention that the first head of a layer pays to ``look`` int32 [B T]; half of the neighbours' counts too.
+def guidance_loss(captured: Any, layers: Sequence[int], look: Array) -> Array:
+    """Attention guidance: the mean over layers of -log of the attention of the first head to the positions ``look``.
 
-    ``seen`` are the intermediates that the transformer gave. Where no place is known, nothing is asked.
+    Half of the attention to the two neighbours of a position counts as attention to it.
+
+    Args:
+        captured: the intermediates of the transformer.
+        layers: the guided ones.
+        look: positions, int32 [B S]; IGNORE where none is known, which costs nothing.
+
+    Returns:
+        float32 [].
     """
-    weights = seen["intermediates"][f"layer_{layer}"]["attention"]["attention"][0][:, 0, 0]
+    return sum((_missed_attention(captured, layer, look) for layer in layers), jnp.float32(0)) / len(layers)
+
+
+def _missed_attention(captured: Any, layer: int, look: Array) -> Array:
+    weights = captured["intermediates"][f"layer_{layer}"]["attention"]["attention"][0][:, 0, 0]
     at = (jnp.take_along_axis(weights, jnp.maximum(look + shift, 0)[..., None], axis=-1)[..., 0] for shift in (-1, 0, 1))
     before, here, after = at
     counted = look != IGNORE
@@ -103,27 +140,33 @@ def looking(seen: Any, layer: int, look: Array) -> Array:
     return jnp.where(counted, missed, 0).sum() / jnp.maximum(counted.sum(), 1)
 
 
-def row(utterance: Recording, reading: Reading, rng: np.random.Generator, frame_s: float) -> Batch:
-    """One utterance as ids, targets and places to look, each int32 [S]; the prompt gives no loss."""
-    symbols = to_symbols(utterance.text, lambda _: rng.random() < reading.spell)
-    ids, codes = prompt(symbols, utterance.voice), utterance.signal.astype(np.int32)
+def row(recording: Recording, reading: Reading, rng: np.random.Generator, frame_s: float) -> Batch:
+    """One encoded recording as a training example; the prompt has no loss.
+
+    Args:
+        recording: its signal is codes.
+        reading: how to present it.
+        rng: draws which words are spelled and which codes are moved.
+        frame_s: the duration of a code in seconds.
+
+    Returns:
+        a Batch of int32 [S] in place of [B S]. Without phones (samples of the target) there is no position to attend to.
+    """
+    symbols = to_symbols(recording.text, lambda _: rng.random() < reading.spell)
+    ids, codes = prompt(symbols, recording.voice), recording.signal.astype(np.int32)
     ignored = np.full(len(ids) - 1, IGNORE, np.int32)
-    if not utterance.phones:  # the target's own speech, whose phones nobody knows
-        return Batch(
-            np.concatenate([ids, codes]), np.concatenate([ignored, codes, [STOP]]), np.full(len(ids) + len(codes), IGNORE)
-        )
-    names, ends = [p for p, _ in utterance.phones], np.array([end for _, end in utterance.phones])
-    place = align(names, ["<", *symbols, ">"])
-    frame = np.minimum(np.searchsorted(ends, (np.arange(len(codes)) + 0.5) * frame_s), len(ends) - 1)
-    return Batch(
-        np.concatenate([ids, _disturb(codes, reading.disturb, rng)]),
-        np.concatenate([ignored, codes, [STOP]]),
-        np.concatenate([ignored, place[frame], [len(ids) - 1]]),
-    )
+    target = np.concatenate([ignored, codes, [STOP]])
+    if not recording.phones:
+        return Batch(np.concatenate([ids, codes]), target, np.full_like(target, IGNORE))
+    phones, ends = [phone for phone, _ in recording.phones], np.array([end for _, end in recording.phones])
+    positions = align(phones, ["<", *symbols, ">"])
+    frames = np.minimum(np.searchsorted(ends, (np.arange(len(codes)) + 0.5) * frame_s), len(ends) - 1)
+    look = np.concatenate([ignored, positions[frames], [len(ids) - 1]])
+    return Batch(np.concatenate([ids, _disturb(codes, reading.disturb, rng)]), target, look)
 
 
 def _disturb(codes: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Moves a share of the codes by one level in one digit, as a sampled code may be off when the model speaks."""
+    """Moves a fraction of the codes by one level in one digit, as sampled codes may be off by as much."""
     radix, levels = np.cumprod((1, *LEVELS[:-1])), np.array(LEVELS)
     which, up = rng.integers(len(LEVELS), size=len(codes)), rng.integers(2, size=len(codes)) * 2 - 1
     digit = codes // radix[which] % levels[which]
@@ -132,13 +175,23 @@ def _disturb(codes: np.ndarray, share: float, rng: np.random.Generator) -> np.nd
 
 
 def batches(folders: list[Path], reading: Reading, frame_s: float, seed: int) -> Iterator[Batch]:
-    """Batches of rows of like length for ever, each utterance once a round, from folders of encoded shards."""
+    """Batches of rows of similar length, without end; each epoch has every recording once, in random order.
+
+    Args:
+        folders: of encoded shards.
+        reading: how to present the recordings.
+        frame_s: the duration of a code in seconds.
+        seed: of the order and of ``row``.
+
+    Yields:
+        batches of int32 [B S], S one of the buckets.
+    """
     rng = np.random.default_rng(seed)
-    utterances = [u for folder in folders for path in sorted(folder.glob("*.npz")) for u in read_shard(path)]
+    recordings = [one for folder in folders for path in sorted(folder.glob("*.npz")) for one in read_shard(path)]
     waiting: dict[int, list[Batch]] = {size: [] for size in reading.buckets}
     while True:
-        for index in rng.permutation(len(utterances)):
-            example = row(utterances[index], reading, rng, frame_s)
+        for index in rng.permutation(len(recordings)):
+            example = row(recordings[index], reading, rng, frame_s)
             size = next((s for s in reading.buckets if s >= len(example.tokens)), None)
             if size is None:
                 continue

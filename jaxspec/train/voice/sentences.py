@@ -1,7 +1,6 @@
-"""Sentences to learn speech from: everyday templates, and dictionary words in running text.
+"""Sentences of the corpus: everyday templates, and random dictionary words between function words.
 
-Two sources are mixed. *Templates* give the rhythm of plain English. *Running words* put any word of a dictionary
-between function words, so that the sounds of open English are learnt and not a few hundred words by heart.
+Templates have the rhythm of plain English. Random words make the model learn how any word sounds, and not a few hundred by heart.
 """
 
 import random
@@ -84,8 +83,8 @@ def _fill(rng: random.Random, template: str) -> str:
     return text
 
 
-def _running(rng: random.Random, words: Sequence[str], weights: Sequence[float]) -> str:
-    """A sentence-shaped run of dictionary words with function words between them."""
+def _random_words(rng: random.Random, words: Sequence[str], weights: Sequence[float]) -> str:
+    """Dictionary words with function words between them, punctuated like a sentence."""
     out: list[str] = []
     length = rng.randint(2, 11)
     while len(out) < length:
@@ -99,13 +98,16 @@ def _running(rng: random.Random, words: Sequence[str], weights: Sequence[float])
 
 
 def dictionary(path: Path = WORD_LIST) -> tuple[list[str], list[float]]:
-    """Lower-case words of a word list and their cumulative weights; short words, which are the common ones, weigh more.
+    """The lower-case words of a word list and their cumulative weights. Short words, the common ones, weigh more.
+
+    Args:
+        path: one word a line.
 
     Raises:
-        FileNotFoundError: when the word list is not installed.
+        FileNotFoundError: the word list is not installed.
     """
     if not path.exists():
-        raise FileNotFoundError(f"expected a word list at {path}: install Debian's wamerican-small")
+        raise FileNotFoundError(f"expected a word list at {path}, got no file: apt-get install wamerican-small")
     lines = path.read_text(encoding="utf-8").split()
     words = sorted({w.lower() for w in lines if w.isascii() and w.replace("'", "").isalpha() and len(w) > 1})
     cumulative, total = [], 0.0
@@ -116,8 +118,16 @@ def dictionary(path: Path = WORD_LIST) -> tuple[list[str], list[float]]:
 
 
 def sentences(seed: int, template_share: float = 0.35) -> Iterator[str]:
-    """An endless stream of sentences in lower case with final punctuation, the same for the same seed."""
+    """Sentences in lower case with final punctuation, without end; the same for the same seed.
+
+    Args:
+        seed: of the random choices.
+        template_share: the fraction of sentences made from templates.
+
+    Raises:
+        FileNotFoundError: the word list is not installed.
+    """
     rng = random.Random(seed)
     words, weights = dictionary()
     while True:
-        yield _fill(rng, rng.choice(TEMPLATES)) if rng.random() < template_share else _running(rng, words, weights)
+        yield _fill(rng, rng.choice(TEMPLATES)) if rng.random() < template_share else _random_words(rng, words, weights)
