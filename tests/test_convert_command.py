@@ -163,7 +163,7 @@ def test_a_converted_snac_sounds_like_the_reference(sources, tmp_path, monkeypat
     code, printed, err = command("convert", sources / "snac", tmp_path / "made")
     assert (code, err) == (0, "")
     assert printed.startswith("snac: 0.0 M parameters")
-    assert "left out by name: " in printed
+    assert "tensors left out: " in printed
     made = pretrained.load_codec(tmp_path / "made")
     assert (made.family, made.codec.sample_rate_hz) == ("snac", 24_000)
     codes = np.random.default_rng(0).integers(16, size=(2, 5, 7), dtype=np.int32)
@@ -183,7 +183,7 @@ def test_convert_and_info_say_what_was_made(sources, tmp_path, caplog):
     )
     assert (code, err) == (0, "")
     assert caplog.messages == []
-    assert printed.splitlines() == [f"llasa: 0.1 M parameters, 0.00 GB in {made}", "left out by name: 0"]
+    assert printed.splitlines() == [f"llasa: 0.1 M parameters, 0.00 GB in {made}", "tensors left out: 0"]
     code, printed, err = command("info", made, "--json")
     assert (code, err) == (0, "")
     told = json.loads(printed)
@@ -192,10 +192,15 @@ def test_convert_and_info_say_what_was_made(sources, tmp_path, caplog):
     assert (told["shape"]["layers"], told["shape"]["dtype"], told["shape"]["input_tables"]) == (3, "bfloat16", [97, 409])
     code, printed, err = command("info", made)
     assert (code, err) == (0, "")
-    lines = dict(line.split(maxsplit=1) for line in printed.splitlines())
-    assert lines.items() >= {"family": '"llasa"', "shape.layers": "3", "stop_ids": "[96]"}.items()
-    assert lines.items() >= {"shape.rope_scaling.factor": "32.0", "sampling.repetition_penalty": "1.0"}.items()
-    assert len(lines) == len(printed.splitlines())
+    lines = dict(line.split("  ", maxsplit=1) for line in printed.splitlines())
+    lines = {name: value.strip() for name, value in lines.items()}
+    assert lines.items() >= {"language model": "llasa", "stop ids": "96", "codes": "96, from id 0"}.items()
+    assert lines.items() >= {"head": "codes and stop ids only", "sampling": "temperature 0.8", "codec": "xcodec2"}.items()
+    assert lines.items() >= {"source": f"{sources / 'llasa'} (model.safetensors)", "licence": "CC-BY-NC-4.0"}.items()
+    assert "input_tables (97, 409), vocab 97, width 48, layers 3" in lines["transformer"]
+    assert "rope_scaling (factor 32.0" in lines["transformer"]
+    assert lines["digest"] == told["digest"]
+    assert int(lines["parameters"].replace(",", "")) == told["parameters"]
     code, _, err = command("info", sources / "llasa")
     assert code == 2
     assert "jaxspec convert" in err

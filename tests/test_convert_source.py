@@ -157,12 +157,12 @@ def test_all_problems_of_a_checkpoint_are_told_together(tmp_path):
     told = [
         "config.json: expected JSON",
         "'../o.safetensors'",
-        "broken.safetensors: expected a whole safetensors file",
+        "broken.safetensors: expected a complete safetensors file",
         "F8_E5M2",
         "z.safetensors: expected a file, got none",
-        "'gone' in it as the index says",
+        "'gone' by the index",
         "'unlisted' in the index",
-        "'b' in one shard alone",
+        "'b' in one shard only",
     ]
     assert len(lines) == len(told)
     assert all(sum(part in line for line in lines) == 1 for part in told), error.value

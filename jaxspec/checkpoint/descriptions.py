@@ -20,7 +20,8 @@ class DraftDescription:
         settings: what the family's builder takes, as JSON values.
         target: the digest of the target's parameters, ``Model.digest``.
         shared: the draft's parameters that are arrays of the target, {path in the draft: path in the target}; not stored.
-        licence, source: of the weights.
+        licence: of the weights.
+        source, files: where they come from.
         digest: of the stored parameters. parameters: how many numbers are stored.
     """
 
@@ -30,6 +31,7 @@ class DraftDescription:
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     licence: str = ""
     source: str = ""
+    files: tuple[str, ...] = ()
     digest: str = ""
     parameters: int = 0
 

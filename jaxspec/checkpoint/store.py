@@ -83,7 +83,8 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
         description = json.loads((Path(folder) / DESCRIPTION).read_text(encoding="utf-8"))
         version = description.pop("format")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        got = "no such folder" if not Path(folder).is_dir() else f"{type(error).__name__} ({error}) for its {DESCRIPTION}"
+        missing = "no such folder" if not Path(folder).is_dir() else f"one without {DESCRIPTION}"
+        got = missing if isinstance(error, FileNotFoundError) else f"{type(error).__name__} ({error}) for its {DESCRIPTION}"
         raise ValueError(
             f"expected a folder that `jaxspec convert` made at {folder}, got {got}: convert a checkpoint to it, or check the path"
         ) from error

@@ -13,28 +13,28 @@ from jaxspec.convert.pipeline import Converted
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Converts a checkpoint of PyTorch (language model or codec) into a folder that `say --model` takes."""
+    """Converts a PyTorch checkpoint (language model or codec) to a folder that the other commands read."""
 
     source: tyro.conf.Positional[str]
-    """A directory, a weight file (.safetensors, .pt, .bin), or an id of the Hugging Face hub."""
+    """A directory, a weight file (.safetensors, .pt, .bin), or a Hugging Face hub id."""
     dest: tyro.conf.Positional[Path]
-    """The folder to make."""
+    """The new folder."""
     family: Literal["llasa", "neutts-air", "orpheus", "cosyvoice2", "cosyvoice3", "xcodec2", "neucodec", "snac"] | None = None
-    """What it is; by default told from the files."""
+    """The family; by default recognised from the files."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
+    """Branch, tag or commit of the hub repository; by default its main branch."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the parameters; by default as in the files (float32 for float16 and for codecs)."""
+    """Of the parameters; by default that of the files (float32 for float16 and for codecs)."""
     layers: str | None = None
-    """The layers to keep, such as 0,1,18-23: cuts a draft out of a target."""
+    """The layers to keep, such as 0,1,18-23, to make a draft from a target; by default all."""
     head: Literal["all", "speech"] = "all"
-    """speech: the head says codes and stop ids alone, which is smaller and quicker, and another law than the checkpoint's."""
+    """speech: keep the head's rows for codes and stop ids only; smaller and faster, but their probs are renormalised."""
     pad_to: int = 1
-    """The rows of head and tables become a multiple of it, so that a mesh divides them."""
+    """Pad the rows of head and tables to a multiple of this, so that a mesh divides them."""
 
     def run(self) -> None:
-        """Converts."""
-        jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator, if there is one, alone
+        """Converts, and prints what was written."""
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators free
         from jaxspec.convert import pipeline
 
         layers = parse_layers(self.layers) if self.layers is not None else None
@@ -43,23 +43,23 @@ class Convert:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """The numbers of "0,1,18-23".
+    """The numbers in a list of layers.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text is not such a list.
 
     >>> parse_layers("0,1,18-20")
     (0, 1, 18, 19, 20)
     """
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise ValueError(f"expected layers such as 0,1,18-23, got {text!r}")
+        raise ValueError(f"expected layers such as 0,1,18-23, got {text!r}: list numbers and ranges")
     spans = [[*map(int, part.split("-"))] for part in text.split(",")]
     return tuple(i for span in spans for i in range(span[0], span[-1] + 1))
 
 
 def card(converted: Converted, dest: Path) -> str:
-    """What a conversion made, a line each, with what is worth knowing."""
-    dropped = f"left out by name: {len(converted.dropped)}" + (f", such as {converted.dropped[0]}" if converted.dropped else "")
+    """The result of a conversion as text: family and size, tensors left out, and notes."""
+    dropped = f"tensors left out: {len(converted.dropped)}" + (f", such as {converted.dropped[0]}" if converted.dropped else "")
     lines = [
         f"{converted.family}: {converted.parameters / 1e6:,.1f} M parameters, {converted.bytes / 1e9:.2f} GB in {dest}",
         dropped,

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writes of single files."""
 
 import contextlib
 import os
@@ -9,19 +9,22 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives the path of a new file beside ``path``, with the same suffix, and puts it in its place when the block has succeeded.
+    """Yields the path of a temporary file that replaces ``path`` when the block succeeds.
 
-    On an error the new file is removed and what stood at ``path`` stays.
+    On an error the temporary file is removed and ``path`` is unchanged.
+
+    Args:
+        path: to write; the temporary file is in its folder and has its suffix.
 
     Raises:
-        OSError: the folder is missing or cannot be written to.
+        OSError: the folder is missing or cannot be written.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

@@ -1,4 +1,4 @@
-"""Trees of arrays in one safetensors file, with a JSON description in its header."""
+"""Nested dicts of arrays in one safetensors file, with a JSON description in its header."""
 
 import json
 import os
@@ -13,7 +13,16 @@ from jaxspec.common.files import replacing
 
 
 def save(path: str | os.PathLike, tree: Any, description: dict[str, Any]) -> None:
-    """Writes a nested dict of arrays, those of floats as float16; the file appears whole or not at all."""
+    """Writes arrays atomically, floats as float16.
+
+    Args:
+        path: of the file.
+        tree: a nested dict of arrays.
+        description: JSON values.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     flat = traverse_util.flatten_dict(tree, sep="/")
     arrays = {name: np.ascontiguousarray(_half(np.asarray(value))) for name, value in flat.items()}
     with replacing(path) as partial:
@@ -25,19 +34,25 @@ def _half(array: np.ndarray) -> np.ndarray:
 
 
 def load(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
-    """Reads (tree, description) back, floats as float32.
+    """Reads what ``save`` wrote, floats as float32.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The nested dict of arrays, and the description.
 
     Raises:
-        ValueError: the file is missing, damaged, or not written by ``save``, or a weight is not finite.
+        ValueError: the file is missing, damaged, or not written by ``save``, or a value is NaN or infinite.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             description = json.loads(file.metadata()["description"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"expected a file of weights at {path}, but it cannot be read ({error}): install it again") from error
+        raise ValueError(f"expected a file of weights at {path}, got {error}: install jaxspec again") from error
     floats = {name: value.astype(np.float32) for name, value in arrays.items() if np.issubdtype(value.dtype, np.floating)}
     for name, value in floats.items():
         if not np.isfinite(value).all():
-            raise ValueError(f"expected finite weights in {path}, but {name} holds NaN or infinity: install it again")
+            raise ValueError(f"expected finite weights in {path}, got NaN or infinity in {name}: install jaxspec again")
     return traverse_util.unflatten_dict({**arrays, **floats}, sep="/"), description

@@ -1,6 +1,6 @@
-"""CosyVoice 2 and 3 (FunAudioLLM; arXiv 2412.10117, 2505.17589): Qwen 2 between a table of text and a table and head of codes.
+"""CosyVoice 2 and 3 (FunAudioLLM; arXiv 2412.10117, 2505.17589): Qwen 2 with separate text and code tables.
 
-Codes are all that comes out: the flow model and the vocoder, which make sound of them, are not here.
+Codes only: the flow model and the vocoder, which turn them into a waveform, are not implemented.
 """
 
 import dataclasses
@@ -15,11 +15,15 @@ _SAMPLING = Sampling(top_k=25, top_p=0.8, repetition_window=10, withheld=NUM_COD
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What sets CosyVoice 2 and 3 apart.
+    """The differences between CosyVoice 2 and 3.
 
-    rows: of the table and the head of codes; what comes after the codes ends a text or marks a prompt.
-    markers: rows of a table of its own for the start and the turn to speech; 0: they are rows of the table of codes.
-    start, turn: the ids of these two.
+    Attributes:
+        name: of the family.
+        rows: of the table and the head of codes; ids after the codes end an utterance or mark a part of the prompt.
+        markers: rows of a separate table for the two markers; 0 where they are rows of the table of codes.
+        start, turn: ids of the markers of the start and of the beginning of speech.
+        head_bias: whether the head has a bias.
+        system: text before the reference's text.
     """
 
     name: str
@@ -37,8 +41,13 @@ VERSIONS = {version.name: version for version in (V2, V3)}
 
 
 def model(version: Version, shape: Config) -> card.Model:
-    """The description of a checkpoint of a version."""
-    moved = shape.vocab - version.rows  # by padding
+    """The description of a checkpoint.
+
+    Args:
+        version: which CosyVoice.
+        shape: of the transformer; its table of codes may be padded.
+    """
+    moved = shape.vocab - version.rows  # the padding
     start, turn = (i + moved if i >= version.rows else i for i in (version.start, version.turn))
     return card.Model(
         family=version.name,

@@ -7,11 +7,11 @@ from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 
 NAME = "llasa"
-MARK = "<|SPEECH_UNDERSTANDING_START|>"  # the token that tells the family
+MARK = "<|SPEECH_UNDERSTANDING_START|>"  # the token by which the family is recognised
 STOPS = ("<|SPEECH_GENERATION_END|>",)
 SLOTS = 1
 
-# The chat template of Llama 3, its date fixed: the one of Llama 3.2 would put in today's.
+# The chat template of Llama 3 with a fixed date; that of Llama 3.2 inserts today's.
 _PROMPT = (
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
     "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
@@ -21,12 +21,21 @@ _PROMPT = (
 
 
 def codes(tokenizer: Any) -> tuple[int, int]:
-    """The id of the first code, and how many there are."""
+    """The id of the first code and the number of codes; raises ValueError where the tokenizer has none."""
     return card.code_ids(tokenizer, "<|s_{}|>")
 
 
 def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
-    """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
+    """The description of a checkpoint.
+
+    Args:
+        shape: of the transformer.
+        tokenizer: of the checkpoint.
+        ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
+
+    Raises:
+        ValueError: the tokenizer does not have a token of the prompt.
+    """
     card.token_ids(tokenizer, "<|begin_of_text|>", "<|TEXT_UNDERSTANDING_START|>", "<|SPEECH_GENERATION_START|>")
     return card.Model(
         family=NAME,

@@ -1,4 +1,4 @@
-"""NeuTTS-Air (neuphonic/neutts-air): Qwen 2.5 with 65,536 codes of NeuCodec in its vocabulary, told what to say in phonemes."""
+"""NeuTTS-Air (neuphonic/neutts-air): Qwen 2.5 with 65,536 codes of NeuCodec in its vocabulary, prompted with phonemes."""
 
 from typing import Any
 
@@ -15,12 +15,21 @@ _PROMPT = "user: Convert the text to speech:<|TEXT_PROMPT_START|>{text}<|TEXT_PR
 
 
 def codes(tokenizer: Any) -> tuple[int, int]:
-    """The id of the first code, and how many there are."""
+    """The id of the first code and the number of codes; raises ValueError where the tokenizer has none."""
     return card.code_ids(tokenizer, "<|speech_{}|>")
 
 
 def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
-    """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
+    """The description of a checkpoint.
+
+    Args:
+        shape: of the transformer.
+        tokenizer: of the checkpoint.
+        ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
+
+    Raises:
+        ValueError: the tokenizer does not have a token of the prompt.
+    """
     card.token_ids(tokenizer, "<|TEXT_PROMPT_END|>", "<|SPEECH_GENERATION_START|>")
     return card.Model(
         family=NAME,

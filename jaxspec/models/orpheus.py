@@ -11,19 +11,28 @@ MARK = "<custom_token_10>"
 STOPS = ("<custom_token_2>",)
 SLOTS = 7
 
-# Tokens 3 and 4 begin and end the human's turn, 5 the model's, 1 its speech.
+# Tokens 3 and 4 enclose the user's message; 5 begins the answer, 1 its speech.
 _PROMPT = "<custom_token_3><|begin_of_text|>{voice}: {text}<|eot_id|><custom_token_4><custom_token_5><custom_token_1>"
 _VOICES = ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe")
 
 
 def codes(tokenizer: Any) -> tuple[int, int]:
-    """The id of the first code of the first slot, and how many codes a slot has."""
+    """The id of the first slot's first code and the codes per slot; raises ValueError where the tokenizer has none."""
     first, count = card.code_ids(tokenizer, "<custom_token_{}>")
     return first + 10, (count - 10) // SLOTS
 
 
 def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
-    """The description of a checkpoint; ``ids`` are the fields that the layout of its head decides."""
+    """The description of a checkpoint.
+
+    Args:
+        shape: of the transformer.
+        tokenizer: of the checkpoint.
+        ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
+
+    Raises:
+        ValueError: the tokenizer does not have a token of the prompt.
+    """
     card.token_ids(tokenizer, "<|begin_of_text|>", "<|eot_id|>", *(f"<custom_token_{i}>" for i in (1, 3, 4, 5)))
     return card.Model(
         family=NAME,
