@@ -57,6 +57,7 @@ def test_a_row_has_every_code_and_the_stop_as_targets_and_the_position_of_each()
     prompt = 2 + len(["HH", "AH0", "L", "OW1", "."])
     assert row.tokens[prompt:].tolist() == codes
     assert row.target.tolist() == [IGNORE] * (prompt - 1) + [*codes, STOP]
+    assert {part.dtype for part in row} == {np.dtype(np.int32)}
     looked = row.look[prompt - 1 :].tolist()
     assert looked == [0] * 5 + [1] * 2 + [2] * 2 + [3] * 2 + [4] * 4 + [5] * 5 + [prompt - 1]
 

@@ -37,9 +37,9 @@ class PhoneHead(nn.Module):
 
 def init_params(key: Array, config: Config) -> Params:
     """Random weights: {"codec": those of the codec, "phones": those of ``PhoneHead``}. The key is consumed."""
-    wave, voice = jnp.zeros((1, 8 * config.samples_per_code)), jnp.zeros(1, jnp.int32)
+    wave, voice = jnp.zeros((1, 8 * config.samples_per_code), jnp.float32), jnp.zeros(1, jnp.int32)
     codec = jax.jit(VoiceCodec(config).init)(key, wave, voice)["params"]
-    phones = PhoneHead().init(key, jnp.zeros((1, 8, len(config.levels))))["params"]
+    phones = PhoneHead().init(key, jnp.zeros((1, 8, len(config.levels)), jnp.float32))["params"]
     return {"codec": codec, "phones": phones}
 
 

@@ -48,7 +48,7 @@ class Reading:
 
 def digit_features() -> np.ndarray:
     """The digits and pairs of digits of each code, multi-hot float32 [V F]; the stop id has none."""
-    digits = np.asarray(fsq.to_digits(jnp.arange(CODES), LEVELS))
+    digits = np.asarray(fsq.to_digits(jnp.arange(CODES, dtype=jnp.int32), LEVELS))
     single = [np.eye(level)[digits[:, d]] for d, level in enumerate(LEVELS)]
     pair = [
         np.eye(LEVELS[a] * LEVELS[b])[digits[:, a] * LEVELS[b] + digits[:, b]]
@@ -72,7 +72,7 @@ def init_params(key: Array, config: transformer.Config) -> Params:
     parts = {}
     for name in ("table_0", "head"):
         key, part = jax.random.split(key)
-        parts[name] = jax.random.normal(part, (features.shape[1], config.width)) * (config.width * 15) ** -0.5
+        parts[name] = jax.random.normal(part, (features.shape[1], config.width), jnp.float32) * (config.width * 15) ** -0.5
         model[name] = model[name] * 0.1
     return {"model": model, "parts": parts}
 
@@ -155,13 +155,13 @@ def row(recording: Recording, reading: Reading, rng: np.random.Generator, frame_
     symbols = to_symbols(recording.text, lambda _: rng.random() < reading.spell)
     ids, codes = prompt(symbols, recording.voice), recording.signal.astype(np.int32)
     ignored = np.full(len(ids) - 1, IGNORE, np.int32)
-    target = np.concatenate([ignored, codes, [STOP]])
+    target = np.concatenate([ignored, codes, np.int32([STOP])])
     if not recording.phones:
         return Batch(np.concatenate([ids, codes]), target, np.full_like(target, IGNORE))
     phones, ends = [phone for phone, _ in recording.phones], np.array([end for _, end in recording.phones])
     positions = align(phones, ["<", *symbols, ">"])
     frames = np.minimum(np.searchsorted(ends, (np.arange(len(codes)) + 0.5) * frame_s), len(ends) - 1)
-    look = np.concatenate([ignored, positions[frames], [len(ids) - 1]])
+    look = np.concatenate([ignored, positions[frames], np.int32([len(ids) - 1])])
     return Batch(np.concatenate([ids, _disturb(codes, reading.disturb, rng)]), target, look)
 
 
@@ -171,7 +171,7 @@ def _disturb(codes: np.ndarray, share: float, rng: np.random.Generator) -> np.nd
     which, up = rng.integers(len(LEVELS), size=len(codes)), rng.integers(2, size=len(codes)) * 2 - 1
     digit = codes // radix[which] % levels[which]
     allowed = (digit + up >= 0) & (digit + up < levels[which]) & (rng.random(len(codes)) < share)
-    return codes + np.where(allowed, up * radix[which], 0)
+    return codes + np.where(allowed, up * radix[which], 0).astype(codes.dtype)
 
 
 def batches(folders: list[Path], reading: Reading, frame_s: float, seed: int) -> Iterator[Batch]:
