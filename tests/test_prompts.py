@@ -16,7 +16,7 @@ from jaxspec.convert import cosyvoice
 from jaxspec.models import card
 from jaxspec.models.cosyvoice import V2, V3
 from jaxspec.synthesis import converted
-from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.contract import Reference, Settings
 from jaxspec.text import phonemes
 
 TEXT, REFERENCE, CODES = "The rain has stopped, so we can go.", "Hello, world 12!", (5, 0, 95, 7)
@@ -63,10 +63,13 @@ def load(tmp_path_factory):
 
 
 def prompt(target, text, **settings):
-    """The ids that a speaker of the model asks for."""
-    asked = converted.synthesizer(target).requests([text], Settings(**settings))
-    assert not asked.prompts[0, asked.length[0] :].any()
-    return asked.prompts[0, : asked.length[0]].tolist()
+    """The prompt that a synthesizer of the model makes."""
+    text_of, codes = settings.pop("reference", ""), settings.pop("reference_codes", None)
+    reference = None if codes is None else Reference(text_of, np.array(codes))
+    requests = converted.synthesizer(target).requests([text], Settings(**settings, reference=reference))
+    row, length = requests.prompt[0], requests.prompt_length[0]
+    assert not row[length:].any()
+    return row[:length].tolist()
 
 
 def encode(target, text):
@@ -184,7 +187,6 @@ def test_a_prompt_of_cosyvoice_reads_the_rows_that_its_own_code_concatenates(tmp
         ("llasa", {"voice": "tara"}, "a voice among none, got 'tara'"),
         ("orpheus", {"voice": "nobody"}, "tara, .*, zoe, got 'nobody'"),
         ("orpheus", {"reference_codes": (1,) * 7}, "no reference codes for orpheus"),
-        ("neutts-air", {"reference": "Yes."}, "got the text alone: give both"),
     ],
 )
 def test_what_a_family_cannot_take_is_refused(load, name, settings, message):

@@ -99,7 +99,7 @@ def test_no_draft_length_is_autoregressive():
 
 def test_auto_tries_both_loops_and_goes_on_with_the_quicker():
     """What a batch says tells which loop it went through."""
-    candidates, told = ("coarse-grained", "autoregressive"), []
+    candidates, told = ("autoregressive", "coarse-grained"), []
 
     class Recording(Autotuner):
         def record(self, *what):

@@ -13,6 +13,7 @@ import test_say
 import torch
 
 from jaxspec import groups as asg
+from jaxspec.checkpoint import groups as group_files
 from jaxspec.checkpoint import pretrained
 from jaxspec.models import card
 from jaxspec.synthesis import converted
@@ -120,7 +121,7 @@ def test_without_a_draft_it_is_autoregressive_and_greedy_drafts_change_nothing(s
 def test_the_wave_goes_on_after_the_reference_whose_own_part_is_cut_off(spoken, folder):
     prefix = np.array([3, 1, 4, 1, 5, 9, 2], np.int32)
     np.save("prefix.npy", prefix)
-    reference = ("--model", "target", "--prompt-codes", "prefix.npy", "--prompt-text", "Yes, we can.")
+    reference = ("--model", "target", "--reference", "prefix.npy", "--reference-text", "Yes, we can.")
     (wave, _), _ = spoken("a.wav", *reference, "--codec", "xcodec2")
     codes, _ = spoken("a.npy", *reference)
     assert codes.tolist() != spoken("b.npy", "--model", "target")[0].tolist()
@@ -166,7 +167,7 @@ def test_frames_with_an_id_of_a_wrong_slot_are_dropped(folder):
 @pytest.mark.parametrize("name", ["cosyvoice2", "cosyvoice3"])
 def test_cosyvoice_writes_codes_and_says_why_there_is_no_sound(spoken, say, tmp_path, name):
     np.save("prefix.npy", np.arange(6500, 6510))
-    codes, _ = spoken("A.NPY", "--model", name, "--prompt-codes", "prefix.npy", "--prompt-text", "Yes.")
+    codes, _ = spoken("A.NPY", "--model", name, "--reference", "prefix.npy", "--reference-text", "Yes.")
     assert 5 < len(codes) <= 20
     assert 0 <= codes.min() <= codes.max() < 6561
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A.NPY", "prefix.npy"]
@@ -198,10 +199,10 @@ def test_cosyvoice_says_2_to_20_codes_for_each_token_of_the_text(folder):
 
 def test_llasa_says_no_more_than_its_context_holds(folder):
     target = pretrained.load(folder("target"))
-    asked = converted.synthesizer(target).requests([TEXT, TEXT + TEXT], Settings())
-    np.testing.assert_array_equal(asked.limit + asked.length, 2048)
-    assert asked.limit.max() <= asked.capacity
-    room = dataclasses.replace(target.model, max_tokens=int(asked.length[0]) + 7)
+    requests = converted.synthesizer(target).requests([TEXT, TEXT + TEXT], Settings())
+    np.testing.assert_array_equal(requests.limit + requests.prompt_length, 2048)
+    assert requests.limit.max() <= requests.max_new_tokens
+    room = dataclasses.replace(target.model, max_tokens=int(requests.prompt_length[0]) + 7)
     utterance = speak([TEXT], synthesizer=converted.synthesizer(target._replace(model=room))).utterances[0]
     assert len(utterance.codes) == 7
 
@@ -212,14 +213,14 @@ def test_neutts_speaks_phonemes(spoken, folder):
     assert (rate, len(wave), figures["tokens"]) == (24_000, 480 * len(codes), 20)  # no stop id before 50
     assert 0 < len(codes) < 20  # what is no code is left out
     assert 0 <= codes.min() <= codes.max() < checkpoints.CODES
-    asked = converted.synthesizer(pretrained.load(folder("neutts-air"))).requests([TEXT], Settings())
-    assert (asked.sampling[0].min_new_tokens, int(asked.limit[0] + asked.length[0])) == (50, 2048)
+    requests = converted.synthesizer(pretrained.load(folder("neutts-air"))).requests([TEXT], Settings())
+    assert (requests.sampling[0].min_new_tokens, int(requests.limit[0] + requests.prompt_length[0])) == (50, 2048)
 
 
 REFUSED = [
     (["--model", "target", "--verify", "exact"], "expected a draft for exact, got none: give --draft"),
-    (["--draft", "draft"], "expected --model with --draft"),
-    (["--codec", "xcodec2"], "expected --model with --draft or --codec"),
+    (["--draft", "draft"], "expected --model with --codec or with the folder of a draft"),
+    (["--codec", "xcodec2"], "expected --model with --codec"),
     (["--model", "target", "--draft", "orpheus"], "whose codes_first is 315"),
     (["--model", "llasa", "--draft", "draft"], "whose codes_first is 313, got"),
     (["--model", "target", "--draft", "padded"], "whose text_first is 97, got"),
@@ -232,18 +233,18 @@ REFUSED = [
     (["--model", "xcodec2"], "expected a language model in"),
     (["--model", "target", "--codec", "draft"], "expected a codec in"),
     (["--model", "nowhere"], "expected a folder that `jaxspec convert` made at nowhere"),
-    (["--model", "target", "--prompt-codes", "nowhere.npy"], "nowhere.npy"),
-    (["--model", "target", "--prompt-codes", "matrix.npy"], "row of codes in matrix.npy, integers [T], got int64 (2, 3)"),
-    (["--model", "target", "--prompt-codes", "floats.npy"], "got float64 (3,)"),
-    (["--model", "target", "--prompt-codes", "none.npy"], "got int64 (0,)"),
-    (["--model", "target", "--prompt-codes", "zip.npy"], "expected a .npy file of codes at zip.npy"),
-    (["--model", "target", "--prompt-codes", "text.npy"], "expected a .npy file of codes at text.npy"),
-    (["--model", "target", "--prompt-codes", "empty.npy"], "expected a .npy file of codes at empty.npy"),
-    (["--model", "target", "--prompt-codes", "beyond.npy"], "of 0 to 95, got (3,) of 1 to 96"),
-    (["--model", "orpheus", "--prompt-codes", "good.npy"], "no reference codes for orpheus"),
-    (["--prompt-codes", "good.npy"], "no reference codes for the built-in voice"),
-    (["--model", "target", "--prompt-text", "Yes."], "got the text alone: give both"),
-    (["--model", "target", "--prompt-codes", "long.npy"], "expected prompts of less than 2048 tokens, got 2"),
+    (["--model", "target", "--reference", "nowhere.npy"], "nowhere.npy"),
+    (["--model", "target", "--reference", "matrix.npy"], "reference codes int [T] of 0 to 95, got (2, 3)"),
+    (["--model", "target", "--reference", "floats.npy"], "got float64 (3,)"),
+    (["--model", "target", "--reference", "none.npy"], "got int64 (0,)"),
+    (["--model", "target", "--reference", "zip.npy"], "expected a .npy file of reference codes at zip.npy"),
+    (["--model", "target", "--reference", "text.npy"], "expected a .npy file of reference codes at text.npy"),
+    (["--model", "target", "--reference", "empty.npy"], "expected a .npy file of reference codes at empty.npy"),
+    (["--model", "target", "--reference", "beyond.npy"], "of 0 to 95, got (3,) of 1 to 96"),
+    (["--model", "orpheus", "--reference", "good.npy"], "no reference codes for orpheus"),
+    (["--reference", "good.npy"], "no reference for the built-in voice"),
+    (["--model", "target", "--reference-text", "Yes."], "got the text only: give both"),
+    (["--model", "target", "--reference", "long.npy"], "expected prompts of less than 2048 tokens, got 2"),
     (["--model", "target", "--plot", "a.png"], "expected a codec for --plot"),
     (["--model", "target", "--out", "a.wav"], "expected a codec to make sound for a.wav"),
     (["--model", "target", "--max-codes", "0"], "max_codes of 1 or more"),
@@ -303,7 +304,7 @@ def test_groups_are_made_once_and_kept(folder, tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, converted.groups(target, 0.3), made)
     other = pretrained.load(folder("llasa"))._replace(folder=tmp_path)
     assert len(converted.groups(other, 0.3).token_start) == other.model.shape.vocab != vocab
-    assert len(asg.load(tmp_path / "groups-0.3.npz").token_start) == other.model.shape.vocab
+    assert len(group_files.load(tmp_path / "groups-0.3.npz").token_start) == other.model.shape.vocab
 
 
 def test_groups_are_those_of_the_codes_embeddings(folder, tmp_path):
@@ -331,7 +332,7 @@ def test_the_command_groups_reports_and_draws(folder, tmp_path, monkeypatch, cap
     assert code == 0
     assert (report["tokens"], report["threshold"]) == (97, 0.25)
     assert report["file"] == str(folder("target") / "groups-0.25.npz")
-    assert len(asg.load(report["file"]).sizes) == report["groups"]
+    assert len(group_files.load(report["file"]).sizes) == report["groups"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     code, printed, _ = test_say.jaxspec(monkeypatch, capsys, *arguments)
     assert code == 0

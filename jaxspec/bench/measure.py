@@ -23,6 +23,7 @@ from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.state import Generation, State
 from jaxspec.synthesis.autotune import Autotuner
+from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
 
 RULES = ("exact", "tolerance", "coarse-grained")
@@ -39,17 +40,6 @@ class Case(NamedTuple):
     prompt: int
 
 
-class Asked(NamedTuple):
-    """What the loop is asked for; arguments of ``jaxspec.generate``."""
-
-    prompt: np.ndarray
-    prompt_length: np.ndarray
-    max_new_tokens: int
-    limit: np.ndarray
-    stop_ids: tuple[int, ...]
-    sampling: Any
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Models:
     """A pair of models to be timed.
@@ -64,7 +54,7 @@ class Models:
     target_params: Params
     draft_params: Params
     groups: Groups
-    ask: Callable[[Case, int], Asked]
+    ask: Callable[[Case, int], Requests]
     beta: float = 0.2
     acceptance: float | None = None
 
@@ -276,12 +266,12 @@ def _row(case: Case, timed: _Timed | _Auto) -> dict[str, Any]:
     return row | parts | {"acceptance_rate": accepted / max(drafted, 1)}
 
 
-def random_asks(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Asked]:
+def random_asks(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:
     """Prompts of random codes, each row emitting ``new_tokens``; no id stops it."""
 
-    def ask(case: Case, turn: int) -> Asked:
+    def ask(case: Case, turn: int) -> Requests:
         ids = np.random.default_rng(turn).integers(0, target.vocab - stops, (case.batch, case.prompt)).astype(np.int32)
         length, limit = np.full(case.batch, case.prompt, np.int32), np.full(case.batch, new_tokens, np.int32)
-        return Asked(ids, length, new_tokens, limit, (), sampling)
+        return Requests(ids, length, new_tokens, limit, (), sampling)
 
     return ask

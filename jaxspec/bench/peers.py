@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from jaxspec import speculate
-from jaxspec.bench.measure import Asked, Case, Models
+from jaxspec.bench.measure import Case, Models
 from jaxspec.models.transformer import Config
+from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Params
 
 _KERNELS = {
@@ -76,7 +77,7 @@ def time_transformers(
     ]
 
 
-def _rate(generate: Callable[[Asked, int], int], asked: Asked) -> float:
+def _rate(generate: Callable[[Requests, int], int], asked: Requests) -> float:
     """Codes a second of decoding: all of them less the first, whose time is mostly the prefill's."""
     start = time.perf_counter()
     first = generate(asked, 1)
@@ -85,8 +86,8 @@ def _rate(generate: Callable[[Asked, int], int], asked: Asked) -> float:
     return (count - first) / max(time.perf_counter() - middle - (middle - start), 1e-9)
 
 
-def _autoregressive(models: Models) -> Callable[[Asked, int], int]:
-    def generate(asked: Asked, count: int) -> int:
+def _autoregressive(models: Models) -> Callable[[Requests, int], int]:
+    def generate(asked: Requests, count: int) -> int:
         fields = asked._replace(limit=np.full_like(asked.limit, count))._asdict()
         prompt, length = fields.pop("prompt"), fields.pop("prompt_length")
         made = speculate.autoregressive(jax.random.key(0), models.lm(), models.target_params, prompt, length, **fields)
@@ -95,8 +96,8 @@ def _autoregressive(models: Models) -> Callable[[Asked, int], int]:
     return generate
 
 
-def _speculative(models: Models, draft_length: int) -> Callable[[Asked, int], int]:
-    def generate(asked: Asked, count: int) -> int:
+def _speculative(models: Models, draft_length: int) -> Callable[[Requests, int], int]:
+    def generate(asked: Requests, count: int) -> int:
         fields = asked._replace(limit=np.full_like(asked.limit, count))._asdict()
         prompt, length = fields.pop("prompt"), fields.pop("prompt_length")
         draft, rule = models.drafter(draft_length), models.rule("exact")
@@ -106,7 +107,7 @@ def _speculative(models: Models, draft_length: int) -> Callable[[Asked, int], in
     return generate
 
 
-def _theirs(models: Models, batch: int, draft_length: int) -> tuple[dict[str, Callable[[Asked, int], int]], dict[str, str]]:
+def _theirs(models: Models, batch: int, draft_length: int) -> tuple[dict[str, Callable[[Requests, int], int]], dict[str, str]]:
     """transformers' ways to generate, by name, and those that failed."""
     import torch
 
@@ -118,8 +119,8 @@ def _theirs(models: Models, batch: int, draft_length: int) -> tuple[dict[str, Ca
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
 
-    def way(**more: Any) -> Callable[[Asked, int], int]:
-        def generate(asked: Asked, count: int) -> int:
+    def way(**more: Any) -> Callable[[Requests, int], int]:
+        def generate(asked: Requests, count: int) -> int:
             prompt = torch.tensor(asked.prompt, dtype=torch.long, device=device)
             law = {"do_sample": True, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p, "top_k": 0}
             with torch.no_grad():

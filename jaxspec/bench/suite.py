@@ -13,15 +13,16 @@ import jax
 import numpy as np
 
 from jaxspec.bench import presets, roofline
-from jaxspec.bench.measure import RULES, Asked, Case, Models, random_asks, run
+from jaxspec.bench.measure import RULES, Case, Models, random_asks, run
 from jaxspec.bench.peers import time_transformers
 from jaxspec.bench.roofline import Device
 from jaxspec.checkpoint import pretrained
+from jaxspec.draft import model_draft
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis import builtin, converted
-from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
 from jaxspec.text.held_out import held_out
 
 DTYPES = ("float32", "bfloat16")
@@ -145,7 +146,8 @@ def _models(plan: Plan, dtype: str) -> Models:
         if plan.draft is None:
             raise ValueError(f"expected --draft with {plan.preset}, got none: cut one with jaxspec convert --layers")
         draft = pretrained.load(plan.draft, dtype, beside=target)
-        return _real(converted.synthesizer(target, draft), target.model.shape, draft.model.shape, plan)
+        drafter = functools.partial(model_draft, pretrained.language_model(draft)), draft.params
+        return _real(converted.synthesizer(target, drafter), target.model.shape, draft.model.shape, plan)
     pair = presets.pair(plan.preset, dtype)
     _check_fits(plan, pair)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -159,13 +161,11 @@ def _real(synthesizer: Synthesizer, target: transformer.Config, draft: transform
     """Models that speak the held-out sentences, other ones in each turn; prompts are as long as the texts make them."""
     texts = held_out()
 
-    def ask(case: Case, turn: int) -> Asked:
+    def ask(case: Case, turn: int) -> Requests:
         some = [synthesizer.pieces(texts[(turn * case.batch + i) % len(texts)])[0] for i in range(case.batch)]
-        asked = synthesizer.requests(some, Settings(max_codes=plan.new_tokens))
-        capacity = max(asked.capacity, plan.new_tokens)
-        return Asked(
-            asked.prompts, asked.length, capacity, np.minimum(asked.limit, plan.new_tokens), synthesizer.stop_ids, asked.sampling
-        )
+        requests = synthesizer.requests(some, Settings(max_codes=plan.new_tokens))
+        capacity = max(requests.max_new_tokens, plan.new_tokens)
+        return requests._replace(max_new_tokens=capacity, limit=np.minimum(requests.limit, plan.new_tokens))
 
     groups = synthesizer.groups(synthesizer.threshold, "target")
     return Models(plan.preset, target, draft, synthesizer.target_params, synthesizer.draft_params, groups, ask)

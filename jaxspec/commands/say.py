@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import tyro
 
-from jaxspec.checkpoint import pretrained
 from jaxspec.commands.outputs import check_kind, check_writable, write
 from jaxspec.commands.picture import draw
-from jaxspec.synthesis import converted
-from jaxspec.synthesis.builtin import builtin
-from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.synthesis.contract import Reference, Settings, Synthesizer
+from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import SynthesisResult, speak
 
 
@@ -33,13 +30,13 @@ class Say:
     """The folder for 001.wav, 002.wav ... when --file is given; .npy of codes where there is no codec."""
     model: Path | None = None
     """A checkpoint that `jaxspec convert` made; without it, the built-in voice."""
-    draft: Path | None = None
-    """A smaller one of the same vocabulary, such as `jaxspec convert --layers` cuts."""
+    draft: str | None = None
+    """ngram, or the folder of a draft of the same vocabulary, such as `jaxspec convert --layers` makes."""
     codec: Path | None = None
     """The codec of the model, converted; by default the folder codec in that of the model."""
-    prompt_codes: Path | None = None
-    """A .npy of the codes of a reference recording, whose voice the model goes on in."""
-    prompt_text: str = Settings.reference
+    reference: Path | None = None
+    """A .npy file with the codes of a reference recording, whose voice the model continues in."""
+    reference_text: str = ""
     """What the reference recording says."""
     max_codes: int | None = Settings.max_codes
     """The most tokens of each piece of the text."""
@@ -67,12 +64,11 @@ class Say:
         """Speaks."""
         names = {field.name for field in dataclasses.fields(Settings)}
         settings = Settings(
-            **{name: value for name, value in vars(self).items() if name in names},
-            reference=self.prompt_text,
-            reference_codes=read_codes(self.prompt_codes) if self.prompt_codes else (),
+            **{name: value for name, value in vars(self).items() if name in names - {"reference"}},
+            reference=read_reference(self.reference, self.reference_text),
         )
         texts = self._texts()
-        synthesizer = open_synthesizer(self.model, self.draft, self.codec)
+        synthesizer = load(self.model, self.draft, self.codec)
         outs = self._outs(len(texts), "wav" if synthesizer.decode else "npy")
         result = say(texts, outs, settings, synthesizer, self.plot)
         print(card(result, outs))
@@ -103,37 +99,22 @@ class Say:
         return [self.out_dir / f"{number:03d}.{kind}" for number in range(1, count + 1)]
 
 
-def open_synthesizer(model: Path | None, draft: Path | None, codec: Path | None) -> Synthesizer:
-    """The built-in voice, or the checkpoints in some folders; a model's codec is by default the folder ``codec`` in its own.
+def read_reference(path: Path | None, text: str) -> Reference | None:
+    """A reference from a .npy file of codes and the text that the recording says.
 
     Raises:
-        ValueError: a folder holds nothing of the kind, or they do not fit each other.
+        ValueError: the file holds no codes, or there is a text without a file.
     """
-    if model is None:
-        if draft or codec:
-            raise ValueError("expected --model with --draft or --codec, got none: the built-in voice has its own")
-        return builtin()
-    dtype = "float32" if jax.default_backend() == "cpu" else None  # XLA turns bfloat16 into float32 there, in every step
-    target = pretrained.load(model, dtype)
-    codec = codec or (model / "codec" if (model / "codec").is_dir() else None)
-    small = pretrained.load(draft, dtype, beside=target) if draft else None
-    return converted.synthesizer(target, small, pretrained.load_codec(codec) if codec else None)
-
-
-def read_codes(path: Path) -> tuple[int, ...]:
-    """The codes of a reference from a .npy file.
-
-    Raises:
-        ValueError: the file holds no row of codes.
-    """
+    if path is None:
+        if text:
+            raise ValueError("expected --reference with --reference-text, got the text only: give both")
+        return None
     try:
         with path.open("rb") as file:
             codes = np.lib.format.read_array(file, allow_pickle=False)
+        return Reference(text, codes)
     except (OSError, ValueError) as error:
-        raise ValueError(f"expected a .npy file of codes at {path}, but {error}") from error
-    if codes.ndim != 1 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
-        raise ValueError(f"expected a row of codes in {path}, integers [T], got {codes.dtype} {codes.shape}")
-    return tuple(map(int, codes))
+        raise ValueError(f"expected a .npy file of reference codes at {path}, but {error}") from error
 
 
 def say(

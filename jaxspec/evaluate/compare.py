@@ -18,10 +18,10 @@ from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, VOICES, Voice
 from jaxspec.synthesis.builtin import synthesizer
 from jaxspec.synthesis.contract import Settings, Synthesizer
-from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak, verifier
+from jaxspec.synthesis.decoding import Decoding, resolve
+from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak
 from jaxspec.text.held_out import held_out
 from jaxspec.train.voice.corpus import SAMPLE_RATE_HZ
-from jaxspec.types import Verify
 
 TIMED_SENTENCES = 16  # synthesised one at a time by each candidate, after one to warm up
 
@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
 
     settings: Settings
     synthesizer: Synthesizer
-    rule: Verify
+    decoding: Decoding
 
 
 def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _counter(plan: Plan, candidates: int, progress: Progress) -> Advance:
 def _candidates(plan: Plan, base: Synthesizer, voice: Voice) -> dict[str, Candidate]:
     alone = base._replace(target=transformer.language_model(voice.draft), target_params=base.draft_params)
     return {
-        name: Candidate(settings, alone if name == DRAFT_ALONE else base, verifier(base, settings))
+        name: Candidate(settings, alone if name == DRAFT_ALONE else base, resolve(base, settings))
         for name, settings in plan.settings().items()
     }
 
@@ -97,7 +97,7 @@ def _speed_ups(candidates: dict[str, Candidate], sentences: Sequence[str], advan
     for seed, sentence in enumerate(["Warm up, please.", *timed]):
         for name, candidate in candidates.items():
             settings = dataclasses.replace(candidate.settings, seed=seed)
-            result = speak([sentence], settings, candidate.synthesizer, candidate.rule)
+            result = speak([sentence], settings, candidate.synthesizer, candidate.decoding)
             if seed:
                 rates[name].append(result.counts["tokens"] / result.seconds["lm"])
             advance("speedups", 1)
@@ -138,7 +138,7 @@ def _synthesize(
     results = []
     for first, voice in enumerate(VOICES):
         settings, some = dataclasses.replace(candidate.settings, voice=voice, seed=seed), sentences[first :: len(VOICES)]
-        results.append(speak(some, settings, candidate.synthesizer, candidate.rule))
+        results.append(speak(some, settings, candidate.synthesizer, candidate.decoding))
         advance(name, len(some))
     return [results[i % len(VOICES)].utterances[i // len(VOICES)] for i in range(len(sentences))], results
 

@@ -1,21 +1,21 @@
-"""Which of some ways to do a thing is the quickest here: each is tried once, and from then on the quickest is taken."""
+"""Chooses the fastest of some candidates on this machine: each is tried once, and from then on the fastest is used."""
 
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 
-_KEPT = 5  # rates of each way, of which the median counts: one slow moment does not decide
+_KEPT = 5  # rates of each candidate; their median counts, so that one slow moment does not decide
 
 
 class Autotuner:
-    """Chooses, for each batch size apart, the way that emits the most tokens a second; the order of ``candidates`` breaks ties.
+    """Chooses, for each batch size, the candidate that emits the most tokens per second; their order breaks ties.
 
-    >>> quickest = Autotuner(["speculative", "plain"])
-    >>> for way, tokens in (("speculative", 80), ("plain", 100)):
-    ...     assert quickest.pick(batch=8) == way
-    ...     quickest.tell(8, way, tokens, seconds=1.0)
-    >>> quickest.pick(batch=8), quickest.pick(batch=1)
-    ('plain', 'speculative')
+    >>> autotuner = Autotuner(["plain", "speculative"])
+    >>> for candidate, tokens in (("plain", 80), ("speculative", 100)):
+    ...     assert autotuner.choose(batch=8) == candidate
+    ...     autotuner.record(8, candidate, tokens, seconds=1.0)
+    >>> autotuner.choose(batch=8), autotuner.choose(batch=1)
+    ('speculative', 'plain')
     """
 
     def __init__(self, candidates: Sequence[Hashable]):
@@ -23,11 +23,11 @@ class Autotuner:
         self._rates = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def choose(self, batch: int) -> Hashable:
-        """The first way not yet tried with a batch of this size, else the quickest."""
+        """The first candidate not yet tried with a batch of this size, else the fastest."""
         rates = {candidate: self._rates[batch, candidate] for candidate in self.candidates}
         untried = [candidate for candidate, some in rates.items() if not some]
         return untried[0] if untried else max(self.candidates, key=lambda candidate: statistics.median(rates[candidate]))
 
     def record(self, batch: int, candidate: Hashable, tokens: int, seconds: float) -> None:
-        """Says what a way took, compiling apart."""
+        """Records what a candidate took, compilation excluded."""
         self._rates[batch, candidate].append(tokens / max(seconds, 1e-9))

@@ -1,4 +1,4 @@
-"""The voice that comes with the package as a speaker."""
+"""The voice that comes with the package, as a synthesizer."""
 
 import functools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
+from jaxspec.draft import model_draft
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
@@ -38,9 +39,8 @@ def synthesizer(voice: Voice) -> Synthesizer:
     return Synthesizer(
         target=transformer.language_model(voice.target),
         target_params=target_params,
-        draft=transformer.language_model(voice.draft),
+        drafter=functools.partial(model_draft, transformer.language_model(voice.draft)),
         draft_params=draft_params,
-        stop_ids=(STOP,),
         threshold=THRESHOLD,
         max_batch=16,
         sample_rate_hz=voice.codec.sample_rate_hz,
@@ -54,11 +54,11 @@ def synthesizer(voice: Voice) -> Synthesizer:
 
 def _requests(sentences: Sequence[str], settings: Settings) -> Requests:
     """The prompts of normalised sentences; a code lasts 40 ms, and no symbol is spoken for longer than four."""
-    if settings.reference_codes:
-        raise ValueError("expected no reference codes for the built-in voice, which takes none: choose --voice slt or rms")
+    if settings.reference is not None:
+        raise ValueError("expected no reference for the built-in voice, got one: choose --voice slt or rms instead")
     prompts, length = voices.prompts(sentences, [settings.voice or VOICES[0]] * len(sentences))
     limit = np.minimum(min(MAX_CODES, settings.max_codes or MAX_CODES), 16 + 4 * length)
-    return Requests(prompts, length, limit, [settings.sampling(SAMPLING)] * len(sentences), MAX_CODES)
+    return Requests(prompts, length, MAX_CODES, limit, (STOP,), [settings.sampling(SAMPLING)] * len(sentences))
 
 
 def _groups(voice: Voice, threshold: float, matrix: str) -> Groups:

@@ -1,31 +1,60 @@
-"""What a speaker is: models, prompts and decoder of one voice or checkpoint; and the settings by which it speaks."""
+"""What a synthesizer is: models, prompts and decoder of one voice or checkpoint; and the settings of a synthesis."""
 
 import dataclasses
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxspec.groups import Groups
 from jaxspec.sampling import Sampling
-from jaxspec.types import LanguageModel, Params
+from jaxspec.types import Draft, LanguageModel, Params
 
 VERIFIERS = ("exact", "tolerance", "coarse-grained", "autoregressive", "auto")
+MATRICES = ("target", "codec")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """A reference recording, whose voice the synthesis continues in.
+
+    text: what the recording says; "" where the model is given the codes only.
+    codes: its codes, int32 [T], or [T Q] where a frame has Q codes.
+    condition: what else the codec's decoder needs of the recording, a pytree with leading axis 1, or None.
+
+    Raises:
+        ValueError: the codes are not a non-empty row of integers.
+    """
+
+    text: str
+    codes: np.ndarray
+    condition: Any = None
+
+    def __post_init__(self) -> None:
+        codes = np.asarray(self.codes)
+        if codes.ndim not in (1, 2) or not np.issubdtype(codes.dtype, np.integer) or not codes.size:
+            raise ValueError(f"expected reference codes, integers [T] or [T Q], got {codes.dtype} {codes.shape}: encode it again")
+        object.__setattr__(self, "codes", codes.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to speak; None is the speaker's own default.
+    """How to synthesize; None is the synthesizer's own default.
 
-    voice: a name that the speaker knows.
+    voice: a name that the synthesizer knows.
     verify: "exact", "tolerance" (SSD, with ``beta``), "coarse-grained" (PCG, with groups of cosine above ``threshold`` among the
-        rows of ``matrix``: the "target"'s embeddings or, of the built-in voice, the "codec"'s code vectors), or "autoregressive"
-        (no draft), or "auto": of the batches of each size the first is coarse-grained, the second autoregressive, and the rest
-        are whatever was quicker, so the samples depend on the machine too. The default is coarse-grained, and autoregressive
+        rows of ``matrix``: the "target"'s embeddings or, of the built-in voice, the "codec"'s code vectors), "autoregressive"
+        (no draft), or "auto": the first batch of each size is autoregressive, the second coarse-grained, and the rest use
+        whichever was faster, so the samples depend on the machine too. The default is coarse-grained, and autoregressive
         where there is no draft.
     draft_length: K; 0 is autoregressive.
+    temperature, top_k, top_p, min_p: see ``jaxspec.Sampling``.
+    seed: any integer from 0 up.
     max_codes: the most tokens of a piece of text.
-    reference: what the reference says; reference_codes: its codes, which the speaker goes on from.
+    reference: a recording to continue from.
 
     Raises:
         ValueError: a setting out of its range.
@@ -38,58 +67,78 @@ class Settings:
     matrix: str = "target"
     draft_length: int = 3
     temperature: float | None = None
+    top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int = 0
     max_codes: int | None = None
-    reference: str = ""
-    reference_codes: tuple[int, ...] = ()
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
         if self.verify not in (None, *VERIFIERS):
-            raise ValueError(f"expected a verifier among {', '.join(VERIFIERS)}, got {self.verify!r}")
-        if self.draft_length < 0:
-            raise ValueError(f"expected a draft length of 0 (autoregressive) or more, got {self.draft_length}")
-        if self.threshold is not None and not -1 < self.threshold <= 1:
-            raise ValueError(f"expected a threshold in (-1, 1], as it is a cosine, got {self.threshold}")
-        if self.beta < 0:
-            raise ValueError(f"expected a beta of 0 or more, got {self.beta}")
-        if self.max_codes is not None and self.max_codes < 1:
-            raise ValueError(f"expected max_codes of 1 or more, got {self.max_codes}")
-        if self.reference and not self.reference_codes:
-            raise ValueError("expected the reference's codes with its text, got the text alone: give both")
+            raise ValueError(f"expected a verifier among {', '.join(VERIFIERS)}, got {self.verify!r}: choose one of them")
+        if self.matrix not in MATRICES:
+            raise ValueError(f"expected a matrix among {', '.join(MATRICES)}, got {self.matrix!r}: choose one of them")
+        if not (_is_number(self.beta) and 0 <= self.beta <= 1):
+            raise ValueError(f"expected a beta from 0 (exact) to 1 (accept everything), got {self.beta!r}: the paper uses 0.4")
+        if self.threshold is not None and not (_is_number(self.threshold) and -1 < self.threshold <= 1):
+            raise ValueError(f"expected a threshold in (-1, 1], as it is a cosine, got {self.threshold!r}: 0.85 is usual")
+        _check_whole("a draft length", self.draft_length, 0, "0 is autoregressive")
+        _check_whole("a seed", self.seed, 0, "0 is the default")
+        if self.max_codes is not None:
+            _check_whole("max_codes", self.max_codes, 1, "leave it out for the model's own limit")
         self.sampling(Sampling())
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The law of the target and the draft."""
-        asked = {"temperature": self.temperature, "top_p": self.top_p}
-        return dataclasses.replace(default, **{name: value for name, value in asked.items() if value is not None})
+        """How the target and the draft are sampled: ``default`` with what the settings name."""
+        chosen = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        return dataclasses.replace(default, **{name: value for name, value in chosen.items() if value is not None})
+
+    def key(self) -> jax.Array:
+        """The seed as a key: its lowest 32 bits make the key, and each further 32 bits are folded in."""
+        seed, mask = operator.index(self.seed), 2**32 - 1
+        key = jax.random.wrap_key_data(np.array([0, seed & mask], np.uint32), impl="threefry2x32")
+        while seed := seed >> 32:
+            key = jax.random.fold_in(key, np.uint32(seed & mask))
+        return key
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(name: str, value: object, low: int, hint: str) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < low:
+        raise ValueError(f"expected {name} of {low} or more, a whole number, got {value!r}: {hint}")
 
 
 class Requests(NamedTuple):
-    """What the loop is asked for, a row for each piece of text."""
+    """One batch of requests, as the keyword arguments of ``jaxspec.generate``."""
 
-    prompts: np.ndarray  # int32 [B P]
-    length: np.ndarray  # int32 [B]
-    limit: np.ndarray  # int32 [B], the most tokens of each
-    sampling: list[Sampling]
-    capacity: int  # N, the most that any row may be asked for
+    prompt: np.ndarray  # int32 [B P]
+    prompt_length: np.ndarray  # int32 [B]
+    max_new_tokens: int  # N, the capacity of the result
+    limit: np.ndarray  # int32 [B], the most tokens of each row
+    stop_ids: tuple[int, ...]
+    sampling: Sampling | list[Sampling]  # one for all rows, or one for each
 
 
 class Synthesizer(NamedTuple):
-    """A target, perhaps a draft, and what stands around them.
+    """A target, perhaps a drafter, and the functions from text to prompts and from tokens to waves.
 
-    pieces(text) -> the parts of a text that are spoken one by one.
-    requests(pieces, settings) -> Requests.
+    drafter(K) -> Draft; the same K gives the same object, so that a second call does not recompile. None: no draft.
+    pieces(text) -> the parts of a text that are synthesized one by one.
+    requests(pieces, settings) -> Requests, a row for each piece.
     groups(threshold, matrix) -> Groups of the head's vocabulary.
-    codes(ids int32 [T]) -> (codes int32 [T'] or [T' Q], at: their places among the ids, of the same shape).
-    decode(list of codes, settings) -> their waves float32 [N]; None where codes are all that comes out.
+    codes(ids int32 [T]) -> (codes int32 [T'] or [T' Q], their places among the ids, of the same shape).
+    decode(list of codes, settings) -> their waves float32 [N]; None where there is no codec.
     """
 
     target: LanguageModel
     target_params: Params
-    draft: LanguageModel | None
+    drafter: Callable[[int], Draft] | None
     draft_params: Params
-    stop_ids: tuple[int, ...]
     threshold: float  # the default
     max_batch: int
     sample_rate_hz: int
@@ -99,22 +148,10 @@ class Synthesizer(NamedTuple):
     codes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     decode: Callable[[Sequence[np.ndarray], Settings], list[np.ndarray]] | None
 
-    def rule(self, settings: Settings) -> str:
-        """The verifier that the settings come to.
-
-        Raises:
-            ValueError: one that needs a draft, and there is none.
-        """
-        if settings.verify not in (None, "autoregressive") and settings.draft_length and self.draft is None:
-            raise ValueError(f"expected a draft for {settings.verify}, got none: give --draft, or --verify autoregressive")
-        if self.draft is None or settings.draft_length == 0:
-            return "autoregressive"
-        return settings.verify or "coarse-grained"
-
 
 def padded(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as int32 [B width], and their lengths."""
-    ids: Any = np.zeros((len(rows), width), np.int32)
+    ids = np.zeros((len(rows), width), np.int32)
     for row, values in zip(ids, rows, strict=True):
         row[: len(values)] = values
     return ids, np.array([len(row) for row in rows], np.int32)

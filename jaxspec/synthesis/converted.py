@@ -1,4 +1,4 @@
-"""A converted checkpoint as a speaker: its prompt, its limits, its codec, and its groups, which are kept beside it."""
+"""A converted checkpoint as a synthesizer: its prompts, its limits, its codec, and its groups, which are cached beside it."""
 
 import contextlib
 import dataclasses
@@ -18,17 +18,20 @@ from jaxspec.groups import Groups
 from jaxspec.models import card
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer, padded
 from jaxspec.text import phonemes
+from jaxspec.types import Draft, Params
 
 THRESHOLD = 0.4  # PCG found 0.38 to 0.45 best, arXiv 2511.13732
-PIECE_TOKENS = 80  # the longest piece of a text
+PIECE_TOKENS = 80  # of the longest piece of a text
 _PROMPT_STEP, _CODES_STEP = 64, 256  # sizes are rounded up to these, so that few are compiled
 
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])\s*|\s*\n\s*")
 _BORDERS = re.compile(r"\s+|(?<=[，、：])|(?<=[,:])(?!\d)")  # not within 1,000 or 3:30
 
 
-def synthesizer(target: Pretrained, draft: Pretrained | None = None, codec: PretrainedCodec | None = None) -> Synthesizer:
-    """A target that speaks, with a draft that was loaded ``beside`` it, and the codec that it was trained with.
+def synthesizer(
+    target: Pretrained, drafter: tuple[Callable[[int], Draft], Params] | None = None, codec: PretrainedCodec | None = None
+) -> Synthesizer:
+    """A converted target with a drafter and its params, and the codec that it was trained with.
 
     Raises:
         ValueError: the codec is of another family than the target's.
@@ -39,9 +42,8 @@ def synthesizer(target: Pretrained, draft: Pretrained | None = None, codec: Pret
     return Synthesizer(
         target=language_model(target),
         target_params=target.params,
-        draft=draft and language_model(draft),
-        draft_params=draft and draft.params,
-        stop_ids=model.stop_ids,
+        drafter=drafter and drafter[0],
+        draft_params=drafter and drafter[1],
         threshold=THRESHOLD,
         max_batch=8,
         sample_rate_hz=codec.codec.sample_rate_hz if codec else 0,
@@ -91,9 +93,9 @@ def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> R
     """Prompts, and the limits of the family: of prompt and codes together, of codes, and of codes for each token of the text."""
     model, voice = target.model, settings.voice or ""
     sound = functools.partial(phonemes.of, language=model.phonemes) if model.phonemes else str
-    sounds, reference = [sound(text) for text in texts], settings.reference and sound(settings.reference)
-    prompt = functools.partial(card.prompt_ids, model, target.tokenizer, voice=voice, reference=reference)
-    rows = [prompt(text, codes=settings.reference_codes) for text in sounds]
+    sounds, reference = [sound(text) for text in texts], settings.reference
+    spoken = {"reference": reference.text and sound(reference.text), "codes": reference.codes} if reference else {}
+    rows = [card.prompt_ids(model, target.tokenizer, text, voice=voice, **spoken) for text in sounds]
     longest = max(map(len, rows))
     width = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
     prompts, length = padded(rows, width)
@@ -106,10 +108,10 @@ def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> R
     limit = np.min(limits, axis=0).astype(np.int32)
     if limit.min() < 1:
         raise ValueError(f"expected prompts of less than {model.max_tokens} tokens, got {longest}: shorten text or reference")
-    law = settings.sampling(model.sampling)
-    least = model.min_codes_per_token * size if model.min_codes_per_token else np.full(len(rows), law.min_new_tokens)
-    sampling = [dataclasses.replace(law, min_new_tokens=int(count)) for count in least]
-    return Requests(prompts, length, limit, sampling, -(-int(limit.max()) // _CODES_STEP) * _CODES_STEP)
+    shared = settings.sampling(model.sampling)
+    least = model.min_codes_per_token * size if model.min_codes_per_token else np.full(len(rows), shared.min_new_tokens)
+    sampling = [dataclasses.replace(shared, min_new_tokens=int(count)) for count in least]
+    return Requests(prompts, length, -(-int(limit.max()) // _CODES_STEP) * _CODES_STEP, limit, model.stop_ids, sampling)
 
 
 def _codes(target: Pretrained, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,14 +121,15 @@ def _codes(target: Pretrained, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _decode(codec: PretrainedCodec, rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
     """Decodes a batch of rows; each continues the reference's codes, whose part of the wave is cut off."""
-    return decode_rows(codec.codec, codec.params, rows, prefix=np.array(settings.reference_codes, np.int32))
+    prefix = settings.reference.codes if settings.reference else np.zeros(0, np.int32)
+    return decode_rows(codec.codec, codec.params, rows, prefix=prefix)
 
 
 def groups(target: Pretrained, threshold: float, progress: Callable[[int, int], None] | None = None) -> Groups:
     """The acoustic similarity groups of a model's codes, from its input embeddings; made once and kept in its folder.
 
     Codes of different slots of a frame are never in one group, and neither are ids that are no code.
-    ``say(done, all)`` is told how many rows are done, see ``jaxspec.groups``.
+    ``progress(done, all)`` is called with the number of rows that are done, see ``jaxspec.groups``.
     """
     model, path = target.model, groups_path(target, threshold)
     vocab, count = model.shape.vocab, model.num_codes

@@ -1,0 +1,60 @@
+"""Loads a synthesizer by name or folder: the built-in voice or a converted model, any drafter, and a codec."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jaxspec.checkpoint import pretrained
+from jaxspec.checkpoint.pretrained import Pretrained
+from jaxspec.draft import ngram_draft
+from jaxspec.models.builtin import VOCAB
+from jaxspec.synthesis import converted
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.contract import Synthesizer
+from jaxspec.types import Draft, Params
+
+NGRAM = "ngram"
+
+Drafter = tuple[Callable[[int], Draft], Params]
+
+
+def load(model: str | Path | None = None, draft: str | Path | None = None, codec: str | Path | None = None) -> Synthesizer:
+    """The built-in voice or a converted model, with a drafter and a codec.
+
+    Args:
+        model: a folder that ``jaxspec convert`` made; None is the built-in voice.
+        draft: "ngram", or the folder of a draft; None is the built-in voice's own draft, and no draft for a model.
+        codec: the folder of a codec; by default the folder ``codec`` within that of the model, where there is one.
+
+    Raises:
+        ValueError: a folder holds nothing of the kind, or they do not fit each other.
+    """
+    if model is None:
+        return _builtin(draft, codec)
+    dtype = "float32" if jax.default_backend() == "cpu" else None  # XLA turns bfloat16 into float32 there, in every step
+    target = pretrained.load(model, dtype)
+    codec = codec or (Path(model) / "codec" if (Path(model) / "codec").is_dir() else None)
+    drafter = load_drafter(draft, target) if draft is not None else None
+    return converted.synthesizer(target, drafter, pretrained.load_codec(codec) if codec else None)
+
+
+def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:
+    if codec is not None or draft not in (None, NGRAM):
+        raise ValueError("expected --model with --codec or with the folder of a draft, got none: leave them out or give --model")
+    return (
+        builtin() if draft is None else builtin()._replace(drafter=functools.partial(ngram_draft, vocab=VOCAB), draft_params=())
+    )
+
+
+def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
+    """(drafter, its params) for a target, by name ("ngram") or from a folder.
+
+    Raises:
+        ValueError: the folder holds no draft, or one that does not fit the target.
+    """
+    if str(draft) == NGRAM:
+        return functools.partial(ngram_draft, vocab=target.model.shape.vocab), ()
+    loaded = pretrained.load_draft(draft, target)
+    return loaded.drafter, loaded.params
