@@ -11,7 +11,9 @@ def _backend(language: str) -> Any:
         from phonemizer.backend import EspeakBackend
         from phonemizer.backend.espeak.wrapper import EspeakWrapper
     except ImportError as error:
-        raise ImportError(f"this model reads phonemes, and {error.name} is missing: pip install 'jaxspec[phonemes]'") from error
+        raise ImportError(
+            f"expected {error.name}, which this model needs to read phonemes, got none: pip install 'jaxspec[phonemes]'"
+        ) from error
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
     return EspeakBackend(language, preserve_punctuation=True, with_stress=True)
@@ -19,6 +21,13 @@ def _backend(language: str) -> Any:
 
 def of(text: str, language: str) -> str:
     """The phonemes of a text, with stress and punctuation, words one space apart.
+
+    Args:
+        text: any text in the language.
+        language: as espeak names it, such as ``en-us``.
+
+    Returns:
+        IPA characters.
 
     Raises:
         ImportError: the packages of the extra ``phonemes`` are missing.

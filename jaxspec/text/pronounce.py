@@ -2,7 +2,8 @@
 
 from functools import cache
 
-# -ed and -s sound by what they follow.
+_LONGEST = 80  # letters; longer than any compound of two words
+# The sound of -ed and -s depends on the one before.
 _SUFFIXES = {
     "ed": None,
     "s": None,
@@ -39,11 +40,19 @@ def _ending(stem: tuple[str, ...], letter: str) -> tuple[str, ...]:
 
 @cache
 def pronounce(word: str) -> tuple[str, ...] | None:
-    """The phones of a word with stress digits, or None: its first entry in the CMU dictionary, else from a known stem.
+    """The phones of a word: its first entry in the CMU dictionary, else derived from a known stem or a known compound.
 
     >>> pronounce("fox's")
     ('F', 'AA1', 'K', 'S', 'AH0', 'Z')
+
+    Args:
+        word: in lower case, of a-z and '.
+
+    Returns:
+        Phones of the CMU dictionary, vowels with a stress digit, or None for an unknown word.
     """
+    if len(word) > _LONGEST:
+        return None
     if in_dictionary(word):
         return tuple(_dictionary()[word].split())
     if word.endswith("'s") and (stem := pronounce(word[:-2])):

@@ -1,7 +1,7 @@
 """Text to symbols, on the host: any English text -> plain words -> sentences -> phones and letters.
 
-The order: ``normalize`` writes everything out in words, ``sentences`` cuts it into pieces that fit the model, ``to_symbols``
-looks the words up in the CMU dictionary (unknown ones stay in letters), ``encode`` numbers the symbols.
+``normalize`` writes everything out in words, ``sentences`` cuts the words into pieces that fit the model, ``to_symbols``
+looks each word up in the CMU dictionary (unknown words stay in letters), and ``encode`` numbers the symbols.
 """
 
 import re
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jaxspec.text.normalize import normalize
+from jaxspec.text.cut import halve
+from jaxspec.text.normalize import normalize, nothing_to_speak, warn_skipped, written_out
 from jaxspec.text.pronounce import pronounce
 
 __all__ = ["SYMBOLS", "encode", "normalize", "pronounce", "sentences", "to_symbols"]
@@ -25,6 +26,7 @@ SYMBOLS: tuple[str, ...] = (
     *(vowel + stress for vowel in _VOWELS for stress in "012"),
     *_CONSONANTS,
 )
+_BORDERS = [re.compile("(?<=,) "), re.compile(" ")]
 _SYMBOL_ID = {symbol: index for index, symbol in enumerate(SYMBOLS)}
 
 
@@ -32,25 +34,28 @@ def sentences(text: str, max_symbols: int) -> list[str]:
     """Normalises a text and cuts it into pieces of at most ``max_symbols`` symbols, each of which ends with punctuation.
 
     The borders are . ? ! and ends of lines; a piece that is too long is halved at the comma nearest to its
-    middle, else at a word.
+    middle, else between words. A word that is too long is broken up.
+
+    >>> sentences("One. Two, and three", 20)
+    ['one.', 'two, and three.']
+
+    Args:
+        text: any text.
+        max_symbols: the largest number of symbols in a piece, at least 8, as many as the letter w takes.
+
+    Warns:
+        TextWarning: for each part without a spoken form, which is skipped, and each word that is broken up.
 
     Raises:
-        ValueError: when there is nothing to speak, or one word alone is too long.
+        ValueError: there is nothing to speak.
     """
-    lines = [normalize(line) for line in text.splitlines() if any(c.isalnum() for c in line)] or [normalize(text)]
+    spoken = [written_out(line) for line in text.splitlines() if line.strip()]
+    lines = [words for words, _ in spoken if words]
+    if not lines:
+        raise nothing_to_speak(text)
+    warn_skipped(part for _, skipped in spoken for part in skipped)
     whole = [s if s[-1] in ",.?!" else s + "." for line in lines for s in re.split(r"(?<=[.?!]) ", line)]
-    return [piece for sentence in whole for piece in _halve(sentence, max_symbols)]
-
-
-def _halve(sentence: str, max_symbols: int) -> list[str]:
-    if len(to_symbols(sentence)) <= max_symbols:
-        return [sentence]
-    borders = [m.start() for m in re.finditer("(?<=,) ", sentence)] or [m.start() for m in re.finditer(" ", sentence)]
-    if not borders:
-        raise ValueError(f"expected words of at most {max_symbols} symbols, but {sentence[:40]!r} is longer: break it up")
-    middle = min(borders, key=lambda border: abs(border - len(sentence) / 2))
-    left, right = sentence[:middle], sentence[middle + 1 :]
-    return _halve(left if left[-1] == "," else left + ",", max_symbols) + _halve(right, max_symbols)
+    return [piece for s in whole for piece in halve(s, lambda p: len(to_symbols(p)), max_symbols, _BORDERS, tail=",")]
 
 
 def to_symbols(text: str, spell: Callable[[str], bool] | None = None) -> list[str]:
@@ -58,6 +63,13 @@ def to_symbols(text: str, spell: Callable[[str], bool] | None = None) -> list[st
 
     >>> to_symbols("hi, zyqx.")
     ['HH', 'AY1', ',', ' ', 'z', 'y', 'q', 'x', '.']
+
+    Args:
+        text: what ``normalize`` returns; other characters are left out.
+        spell: whether to spell a word although its phones are known; called once for each word, in order.
+
+    Returns:
+        Members of ``SYMBOLS``.
     """
     out: list[str] = []
     for part in re.findall(r"[a-z']+|[ ,.?!]", text):
@@ -67,7 +79,16 @@ def to_symbols(text: str, spell: Callable[[str], bool] | None = None) -> list[st
 
 
 def encode(symbols: Iterable[str]) -> np.ndarray:
-    """Symbols as int32 [N] indices into ``SYMBOLS``.
+    """The numbers of symbols.
+
+    >>> encode(["HH", "AY1"])
+    array([84, 49], dtype=int32)
+
+    Args:
+        symbols: N members of ``SYMBOLS``.
+
+    Returns:
+        int32 [N], their indices in ``SYMBOLS``.
 
     Raises:
         ValueError: for a symbol that is not in the table.
@@ -75,5 +96,5 @@ def encode(symbols: Iterable[str]) -> np.ndarray:
     symbols = list(symbols)
     unknown = sorted(set(symbols) - set(_SYMBOL_ID))
     if unknown:
-        raise ValueError(f"expected symbols of jaxspec.text.symbols.SYMBOLS, but {unknown[0]!r} came: make them with to_symbols")
+        raise ValueError(f"expected symbols of jaxspec.text.symbols.SYMBOLS, got {unknown[0]!r}: make them with to_symbols")
     return np.array([_SYMBOL_ID[symbol] for symbol in symbols], np.int32)
