@@ -9,7 +9,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +141,8 @@ def _restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
     """The newest checkpoint, or ``like`` where there is none."""
     if (newest := manager.latest_step()) is None:
         return like
-    return manager.restore(newest, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
+    restored: Any = manager.restore(newest, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
+    return restored
 
 
 def _init(params: Params, config: TrainConfig) -> TrainState:
@@ -178,7 +179,7 @@ def _update(loss: Loss, config: TrainConfig) -> Callable[[TrainState, Any], tupl
     return jax.jit(update, donate_argnums=0)
 
 
-def _prefetch(source: Iterator[Any], depth: int = 8) -> Iterator[Any]:
+def _prefetch(source: Iterator[Any], depth: int = 8) -> Generator[Any, None, None]:
     """The same batches, made by a thread in advance; errors of the thread are raised here."""
     ready: queue.Queue = queue.Queue(depth)
     closed = threading.Event()

@@ -6,6 +6,7 @@ code carry what makes speech intelligible. The head is not part of the codec.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,9 @@ from jaxspec.train.loop import Loss
 from jaxspec.train.voice.corpus import Recording, read_shard, write_shard
 from jaxspec.types import Array, Params
 
-PHONES = ("pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh").split()
+PHONES: Sequence[str] = (
+    "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
+).split()
 PHONES_PER_CODE = 2
 STFT_SIZES = (256, 512, 1024)
 
@@ -72,7 +75,7 @@ def loss(config: Config) -> Loss:
     def value(params: Params, batch: tuple[Array, Array, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         wave, voice, phone = batch
         again, z = VoiceCodec(config).apply({"params": params["codec"]}, wave, voice)
-        logits = PhoneHead().apply({"params": params["phones"]}, z)
+        logits: Any = PhoneHead().apply({"params": params["phones"]}, z)
         spectral = spectral_loss(again, wave, config)
         log_probs = jax.nn.log_softmax(logits)
         phones = -jnp.take_along_axis(log_probs, phone[..., None], axis=-1).mean()
@@ -176,6 +179,7 @@ def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> It
 def _encode(recordings: Sequence[Recording], params: Params, config: Config, batch: int = 32) -> list[Recording]:
     """The recordings with codes as their signals, encoded in batches of similar length."""
     encode, span = codec(config).encode, config.samples_per_code
+    assert encode is not None
     order = sorted(range(len(recordings)), key=lambda i: len(recordings[i].signal))
     encoded: dict[int, Recording] = {}
     for first in range(0, len(order), batch):
@@ -183,7 +187,7 @@ def _encode(recordings: Sequence[Recording], params: Params, config: Config, bat
         length = np.array([len(signal) for _, signal in rows], np.int32)
         samples = padded_length(-(-int(length.max()) // span)) * span  # a round length, so that few are compiled
         wave = np.stack([np.pad(signal, (0, samples - len(signal))) for _, signal in rows]).astype(np.float32) / 32768
-        codes = np.asarray(encode(params, wave, length))
+        codes = np.asarray(encode(params, jnp.asarray(wave), jnp.asarray(length)))
         for (i, signal), row in zip(rows, codes, strict=True):
             encoded[i] = recordings[i]._replace(signal=row[: -(-len(signal) // span), 0].astype(np.uint16))
     return [encoded[i] for i in range(len(recordings))]

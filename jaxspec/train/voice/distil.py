@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,12 @@ def loss(
     Returns:
         a loss for ``train.loop.fit`` over (params of ``language_model.init_params``, ``language_model.Batch``, key).
     """
-    model, features = transformer.Transformer(config), digit_features()
+    model, features = transformer.Transformer(config), jnp.asarray(digit_features())
     target = transformer.Transformer(target_config)
 
     def value(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         (logits, _, _), captured = model.apply({"params": compose(params, features)}, batch.tokens, mutable="intermediates")
-        wanted, _, _ = target.apply({"params": target_params}, batch.tokens)
+        wanted: Any = target.apply({"params": target_params}, batch.tokens)[0]
         log_p, log_q = (jax.nn.log_softmax(x / temperature) for x in (logits, jax.lax.stop_gradient(wanted)))
         counted = batch.target != IGNORE
         divergence = _mean((jnp.exp(log_q) * (log_q - log_p)).sum(-1), counted)

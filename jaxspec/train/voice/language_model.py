@@ -31,9 +31,9 @@ IGNORE = -1
 class Batch(NamedTuple):
     """Training examples, each int32 [B S]: ids, the next code of each, the position to attend to; IGNORE for none."""
 
-    tokens: np.ndarray
-    target: np.ndarray
-    look: np.ndarray
+    tokens: Array | np.ndarray
+    target: Array | np.ndarray
+    look: Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def loss(config: transformer.Config, guided_layers: tuple[int, ...], guidance: f
     Returns:
         a loss for ``train.loop.fit`` over (params of ``init_params``, ``Batch``, key).
     """
-    model, features = transformer.Transformer(config), digit_features()
+    model, features = transformer.Transformer(config), jnp.asarray(digit_features())
 
     def value(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         (logits, _, _), captured = model.apply({"params": compose(params, features)}, batch.tokens, mutable="intermediates")
@@ -115,7 +115,7 @@ def loss(config: transformer.Config, guided_layers: tuple[int, ...], guidance: f
     return value
 
 
-def guidance_loss(captured: Any, layers: Sequence[int], look: Array) -> Array:
+def guidance_loss(captured: Any, layers: Sequence[int], look: Array | np.ndarray) -> Array:
     """Attention guidance: the mean over layers of -log of the attention of the first head to the positions ``look``.
 
     Half of the attention to the two neighbours of a position counts as attention to it.
@@ -131,7 +131,7 @@ def guidance_loss(captured: Any, layers: Sequence[int], look: Array) -> Array:
     return sum((_missed_attention(captured, layer, look) for layer in layers), jnp.float32(0)) / len(layers)
 
 
-def _missed_attention(captured: Any, layer: int, look: Array) -> Array:
+def _missed_attention(captured: Any, layer: int, look: Array | np.ndarray) -> Array:
     weights = captured["intermediates"][f"layer_{layer}"]["attention"]["attention"][0][:, 0, 0]
     at = (jnp.take_along_axis(weights, jnp.maximum(look + shift, 0)[..., None], axis=-1)[..., 0] for shift in (-1, 0, 1))
     before, here, after = at
@@ -155,13 +155,13 @@ def row(recording: Recording, reading: Reading, rng: np.random.Generator, frame_
     symbols = to_symbols(recording.text, lambda _: rng.random() < reading.spell)
     ids, codes = prompt(symbols, recording.voice), recording.signal.astype(np.int32)
     ignored = np.full(len(ids) - 1, IGNORE, np.int32)
-    target = np.concatenate([ignored, codes, np.int32([STOP])])
+    target = np.concatenate([ignored, codes, np.array([STOP], np.int32)])
     if not recording.phones:
         return Batch(np.concatenate([ids, codes]), target, np.full_like(target, IGNORE))
     phones, ends = [phone for phone, _ in recording.phones], np.array([end for _, end in recording.phones])
     positions = align(phones, ["<", *symbols, ">"])
     frames = np.minimum(np.searchsorted(ends, (np.arange(len(codes)) + 0.5) * frame_s), len(ends) - 1)
-    look = np.concatenate([ignored, positions[frames], np.int32([len(ids) - 1])])
+    look = np.concatenate([ignored, positions[frames], np.array([len(ids) - 1], np.int32)])
     return Batch(np.concatenate([ids, _disturb(codes, reading.disturb, rng)]), target, look)
 
 
