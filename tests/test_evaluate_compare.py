@@ -8,10 +8,11 @@ import pytest
 
 from jaxspec.commands import evaluate as command
 from jaxspec.commands.evaluate import Evaluate
+from jaxspec.draft import ngram_draft
 from jaxspec.evaluate import compare, measures, requirements
 from jaxspec.evaluate.plan import Plan
 from jaxspec.evaluate.recognize import ErrorRates
-from jaxspec.models.builtin import VOICES
+from jaxspec.models.builtin import VOCAB, VOICES
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance
 from jaxspec.text.held_out import held_out
 from jaxspec.train.voice.corpus import Recording
@@ -32,7 +33,7 @@ def installed(monkeypatch):
 def work(monkeypatch):
     """Counts what is loaded, recorded and synthesised."""
     calls = []
-    for module, name in ((compare.voices, "load"), (measures, "record"), (compare, "speak")):
+    for module, name in ((compare, "load"), (measures, "record"), (compare, "speak")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: calls.append(name))
     return calls
 
@@ -50,7 +51,7 @@ def fakes(monkeypatch, installed):
         (sentence,) = (s for s in held_out() if measures.symbols.normalize(s) == text)
         return Recording(text, voice, [], np.full(16_000, 30_000 * level(sentence, voice) / 1.1, np.int16))
 
-    def speak(texts, settings, synthesizer, rule):
+    def speak(texts, settings, synthesizer, decoding):
         voice = settings.voice or VOICES[0]
         waves = [np.full(16_000, level(t, voice) if t in held_out() else 1, np.float32) for t in texts]
         utterances = [Utterance(wave, np.arange(3, dtype=np.int32), np.zeros(3, np.int8), 16_000) for wave in waves]
@@ -145,6 +146,35 @@ def test_rows_hold_every_sentence_in_its_voice_and_the_rates_of_all_seeds(fakes)
     done, total = zip(*(step[1:] for step in steps), strict=True)
     assert set(total) == {done[-1]}
     assert list(done) == sorted(done)
+
+
+def test_any_drafter_by_name_and_the_draft_alone_only_where_it_is_the_voices_own(monkeypatch, fakes):
+    drafts, targets = set(), {}
+
+    def resolve(synthesizer, settings):
+        drafts.add(synthesizer.drafter(settings.draft_length))
+
+    def speak(texts, settings, synthesizer, decoding, speak=compare.speak):
+        targets.setdefault(settings.verify, set()).add(id(synthesizer.target_params))
+        return speak(texts, settings, synthesizer, decoding)
+
+    monkeypatch.setattr(compare, "resolve", resolve)
+    monkeypatch.setattr(compare, "speak", speak)
+    plain = {"sentences": 2, "seeds": 1, "betas": (), "thresholds": ()}
+    result = compare.compare(Plan(draft="ngram", draft_length=2, **plain))
+    assert [row["row"] for row in result["rows"][2:]] == ["autoregressive", "exact"]
+    assert drafts == {ngram_draft(2, vocab=VOCAB)}
+    assert targets["autoregressive"] == targets["exact"]
+    result = compare.compare(Plan(**plain))
+    assert [row["row"] for row in result["rows"][2:]] == ["autoregressive", "draft alone", "exact"]
+    assert len(targets["autoregressive"] - targets["exact"]) == 1
+
+
+def test_a_folder_without_a_draft_is_refused_before_any_work(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(compare, "speak", None)
+    monkeypatch.setattr(measures, "record", None)
+    with pytest.raises(ValueError, match="expected"):
+        compare.compare(Plan(draft=str(tmp_path)))
 
 
 def test_a_wave_too_short_to_embed_has_no_similarity():

@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import groups
 from jaxspec.codec.builtin import codec
+from jaxspec.codec.padding import decode_rows
 from jaxspec.evaluate import requirements
 from jaxspec.evaluate.measures import Advance, References, Waves, measure, record_references, voice_of
-from jaxspec.evaluate.plan import DRAFT_ALONE, Plan
+from jaxspec.evaluate.plan import BUILTIN_DRAFT, DRAFT_ALONE, Plan
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, VOICES, Voice
-from jaxspec.synthesis.builtin import synthesizer
 from jaxspec.synthesis.contract import Settings, Synthesizer
 from jaxspec.synthesis.decoding import Decoding, resolve
+from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak
 from jaxspec.text.held_out import held_out
 from jaxspec.train.voice.corpus import SAMPLE_RATE_HZ
@@ -44,16 +46,17 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         progress: called as utterances are timed, synthesised and recognised.
 
     Returns:
-        {"rows": one dict a row, see ``measures.measure``, "sentences", "seeds", "jax", "python", "device"}. A row of a verifier
-        also has "acceptance_rate", "tokens_per_round" and "exact_match_rate"; each row of the models has "speed_up", the ratio of
-        its codes a second to those of the row "autoregressive".
+        {"rows": one dict a row, see ``measures.measure``, "sentences", "seeds", "draft", "jax", "python", "device"}. Rows of a
+        verifier also have "acceptance_rate", "tokens_per_round" and "exact_match_rate". Rows of the models have "speed_up": codes
+        a second, relative to the row "autoregressive".
 
     Raises:
         RuntimeError: flite or a package of the extra ``eval`` is missing; raised before any work.
+        ValueError: the folder of the draft holds none, or one of another target; raised before any work.
     """
     requirements.check()
+    base = load(draft=None if plan.draft == BUILTIN_DRAFT else plan.draft)
     sentences, voice = held_out()[: plan.sentences], voices.load()
-    base = synthesizer(voice)
     candidates = _candidates(plan, base, voice)
     advance = _counter(plan, len(candidates), progress)
     speed_ups = _speed_ups(candidates, sentences, advance)  # first, before the recogniser and the encoder take memory
@@ -66,7 +69,7 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         if name == "autoregressive":
             rows += _swapped_rows(plan, base, utterances, references, advance)
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    return {"rows": rows, "sentences": len(sentences), "seeds": plan.seeds, **versions}
+    return {"rows": rows, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft, **versions}
 
 
 def _counter(plan: Plan, candidates: int, progress: Progress) -> Advance:
@@ -83,11 +86,12 @@ def _counter(plan: Plan, candidates: int, progress: Progress) -> Advance:
 
 
 def _candidates(plan: Plan, base: Synthesizer, voice: Voice) -> dict[str, Candidate]:
-    alone = base._replace(target=transformer.language_model(voice.draft), target_params=base.draft_params)
-    return {
-        name: Candidate(settings, alone if name == DRAFT_ALONE else base, resolve(base, settings))
-        for name, settings in plan.settings().items()
-    }
+    candidates = {name: Candidate(settings, base, resolve(base, settings)) for name, settings in plan.settings().items()}
+    if DRAFT_ALONE in candidates:
+        draft = transformer.language_model(voice.draft), jax.device_put(voice.draft_params)
+        alone = base._replace(target=draft[0], target_params=draft[1])
+        candidates[DRAFT_ALONE] = candidates[DRAFT_ALONE]._replace(synthesizer=alone)
+    return candidates
 
 
 def _speed_ups(candidates: dict[str, Candidate], sentences: Sequence[str], advance: Advance) -> dict[str, float]:
@@ -106,13 +110,14 @@ def _speed_ups(candidates: dict[str, Candidate], sentences: Sequence[str], advan
 
 def _reconstructions(recordings: Waves, voice: Voice, advance: Advance) -> Waves:
     """The recordings, encoded and decoded by the codec."""
-    waves, model = [], codec(voice.codec)
+    model, span, waves = codec(voice.codec), voice.codec.samples_per_code, []
+    assert model.encode is not None
     for index, wave in enumerate(recordings):
-        padded = np.pad(wave, (0, -len(wave) % SAMPLE_RATE_HZ))[None]  # to whole seconds, so that few lengths are compiled
-        codes = model.encode(voice.codec_params, padded, np.array([len(wave)], np.int32))
-        frames = np.array([-(-len(wave) // voice.codec.samples_per_code)], np.int32)
-        condition = np.array([voices.voice_index(voice_of(index))], np.int32)
-        waves.append(np.asarray(model.decode(voice.codec_params, codes, frames, condition, None))[0, : len(wave)])
+        padded = jnp.asarray(np.pad(wave, (0, -len(wave) % SAMPLE_RATE_HZ)))  # to whole seconds, so that few lengths are compiled
+        codes = model.encode(voice.codec_params, padded[None], jnp.array([len(wave)], jnp.int32))
+        row, condition = np.asarray(codes)[0, : -(-len(wave) // span)], voices.voice_index(voice_of(index))
+        decoded = decode_rows(model, voice.codec_params, [row], np.array([condition], np.int32))
+        waves.append(decoded[0][: len(wave)])
         advance("codec reconstruction", 1)
     return waves
 
@@ -160,12 +165,14 @@ def _swapped_rows(
     plan: Plan, base: Synthesizer, utterances: Sequence[Utterance], references: References, advance: Advance
 ) -> list[dict[str, Any]]:
     """For each threshold, the utterances with every code replaced by a random member of one of its groups (PCG, Table 2)."""
+    assert base.decode is not None
     rows = []
     for threshold in plan.thresholds:
         name, members, waves = f"swapped in group {threshold:g}", base.groups(threshold, plan.matrix), []
         for index, utterance in enumerate(utterances):
-            padded = np.pad(utterance.codes, (0, MAX_CODES - len(utterance.codes)))  # one length, so that one is compiled
-            codes = np.asarray(groups.swap(jax.random.key(index), members, padded))[: len(utterance.codes)]
+            count = len(utterance.codes)
+            padded = jnp.asarray(np.pad(utterance.codes, (0, -count % MAX_CODES)))  # few lengths, so that few are compiled
+            codes = np.asarray(groups.swap(jax.random.key(index), members, padded))[:count]
             waves += base.decode([codes], Settings(voice=voice_of(index)))
             advance(name, 1)
         rows.append(measure(name, waves, references, advance))

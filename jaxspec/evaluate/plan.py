@@ -8,6 +8,7 @@ from jaxspec.synthesis.builtin import SAMPLING
 from jaxspec.synthesis.contract import Settings
 from jaxspec.text.held_out import held_out
 
+BUILTIN_DRAFT = "builtin"
 DRAFT_ALONE = "draft alone"
 
 
@@ -29,6 +30,8 @@ class Plan:
     """The cosine thresholds of the coarse-grained verifier to compare."""
     matrix: Literal["target", "codec"] = "target"
     """Which vectors the groups are built from: the target's embeddings or the codec's code vectors."""
+    draft: str = BUILTIN_DRAFT
+    """What drafts: builtin (the voice's own draft), ngram, or the folder of a draft that was trained for the voice."""
     draft_length: int = Settings.draft_length
     """Codes to draft in a round (K)."""
     temperature: float = SAMPLING.temperature
@@ -48,7 +51,10 @@ class Plan:
         """The settings of each row that the models generate, by the row's name."""
         base = Settings(draft_length=self.draft_length, temperature=self.temperature, matrix=self.matrix)
         plain = dataclasses.replace(base, verify="autoregressive")
-        rows = {"autoregressive": plain, DRAFT_ALONE: plain, "exact": dataclasses.replace(base, verify="exact")}
+        rows = {"autoregressive": plain}
+        if self.draft == BUILTIN_DRAFT:  # the only one known to be a language model
+            rows[DRAFT_ALONE] = plain
+        rows["exact"] = dataclasses.replace(base, verify="exact")
         for beta in self.betas:
             rows[f"tolerance {beta:g}"] = dataclasses.replace(base, verify="tolerance", beta=beta)
         for threshold in self.thresholds:

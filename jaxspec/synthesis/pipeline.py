@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ class SynthesisResult(NamedTuple):
     """The speech of a list of texts, and what it took: counts summed over all codes, and seconds by part."""
 
     utterances: list[Utterance]
-    counts: dict[str, object]
+    counts: dict[str, Any]
     seconds: dict[str, float]
 
 
