@@ -316,22 +316,25 @@ def _no_cache(batch, cells):
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("each", [False, True], ids=["one key", "a key for each row"])
 @pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
-def test_rows_are_independent_whatever_the_keys(impl, each, raw):
-    """Neighbouring rows of a uniform target draw the same token 1 time in V; under vmap rbg alone draws it every time."""
+def test_draws_are_independent_whatever_the_keys(impl, each, raw):
+    """Successive tokens of a uniform target are equal 1 time in V, and so are draws by different keys.
+
+    rbg itself draws a vmapped batch from the first key: once row 0 is finished, all rows repeat their tokens for ever.
+    """
     vocab, batch = 5, 400
     with jax.default_prng_impl(impl):
-        key = jax.random.key(11)
-        key = jax.random.split(key, batch) if each else key
-        key = jax.random.key_data(key) if raw else key
+        first = jax.random.key(11)
+        keys = jax.random.split(first, batch)
+        others = jax.random.split(jax.random.key(12), batch).at[0].set(keys[0])
+        first, keys, others = (jax.random.key_data(key) if raw else key for key in (first, keys, others))
         uniform = LanguageModel(lambda params, tokens, cache, length: (jnp.zeros((*tokens.shape, vocab)), None, cache), _no_cache)
         prompt = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
-        limit = np.ones(batch, np.int32)
-        tokens = autoregressive(key, uniform, (), *prompt, max_new_tokens=1, limit=limit).tokens[:, 0]
-        keys = key if each else jax.random.split(key, batch)
-        draws = jax.vmap(sample)(keys, jnp.ones((batch, vocab)))
-    for drawn in (np.asarray(tokens), np.asarray(draws)):
-        assert_law(drawn, np.ones(vocab))
-        assert_law(drawn[1:] == drawn[:-1], [1 - 1 / vocab, 1 / vocab])
+        limit = np.where(np.arange(batch) == 0, 1, 3)
+        tokens = autoregressive(keys if each else first, uniform, (), *prompt, max_new_tokens=3, limit=limit).tokens[1:]
+        draws = [jax.vmap(sample)(some, jnp.ones((batch, vocab)))[1:] for some in (keys, others)]
+    for one, other in ((tokens[:, 1], tokens[:, 2]), draws):
+        assert_law(one, np.ones(vocab))
+        assert_law(one == other, [1 - 1 / vocab, 1 / vocab])
 
 
 def test_threefry_keys_are_kept_and_others_derived_from_all_their_data():
