@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import sampling as laws
+from jaxspec.keys import threefry_key
 from jaxspec.types import Array, SamplingRows
 
 
@@ -65,7 +66,7 @@ def _keys(key: Any, batch: int) -> Array:
     """One threefry2x32 key for all rows or one for each, checked; keys of other implementations are converted."""
     if not isinstance(key, jax.Array):
         raise ValueError(f"expected a key, as jax.random.key(0) gives, or {batch} keys, got {type(key).__name__}")
-    key = laws.threefry_key(key)
+    key = threefry_key(key)
     if key.shape not in ((), (batch,)):
         raise ValueError(f"expected one key or {batch} keys, one for each row of the prompt, got keys of shape {key.shape}")
     return key

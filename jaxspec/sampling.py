@@ -1,43 +1,53 @@
-"""From logits to a law, and from a law to a token: every probability that is sampled from or verified against is made here.
+"""From logits to a distribution, and from a distribution to a token: every probability that is sampled from or verified against.
 
-The order is that of transformers: repetition penalty -> temperature -> top-k -> top-p -> min-p; repetition-aware sampling, which
-mixes two laws, comes last. Inside, a token is known by its *gap*, its distance below the row's best logit in units of the
-temperature: 0 for the best, infinity for a forbidden one. Gaps are not negative, so their bit patterns have the order of their
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p; repetition-aware sampling, a mixture of
+two distributions, comes last. Internally a token is described by its *gap*, its distance below the row's best logit in units of
+the temperature: 0 for the best, infinity for a forbidden one. Gaps are not negative, so their bit patterns are ordered as their
 values, and a threshold is found by bisection on 31 bits, exactly and without a sort.
 """
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxspec.keys import threefry_key
 from jaxspec.types import Array, History, SamplingRows
 
 MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's window is 10
+_MAX_PENALTY = 1e6  # keeps penalized logits finite in float32
 _INFINITY_BITS = 0x7F800000
-_THREEFRY = "threefry2x32"
 _BLOCK = 256  # of the two-level inverse of the distribution function
+_FLOAT32 = np.finfo(np.float32)
+_MAX_INT32 = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a row is sampled. The defaults sample from the model's own law.
+    """Sampling settings of one row. The defaults sample from the model's own distribution.
 
-    temperature: 0 is greedy, the limit: all mass on the best token, the lowest id among equals.
-    top_k: keep the k best tokens and whatever equals the k-th; 0 is off.
-    top_p: keep the best tokens up to and with the one at which their mass reaches top_p, and whatever equals it; 1 is off.
-    min_p: keep the tokens with at least min_p times the best one's probability; 0 is off.
-    repetition_penalty: divides the positive logits, and multiplies the negative ones, of the tokens in the prompt and the output.
-    repetition_window: W of repetition-aware sampling: a token drawn from the law above that is among the last W emitted is drawn
-        again from the whole softmax, without itself. Top-p then counts mass of the whole softmax, not of the top k, as in
-        CosyVoice (top_k=25, top_p=0.8, repetition_window=10). At most 64; 0 is off.
-    repetition_redraw_all: the second draw may give the repeated token again, as in CosyVoice before February 2026.
-    withheld: an id that does not come before ``min_new_tokens`` tokens were emitted; -1 is none.
+    Numbers may be Python or NumPy scalars; a bool is not a number.
+
+    Args:
+        temperature: divides the logits. 0 is greedy, the limit: all mass on the best token, the lowest id among equals.
+        top_k: keep the k best tokens and any equal to the k-th; 0 is off.
+        top_p: keep the best tokens up to and including the one at which their mass reaches top_p, and any equal to it; 1 is off.
+        min_p: keep the tokens with at least min_p times the probability of the best one; 0 is off.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of the tokens in the prompt and the
+            output, from 1e-6 to 1e6; 1 is off.
+        repetition_window: W of repetition-aware sampling: a token drawn with the settings above that is among the last W emitted
+            is drawn again from the whole softmax, without itself. Top-p then counts mass of the whole softmax, not of the top k,
+            as in CosyVoice (top_k=25, top_p=0.8, repetition_window=10). At most 64; 0 is off.
+        repetition_redraw_all: the second draw may give the repeated token again, as in CosyVoice before February 2026.
+        withheld: an id that cannot be emitted before ``min_new_tokens`` tokens are; -1 is none.
+        min_new_tokens: the number of emitted tokens before which ``withheld`` is forbidden; 0 is off.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting has the wrong type or is out of its range.
     """
 
     temperature: float = 1.0
@@ -51,76 +61,101 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self):
-        _require(0 <= self.temperature < math.inf, "temperature", "a finite number, 0 or more", self.temperature)
-        _require(_is_count(self.top_k), "top_k", "a whole number, 0 (off) or more", self.top_k)
-        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]; 1 is off", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]; 0 is off", self.min_p)
-        _require(
-            0 < self.repetition_penalty < math.inf, "repetition_penalty", "finite and above 0; 1 is off", self.repetition_penalty
-        )
-        _require(
-            _is_count(self.repetition_window) and self.repetition_window <= MAX_WINDOW,
-            "repetition_window",
-            f"a whole number from 0 (off) to {MAX_WINDOW}",
-            self.repetition_window,
-        )
-        _require(self.withheld == -1 or _is_count(self.withheld), "withheld", "an id, or -1 for none", self.withheld)
-        _require(_is_count(self.min_new_tokens), "min_new_tokens", "a whole number, 0 (off) or more", self.min_new_tokens)
+        self._check_temperature()
+        self._check_real("top_p", math.ulp(0.0), 1, "in (0, 1]", "use 1 to keep every token")
+        self._check_real("min_p", 0, 1, "in [0, 1]", "use 0 to keep every token")
+        self._check_real("repetition_penalty", 1 / _MAX_PENALTY, _MAX_PENALTY, "from 1e-6 to 1e6", "use 1 for no penalty")
+        self._check_whole("top_k", 0, _MAX_INT32, "use 0 to keep every token")
+        self._check_whole("repetition_window", 0, MAX_WINDOW, "use 0 to turn it off")
+        self._check_whole("withheld", -1, _MAX_INT32, "use -1 to withhold nothing")
+        self._check_whole("min_new_tokens", 0, _MAX_INT32, "use 0 for no minimum")
+        if not isinstance(self.repetition_redraw_all, (bool, np.bool_)):
+            self._refuse("repetition_redraw_all", "to be True or False", "use False for the current CosyVoice")
+        self._set("repetition_redraw_all", bool(self.repetition_redraw_all))
+
+    def _check_temperature(self) -> None:
+        remedy = "use 0 for greedy decoding, 1 for the model's own distribution"
+        zero = _is_real(self.temperature) and self.temperature == 0
+        low = 0 if zero else float(_FLOAT32.tiny)
+        self._check_real("temperature", low, float(_FLOAT32.max), "to be 0 or a positive normal float32", remedy)
+
+    def _check_real(self, name: str, low: float, high: float, expected: str, remedy: str) -> None:
+        value = getattr(self, name)
+        if not (_is_real(value) and low <= value <= high):
+            self._refuse(name, expected, remedy)
+        self._set(name, float(value))
+
+    def _check_whole(self, name: str, low: int, high: int, remedy: str) -> None:
+        value = getattr(self, name)
+        if not (_is_real(value) and isinstance(value, numbers.Integral) and low <= value <= high):
+            self._refuse(name, f"to be a whole number from {low} to {high}", remedy)
+        self._set(name, int(value))
+
+    def _refuse(self, name: str, expected: str, remedy: str) -> None:
+        raise ValueError(f"expected {name} {expected}, got {getattr(self, name)!r}: {remedy}")
+
+    def _set(self, name: str, value: object) -> None:
+        """Replaces a NumPy scalar by the Python value, so that equal settings compare and hash alike."""
+        object.__setattr__(self, name, value)
 
 
-def _require(holds: bool, name: str, expected: str, came: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {expected}, but is {came!r}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**31
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
-    """The settings of a batch as arrays [B]: one for all rows, or one for each.
+    """The settings of a batch as arrays.
+
+    Args:
+        sampling: one setting for all rows, or one for each.
+        batch: B.
+
+    Returns:
+        One field [B] for each setting.
 
     Raises:
-        ValueError: a sequence whose length is not ``batch``.
+        ValueError: neither a ``Sampling`` nor ``batch`` of them.
     """
     each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
     if len(each) != batch:
-        raise ValueError(f"expected one Sampling for each of the {batch} rows, but got {len(each)}")
+        raise ValueError(f"expected one Sampling or one for each of the {batch} rows, got {len(each)}: pass as many as rows")
+    if not all(isinstance(row, Sampling) for row in each):
+        raise ValueError(f"expected one Sampling for each of the {batch} rows, got {each!r}: make each with jaxspec.Sampling")
 
     def field(name: str, dtype: type) -> Array:
-        return jnp.asarray([getattr(row, name) for row in each], dtype)
+        return jnp.asarray(np.array([getattr(row, name) for row in each], dtype))
 
     return SamplingRows(
-        temperature=field("temperature", jnp.float32),
-        top_k=field("top_k", jnp.int32),
-        top_p=field("top_p", jnp.float32),
-        min_p=field("min_p", jnp.float32),
-        repetition_penalty=field("repetition_penalty", jnp.float32),
-        repetition_window=field("repetition_window", jnp.int32),
+        temperature=field("temperature", np.float32),
+        top_k=field("top_k", np.int32),
+        top_p=field("top_p", np.float32),
+        min_p=field("min_p", np.float32),
+        repetition_penalty=field("repetition_penalty", np.float32),
+        repetition_window=field("repetition_window", np.int32),
         repetition_redraw_all=field("repetition_redraw_all", bool),
-        withheld=field("withheld", jnp.int32),
-        min_new_tokens=field("min_new_tokens", jnp.int32),
+        withheld=field("withheld", np.int32),
+        min_new_tokens=field("min_new_tokens", np.int32),
     )
 
 
 def probabilities(logits: Array, sampling: Sampling | SamplingRows, history: History | None = None) -> Array:
-    """The law that a row is sampled from.
+    """The distribution that a row is sampled from.
 
     The fields of ``sampling`` and of ``history`` are aligned with the leading axes of ``logits`` from the left: settings [B] and
-    tokens [B S] go with logits [B T V], where ``history.length`` may be [B], or [B T] for a block whose positions see ever more
-    of the same buffer. What no row uses is skipped, unless this runs under ``vmap``: give it the batch.
+    tokens [B S] go with logits [B T V], where ``history.length`` may be [B], or [B T] for a block whose positions each see one
+    more token of the same buffer. A filter that no row uses is skipped, except under ``vmap``: pass the whole batch instead.
 
     Args:
         logits: [... V], any float type; -inf forbids a token.
-        sampling: one setting for all, or arrays as above. New values in the arrays compile nothing.
-        history: what the rows have said; needed by the repetition settings and by ``min_new_tokens`` alone.
+        sampling: one setting for all, or arrays as above. New values in the arrays do not recompile.
+        history: the tokens before each position; needed only by the repetition settings and by ``min_new_tokens``.
 
     Returns:
         float32 [... V], sums to 1. All NaN where a logit is NaN or +inf, where every logit is -inf, and where ``sampling`` holds
-        arrays that ask for the history when there is none: callers look for NaN once instead of each case.
+        arrays that need a history and there is none: callers check for NaN instead of for each case.
 
     Raises:
-        ValueError: a ``Sampling`` that looks back, and no history.
+        ValueError: a ``Sampling`` that needs a history, and no history.
 
     >>> probabilities(jnp.array([1.0, 2.0, 2.0]), Sampling(top_k=2)).tolist()
     [0.0, 0.5, 0.5]
@@ -128,48 +163,60 @@ def probabilities(logits: Array, sampling: Sampling | SamplingRows, history: His
     [0.0, 1.0, 0.0]
     """
     if isinstance(sampling, Sampling):
-        if history is None and _looks_back(sampling):
+        if history is None and _needs_history(sampling):
             raise ValueError(
-                "repetition_window, repetition_penalty and min_new_tokens need a history, but none was given: pass history="
+                "expected a history for repetition_window, repetition_penalty or min_new_tokens, got none: pass history="
             )
-        sampling = jax.tree.map(lambda field: field[0], rows(sampling, 1))
+        sampling = jax.tree.map(lambda field: field.reshape(()), rows(sampling, 1))
     settings = jax.tree.map(lambda field: _align(field, logits.ndim), sampling)
     logits = logits.astype(jnp.float32)
     if history is not None:
-        logits = _withhold(_penalise(logits, settings.repetition_penalty, history), settings, history)
+        history = jax.tree.map(lambda field: field.astype(jnp.int32), history)
+        logits = _withhold(_penalize(logits, settings.repetition_penalty, history), settings, history)
     gap = _gap(logits, settings.temperature)
     full = jnp.exp(-gap)
     kept = jnp.where(_keep(gap, full, settings), full, 0.0)
-    law = kept / kept.sum(-1, keepdims=True)
+    probs = kept / kept.sum(-1, keepdims=True)
     if history is None:
-        return jnp.where(_looks_back(settings), jnp.nan, law)
+        return jnp.where(_needs_history(settings), jnp.nan, probs)
     return jax.lax.cond(
         (settings.repetition_window > 0).any(),
-        lambda: _repetition_aware(logits, full, law, settings, history),
-        lambda: law,
+        lambda: _repetition_aware(logits, full, probs, settings, history),
+        lambda: probs,
     )
 
 
 def sample(key: Array, probs: Array) -> Array:
-    """Draws a token from each law by inversion; the key is consumed. int32 [...] from probs [... V].
+    """Draws one token from each distribution by inversion; the key is consumed.
 
-    Never a token of probability 0. The law need not be normalised; of an empty or NaN one the token is an id and means nothing.
+    Never draws a token of probability 0. An empty or NaN distribution gives a valid id without meaning.
+
+    Args:
+        key: a key of any implementation, see ``jaxspec.keys.threefry_key``; rows are independent under ``vmap`` too.
+        probs: [... V], not negative; they need not sum to 1.
+
+    Returns:
+        int32 [...].
     """
     return invert(jax.random.uniform(threefry_key(key), (*probs.shape[:-1], 2), jnp.float32), probs)
 
 
 def invert(uniforms: Array, probs: Array) -> Array:
-    """The token at two uniforms of [0, 1): the first chooses a block of the vocabulary, the second a token of the block.
+    """The token at two uniforms in [0, 1): the first chooses a block of the vocabulary, the second a token of the block.
 
-    In two levels there is no running sum over V, and the second uniform resolves what float32 could not beside the whole mass.
+    Two levels avoid a running sum over V, and the second uniform resolves probabilities that float32 loses beside the whole mass.
 
     Args:
-        uniforms: float32 [... 2], or [... N 2] with one more axis than the laws for N draws from each.
-        probs: [... V], not negative.
+        uniforms: [... 2], or [... N 2] with one more axis than the distributions for N draws from each.
+        probs: [... V], not negative; they need not sum to 1.
 
     Returns:
         int32 [...] or [... N].
+
+    >>> invert(jnp.array([[0.0, 0.1], [0.0, 0.9]]), jnp.array([1.0, 0.0, 1.0])).tolist()
+    [0, 2]
     """
+    uniforms, probs = uniforms.astype(jnp.float32), probs.astype(jnp.float32)
     if uniforms.ndim == probs.ndim:
         return invert(uniforms[..., None, :], probs)[..., 0]
     if probs.ndim > 1:
@@ -182,75 +229,33 @@ def invert(uniforms: Array, probs: Array) -> Array:
     return jnp.minimum(block * width + _locate(uniforms[:, 1], blocks[block]), vocab - 1)
 
 
-def threefry_key(key: Array) -> Array:
-    """The key as a threefry2x32 key, whose draws stay independent under ``vmap``.
-
-    ``rbg`` and ``unsafe_rbg`` keys do not: a vmapped draw takes the whole batch from the first row's key (documented in
-    ``jax.random``, "Advanced RNG configuration"). Every function of jaxspec that consumes a key passes it through here first.
-
-    Args:
-        key: a key or keys [...] of any implementation, or raw uint32 key data [... 2] (threefry2x32) or [... 4] (rbg).
-
-    Returns:
-        threefry2x32 keys [...]: unchanged if they are threefry2x32 already, else derived from all words of their data.
-
-    Raises:
-        ValueError: not a key.
-
-    >>> jax.random.key_impl(threefry_key(jax.random.key(0, impl="rbg")))
-    'threefry2x32'
-    """
-    if not isinstance(key, jax.Array):
-        raise ValueError(f"expected a key, got {type(key).__name__}: pass jax.random.key(0)")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if str(jax.random.key_impl(key)) == _THREEFRY:
-            return key
-        return _derive_keys(jax.random.key_data(key).reshape(*key.shape, -1))
-    if key.dtype != jnp.uint32 or key.ndim == 0 or key.shape[-1] not in (2, 4):
-        raise ValueError(f"expected a key, got an array {key.dtype} {key.shape}: pass jax.random.key(0)")
-    return _derive_keys(key)
-
-
-@jax.jit
-def _derive_keys(data: Array) -> Array:
-    """threefry2x32 keys [...] from uint32 words [... N], N >= 2: the first two are the key, the others are folded in."""
-
-    def derive(words: Array) -> Array:
-        key = jax.random.wrap_key_data(words[:2], impl=_THREEFRY)
-        for word in words[2:]:
-            key = jax.random.fold_in(key, word)
-        return key
-
-    return jax.vmap(derive)(data.reshape(-1, data.shape[-1])).reshape(data.shape[:-1])
-
-
 def _locate(uniform: Array, mass: Array) -> Array:
-    """The first index at which the running sum of ``mass`` [N L] passes uniform [N] times its total, among those with mass.
+    """The first index with mass at which the running sum of ``mass`` [N L] exceeds uniform [N] times its total: int32 [N].
 
-    Rounding may leave none: then it is the last index with mass.
+    If rounding leaves none, the last index with mass.
     """
     running = jnp.cumsum(mass, axis=-1)
-    index = jnp.arange(mass.shape[-1], dtype=jnp.int32)
+    index = _ids(mass)
     passed = (running > uniform[:, None] * running[:, -1:]) & (mass > 0)
     first = jnp.where(passed, index, mass.shape[-1]).min(-1)
     last = jnp.where(mass > 0, index, 0).max(-1)
     return jnp.minimum(first, last)
 
 
-def _looks_back(sampling: Sampling | SamplingRows) -> bool | Array:
-    """Whether a law depends on what was said."""
+def _needs_history(sampling: Sampling | SamplingRows) -> bool | Array:
+    """Whether the distribution depends on the tokens before it."""
     window, penalty = sampling.repetition_window > 0, sampling.repetition_penalty != 1
     return window | penalty | ((sampling.min_new_tokens > 0) & (sampling.withheld >= 0))
 
 
 def _align(field: Array, ndim: int) -> Array:
-    """Puts a setting beside logits of ``ndim`` axes, its own axes leftmost."""
+    """Appends axes to a setting so that its own axes are the leftmost of ``ndim``."""
     return field.reshape(field.shape + (1,) * (ndim - field.ndim))
 
 
-def _at(index: Array, size: int) -> Array:
-    """True at one index of the last axis."""
-    return jnp.arange(size) == index
+def _ids(array: Array) -> Array:
+    """The indices of the last axis, int32 [1 ... V], of the rank of ``array`` [... V]."""
+    return jnp.arange(array.shape[-1], dtype=jnp.int32).reshape((1,) * (array.ndim - 1) + (-1,))
 
 
 def _gap(logits: Array, temperature: Array) -> Array:
@@ -259,22 +264,24 @@ def _gap(logits: Array, temperature: Array) -> Array:
     gap = (best - logits) / jnp.where(temperature > 0, temperature, 1.0)
 
     def greedy() -> Array:
-        return jnp.where((temperature > 0) | _at(_first_zero(gap), gap.shape[-1]), gap, jnp.where(gap >= 0, jnp.inf, gap))
+        chosen = (temperature > 0) | (_ids(gap) == _first_zero(gap))
+        return jnp.where(chosen, gap, jnp.where(gap >= 0, jnp.inf, gap))
 
     return jax.lax.cond((temperature > 0).all(), lambda: gap, greedy)
 
 
 def _first_zero(gap: Array) -> Array:
-    """The lowest id of the best tokens [... 1]; a reduction that vectorises, as argmax does not on CPU."""
-    return jnp.where(gap == 0, jnp.arange(gap.shape[-1]), gap.shape[-1]).min(-1, keepdims=True)
+    """The lowest id of the best tokens [... 1]; a reduction that vectorizes, as argmax does not on CPU."""
+    return jnp.where(gap == 0, _ids(gap), gap.shape[-1]).min(-1, keepdims=True)
 
 
 def _keep(gap: Array, full: Array, settings: SamplingRows) -> Array:
-    """Which tokens top-k, top-p and min-p leave, bool [... V]. ``full`` is exp(-gap)."""
-    everything = jnp.full((*gap.shape[:-1], 1), jnp.inf)
+    """The tokens that top-k, top-p and min-p keep, bool [... V]. ``full`` is exp(-gap)."""
+    everything = jnp.full((*gap.shape[:-1], 1), jnp.inf, jnp.float32)
 
     def by_count() -> Array:
-        return _limit(gap, jnp.ones_like(gap), jnp.where(settings.top_k > 0, settings.top_k, jnp.inf))
+        count = jnp.where(settings.top_k > 0, settings.top_k.astype(jnp.float32), jnp.inf)
+        return _limit(gap, jnp.ones_like(gap), count)
 
     limit = jax.lax.cond((settings.top_k > 0).any(), by_count, lambda: everything)
 
@@ -293,7 +300,7 @@ def _limit(gap: Array, weight: Array, bound: Array) -> Array:
     So the token that reaches the bound is kept, with all its equals. The best token is always kept.
     """
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low + 1) // 2
         below = jnp.where(gap < jax.lax.bitcast_convert_type(middle, jnp.float32), weight, 0.0).sum(-1, keepdims=True)
@@ -304,13 +311,13 @@ def _limit(gap: Array, weight: Array, bound: Array) -> Array:
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _penalise(logits: Array, penalty: Array, history: History) -> Array:
+def _penalize(logits: Array, penalty: Array, history: History) -> Array:
     """Keskar et al. 2019 (CTRL, arXiv 1909.05858), section 4.1, with transformers' rule for negative logits."""
     vocab = logits.shape[-1]
 
-    def penalised() -> Array:
-        # The first place of each id serves every position of a block: what stands at or beyond the length is not yet said.
-        place = jnp.arange(history.tokens.shape[-1])
+    def penalized() -> Array:
+        # The first place of each id serves every position of a block: an id is seen if it occurs before the length.
+        place = jnp.arange(history.tokens.shape[-1], dtype=jnp.int32)
 
         def first_place(ids: Array) -> Array:
             return jnp.full(vocab, place.size, jnp.int32).at[ids].min(place, mode="drop")
@@ -320,18 +327,18 @@ def _penalise(logits: Array, penalty: Array, history: History) -> Array:
         seen = first < _align(history.length, logits.ndim)
         return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
-    return jax.lax.cond((penalty != 1).any(), penalised, lambda: logits)
+    return jax.lax.cond((penalty != 1).any(), penalized, lambda: logits)
 
 
 def _withhold(logits: Array, settings: SamplingRows, history: History) -> Array:
-    """Forbids one id while fewer than ``min_new_tokens`` were emitted."""
+    """Forbids one id while fewer than ``min_new_tokens`` tokens are emitted."""
     emitted = _align(history.length, logits.ndim) - _align(history.start, logits.ndim)
-    forbidden = _at(settings.withheld, logits.shape[-1]) & (emitted < settings.min_new_tokens)
+    forbidden = (_ids(logits) == settings.withheld) & (emitted < settings.min_new_tokens)
     return jnp.where(forbidden, -jnp.inf, logits)
 
 
 def _head_ids(tokens: Array, vocab: int) -> Array:
-    """Ids as they are, and ``vocab`` in place of those outside the head's vocabulary."""
+    """The ids, with ``vocab`` in place of those outside the head's vocabulary."""
     return jnp.where((tokens >= 0) & (tokens < vocab), tokens, vocab)
 
 
@@ -340,13 +347,12 @@ def _repeated(settings: SamplingRows, history: History, shape: tuple[int, ...]) 
     vocab, ndim = shape[-1], len(shape)
     cells = history.tokens.shape[-1]
     tokens = history.tokens.reshape(*history.tokens.shape[:-1], *(1,) * (ndim - history.tokens.ndim), cells)
-    back = jnp.arange(min(MAX_WINDOW, cells))
+    back = jnp.arange(min(MAX_WINDOW, cells), dtype=jnp.int32).reshape((1,) * (ndim - 1) + (-1,))
     place = _align(history.length, ndim) - 1 - back
     inside = (place >= _align(history.start, ndim)) & (place >= 0) & (back < settings.repetition_window)
     inside = jnp.broadcast_to(inside, (*shape[:-1], back.size))
-    recent = jnp.take_along_axis(
-        jnp.broadcast_to(tokens, (*shape[:-1], cells)), jnp.broadcast_to(jnp.maximum(place, 0), inside.shape), axis=-1
-    )
+    place = jnp.broadcast_to(jnp.maximum(place, 0), inside.shape)
+    recent = jnp.take_along_axis(jnp.broadcast_to(tokens, (*shape[:-1], cells)), place, axis=-1)
 
     def mark(ids: Array) -> Array:
         return jnp.zeros(vocab, bool).at[ids].set(True, mode="drop")
@@ -357,20 +363,20 @@ def _repeated(settings: SamplingRows, history: History, shape: tuple[int, ...]) 
 def _repetition_aware(logits: Array, full: Array, nucleus: Array, settings: SamplingRows, history: History) -> Array:
     """Repetition-aware sampling (CosyVoice 2, arXiv 2412.10117; VALL-E 2, arXiv 2406.05370) in closed form.
 
-    With n the nucleus law, f the full softmax and R the tokens of the window,
-        law(y) = n(y) 1[y not in R] + sum over x in R of n(x) f(y) 1[y != x] / (1 - f(x)),
-    or, where the redraw may repeat, the second term n(R) f(y). The best token is apart: its 1 - f(x) may vanish, so the softmax
-    is made anew without it, which is also right at temperature 0. Where no other token is allowed, it is emitted again.
+    With n the filtered distribution (``nucleus``), f the full softmax and R the tokens of the window,
+        probs(y) = n(y) 1[y not in R] + sum over x in R of n(x) f(y) 1[y != x] / (1 - f(x)),
+    or, where the redraw may repeat, the second term n(R) f(y). The best token is treated separately: its 1 - f(x) may vanish, so
+    the softmax is recomputed without it, which is also right at temperature 0. If no other token is allowed, it is emitted again.
     """
     repeated = _repeated(settings, history, logits.shape)
     full = full / full.sum(-1, keepdims=True)
     again = jnp.where(repeated, nucleus, 0.0)
 
-    best = _at(_first_zero(logits.max(-1, keepdims=True) - logits), logits.shape[-1])
+    best = _ids(logits) == _first_zero(logits.max(-1, keepdims=True) - logits)
     others = jnp.where(best, -jnp.inf, logits)
-    alone = others.max(-1, keepdims=True) == -jnp.inf
+    only = others.max(-1, keepdims=True) == -jnp.inf
     without_best = jnp.exp(-_gap(others, settings.temperature))
-    without_best = jnp.where(alone, best, without_best / without_best.sum(-1, keepdims=True))
+    without_best = jnp.where(only, best.astype(jnp.float32), without_best / without_best.sum(-1, keepdims=True))
 
     share = jnp.where(best, 0.0, again / jnp.where(best, 1.0, 1.0 - full))
     masked = jnp.where(best, again, 0.0).sum(-1, keepdims=True) * without_best

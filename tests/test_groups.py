@@ -1,10 +1,12 @@
 """Acoustic similarity groups against brute force, their files, and the swap within groups."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chi_square import assert_law
+from chi_square import assert_distribution
 
 from jaxspec import groups
 from jaxspec.checkpoint import groups as group_files
@@ -13,12 +15,12 @@ from jaxspec.commands.groups import plot_sizes, summarize
 CODES = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
 
 
-def brute_force(embeddings, threshold, alone=()):
+def brute_force(embeddings, threshold, single=()):
     """G(t) of every token, as sets."""
     unit = np.float64(embeddings) / np.linalg.norm(embeddings, axis=1, keepdims=True)
     similar = unit @ unit.T > threshold
-    similar[list(alone)] = False
-    similar[:, list(alone)] = False
+    similar[list(single)] = False
+    similar[:, list(single)] = False
     return [frozenset(np.flatnonzero(row)) | {token} for token, row in enumerate(similar)]
 
 
@@ -67,7 +69,7 @@ def test_stop_ids_untrained_and_zero_rows_stay_alone():
 
 def test_groups_are_symmetric_and_no_cosine_passes_one():
     rows = np.repeat(CODES[:20], 3, axis=0) * np.random.default_rng(1).uniform(0.1, 9, (60, 1)).astype(np.float32)
-    table = groups.acoustic_similarity_groups(rows, np.nextafter(1, 0), distinct=False, block=13)
+    table = groups.acoustic_similarity_groups(rows, np.nextafter(np.float32(1), np.float32(0)), distinct=False, block=13)
     sets = as_sets(table)
     assert all(token in sets[other] for token, row in enumerate(sets) for other in row)
     assert set(as_sets(groups.acoustic_similarity_groups(rows, 1.0))) == {frozenset([t]) for t in range(60)}
@@ -76,14 +78,19 @@ def test_groups_are_symmetric_and_no_cosine_passes_one():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": -1.0}, "threshold is a cosine"),
-        ({"threshold": 1.01}, "threshold is a cosine"),
-        ({"threshold": float("nan")}, "threshold is a cosine"),
-        ({"embeddings": np.where(np.arange(50)[:, None] == 9, np.nan, CODES)}, "row 9 is not"),
-        ({"embeddings": CODES[0]}, "must be a matrix"),
-        ({"num_codes": 51}, "num_codes must be"),
-        ({"trained": np.ones(49, bool)}, "trained must have one flag"),
-        ({"block": 0}, "block must be"),
+        ({"threshold": -1.0}, "threshold to be a cosine"),
+        ({"threshold": 1.01}, "threshold to be a cosine"),
+        ({"threshold": float("nan")}, "threshold to be a cosine"),
+        ({"threshold": True}, "threshold to be a cosine"),
+        ({"threshold": -1 + 1e-12}, "threshold to be a cosine"),  # -1 in float32
+        ({"embeddings": np.where(np.arange(50)[:, None] == 9, np.nan, CODES)}, "in row 9: replace it"),
+        ({"embeddings": CODES[0]}, "to be a matrix"),
+        ({"num_codes": 51}, "expected num_codes from 0 to 50"),
+        ({"num_codes": True}, "expected num_codes from 0 to 50"),
+        ({"num_codes": 2.0}, "expected num_codes from 0 to 50"),
+        ({"trained": np.ones(49, bool)}, "expected trained to have one flag"),
+        ({"block": 0}, "expected block to be"),
+        ({"block": True}, "expected block to be"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -92,12 +99,56 @@ def test_bad_arguments(change, message):
 
 
 def test_giant_groups_are_refused(monkeypatch):
-    monkeypatch.setattr(groups, "_LIMIT_BYTES", 4 * 1000)
+    table = groups.acoustic_similarity_groups(CODES, -0.9, distinct=False)
+    needed = 32 * int(table.sizes.sum()) + 8 * table.members.size
+    monkeypatch.setattr(groups, "_LIMIT_BYTES", needed)
+    groups.acoustic_similarity_groups(CODES, -0.9, distinct=False)
+    monkeypatch.setattr(groups, "_LIMIT_BYTES", needed - 1)
+    with pytest.raises(ValueError, match=f"for {int(table.sizes.sum()):,} pairs of tokens: raise the threshold"):
+        groups.acoustic_similarity_groups(CODES, -0.9, distinct=False)
+    star = np.concatenate([np.ones((30, 2)), np.zeros((970, 2))])
+    monkeypatch.setattr(groups, "_LIMIT_BYTES", 32 * (30 + 970) + 8 * 30 * 971 - 1)
     with pytest.raises(ValueError, match="raise the threshold"):
-        groups.acoustic_similarity_groups(CODES, -0.9)
-    star = np.concatenate([np.ones((30, 2)), np.eye(34)[:, :2] @ np.diag([0, 0])])
-    with pytest.raises(ValueError, match="largest of 35 groups has 30 tokens"):
         groups.acoustic_similarity_groups(star, 0.5)
+    # Found in the first strip, not after all pairs are in memory.
+    monkeypatch.setattr(groups, "_LIMIT_BYTES", 32 * 60)
+    with pytest.raises(ValueError, match="raise the threshold"):
+        groups.acoustic_similarity_groups(CODES, -0.9, block=7, progress=lambda done, total: pytest.fail("too late"))
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_the_memory_guard_covers_the_peak(distinct):
+    """Host memory by tracemalloc, to which the device's copy of the table is added."""
+    embeddings = np.repeat(np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32), 256, axis=0)
+    tracemalloc.start()
+    try:
+        table = groups.acoustic_similarity_groups(embeddings, 0.999, distinct=distinct, block=16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    pairs = 1024 * 256
+    counted = groups._BYTES_PER_PAIR * pairs + groups._BYTES_PER_CELL * table.members.size
+    assert 0.4 * counted < peak + 4 * table.members.size < counted
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("exponent", [-140, -126, 120])
+def test_rows_of_any_norm_have_their_direction(dtype, exponent):
+    """Far below float32's smallest normal number and near its largest, and mixed with ordinary rows."""
+    rows = np.round(CODES * 64)  # small whole numbers: exact at every scale
+    scaled = rows.astype(dtype)
+    scaled[::2] = np.ldexp(scaled[::2], exponent)
+    expected = groups.acoustic_similarity_groups(rows, 0.4)
+    jax.tree.map(np.testing.assert_array_equal, groups.acoustic_similarity_groups(scaled, 0.4), expected)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64])
+def test_a_cosine_equal_to_the_threshold_is_excluded(kind):
+    """cos = 0.6 exactly, and float32 rounds it up, so that a float64 threshold would lie below it."""
+    table = np.array([[1, 0], [3, 4]])
+    assert float(np.float32(0.6)) > 0.6
+    assert as_sets(groups.acoustic_similarity_groups(table, kind(0.6))) == [{0}, {1}]
+    assert as_sets(groups.acoustic_similarity_groups(table, kind(0.5999))) == [{0, 1}]
 
 
 @pytest.mark.parametrize("distinct", [True, False])
@@ -143,7 +194,20 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             group_files.load(path)
     good = {"vocab": 3, "sizes": np.int32([2, 2]), "tokens": np.int32([0, 1, 1, 2])}
-    for change in ({"vocab": 4}, {"sizes": np.int32([2, 3])}, {"tokens": np.int32([0, 1, 1, 3])}, {"tokens": np.ones(4)}):
+    np.savez(path, **good)
+    assert as_sets(group_files.load(path)) == [{0, 1}, {1, 2}]
+    for change in (
+        {"vocab": 4},
+        {"vocab": -1},
+        {"sizes": np.int32([2, 3])},
+        {"sizes": np.int32([4, 0])},
+        {"sizes": np.int32([])},
+        {"sizes": np.int64([2, 2])},
+        {"tokens": np.int32([0, 1, 1, 3])},
+        {"tokens": np.int32([0, 1, 2, 1])},
+        {"tokens": np.int32([0, 1, 2, 2])},
+        {"tokens": np.ones(4)},
+    ):
         np.savez(path, **{**good, **change})
         with pytest.raises(ValueError, match="whole vocabulary"):
             group_files.load(path)
@@ -161,15 +225,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_swap_has_its_law():
+def test_swap_has_its_distribution():
     """Chi-square, fixed seed; with fresh ones a false alarm once in 10,000 runs."""
     table = groups.acoustic_similarity_groups(CODES[:12], 0.2)
     membership = (np.asarray(table.members)[:, :, None] == np.arange(12)).any(1)
     for token in (0, 5):
         groups_of = membership[:, token]
-        law = (membership[groups_of] / membership[groups_of].sum(1, keepdims=True)).mean(0)
+        probs = (membership[groups_of] / membership[groups_of].sum(1, keepdims=True)).mean(0)
         drawn = groups.swap(jax.random.key(1), table, jnp.full((100, 200), token))
-        assert_law(drawn, law)
+        assert_distribution(drawn, probs)
 
 
 def test_report_and_plot(tmp_path):

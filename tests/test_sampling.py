@@ -1,9 +1,13 @@
-"""The law of sampling, against transformers' processors and against CosyVoice's procedure, and the drawing from it.
+"""The sampling distribution, against transformers' processors and CosyVoice's procedure, and draws from it.
 
 The statistical tests have fixed seeds; with fresh ones each would raise a false alarm once in 10,000 runs.
 """
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from chi_square import assert_law
+from chi_square import assert_distribution
 
 from jaxspec import sampling as sampling_module
-from jaxspec.sampling import MAX_WINDOW, Sampling, invert, rows, sample, threefry_key
+from jaxspec.keys import threefry_key
+from jaxspec.sampling import MAX_WINDOW, Sampling, invert, rows, sample
 from jaxspec.speculate import autoregressive
 from jaxspec.types import History, LanguageModel
 
@@ -38,7 +43,7 @@ def whole_history(tokens):
     return History(jnp.asarray(tokens), jnp.zeros_like(length), length)
 
 
-def transformers_law(sampling, logits, tokens):
+def transformers_probs(sampling, logits, tokens):
     processors = transformers.LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -69,15 +74,15 @@ WARPERS = [
 
 @pytest.mark.parametrize("sampling", WARPERS)
 def test_equals_transformers(sampling):
-    law = probabilities(jnp.asarray(LOGITS), sampling, whole_history(TOKENS))
-    np.testing.assert_allclose(law, transformers_law(sampling, LOGITS, TOKENS), atol=2e-6)
+    probs = probabilities(jnp.asarray(LOGITS), sampling, whole_history(TOKENS))
+    np.testing.assert_allclose(probs, transformers_probs(sampling, LOGITS, TOKENS), atol=2e-6)
 
 
 def test_penalty_sees_the_prompt_and_nothing_beyond_the_length():
     tokens = np.concatenate([TOKENS, np.full((16, 3), VOCAB + 5), np.full((16, 2), -1), TOKENS[::-1]], axis=1)
     history = History(jnp.asarray(tokens), jnp.full(16, 4), jnp.full(16, 17))
-    law = probabilities(jnp.asarray(LOGITS), Sampling(repetition_penalty=1.5), history)
-    np.testing.assert_allclose(law, transformers_law(Sampling(repetition_penalty=1.5), LOGITS, TOKENS), atol=2e-6)
+    probs = probabilities(jnp.asarray(LOGITS), Sampling(repetition_penalty=1.5), history)
+    np.testing.assert_allclose(probs, transformers_probs(Sampling(repetition_penalty=1.5), LOGITS, TOKENS), atol=2e-6)
 
 
 def test_each_row_has_its_own_settings_and_greedy_rows_stay_greedy():
@@ -93,8 +98,8 @@ def test_each_row_has_its_own_settings_and_greedy_rows_stay_greedy():
 
 
 def test_greedy_takes_the_lowest_of_equals():
-    law = probabilities(jnp.array([[1.0, 2.0, 2.0, -jnp.inf], [-jnp.inf] * 2 + [-5.0] * 2]), Sampling(temperature=0))
-    np.testing.assert_array_equal(law, [[0, 1, 0, 0], [0, 0, 1, 0]])
+    probs = probabilities(jnp.array([[1.0, 2.0, 2.0, -jnp.inf], [-jnp.inf] * 2 + [-5.0] * 2]), Sampling(temperature=0))
+    np.testing.assert_array_equal(probs, [[0, 1, 0, 0], [0, 0, 1, 0]])
 
 
 def test_ties_at_a_threshold_are_all_kept():
@@ -106,10 +111,10 @@ def test_ties_at_a_threshold_are_all_kept():
 def test_forbidden_tokens_have_no_mass_and_bad_logits_give_nan():
     logits = jnp.array([[0.0, -jnp.inf, 1.0], [0.0, jnp.nan, 1.0], [0.0, -jnp.nan, 1.0], [jnp.inf, 0.0, 1.0], [-jnp.inf] * 3])
     for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_k=1), Sampling(top_k=3, top_p=0.99, min_p=0.1)):
-        law = probabilities(logits, sampling)
-        assert law[0, 1] == 0
-        np.testing.assert_allclose(law[0].sum(), 1, rtol=1e-6)
-        assert jnp.isnan(law[1:]).all()
+        probs = probabilities(logits, sampling)
+        assert probs[0, 1] == 0
+        np.testing.assert_allclose(probs[0].sum(), 1, rtol=1e-6)
+        assert jnp.isnan(probs[1:]).all()
 
 
 def test_a_block_sees_the_history_of_each_position():
@@ -121,13 +126,13 @@ def test_a_block_sees_the_history_of_each_position():
         each = [
             Sampling(top_k=w + 2, repetition_window=w, repetition_penalty=1.2, repetition_redraw_all=variant) for w in (1, 5, 9)
         ]
-        law = probabilities(
+        probs = probabilities(
             jnp.asarray(logits), rows(each, 3), History(jnp.asarray(tokens), jnp.asarray(start), jnp.asarray(length))
         )
         for b in range(3):
             for t in range(4):
                 history = History(jnp.asarray(tokens[b]), jnp.asarray(start[b]), jnp.asarray(length[b, t]))
-                np.testing.assert_allclose(law[b, t], probabilities(jnp.asarray(logits[b, t]), each[b], history), atol=1e-7)
+                np.testing.assert_allclose(probs[b, t], probabilities(jnp.asarray(logits[b, t]), each[b], history), atol=1e-7)
 
 
 def cosyvoice_nucleus(probs, top_p, top_k):
@@ -138,9 +143,9 @@ def cosyvoice_nucleus(probs, top_p, top_k):
             break
         kept.append(token)
         mass += probs[token]
-    law = np.zeros_like(probs)
-    law[kept] = probs[kept] / probs[kept].sum()
-    return law
+    nucleus = np.zeros_like(probs)
+    nucleus[kept] = probs[kept] / probs[kept].sum()
+    return nucleus
 
 
 def cosyvoice_draw(rng, probs, decoded, top_p, top_k, window, redraw_all):
@@ -154,7 +159,7 @@ def cosyvoice_draw(rng, probs, decoded, top_p, top_k, window, redraw_all):
 
 
 def repetition_case(seed, redraw_all, scale=2.0, vocab=12):
-    """A law with prompt tokens before the window's start that must not count."""
+    """(softmax, emitted tokens, distribution), with prompt tokens before the window's start that must not count."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, scale, vocab).astype(np.float32)
     best = np.argsort(-logits)
@@ -167,26 +172,26 @@ def repetition_case(seed, redraw_all, scale=2.0, vocab=12):
 
 @pytest.mark.parametrize("redraw_all", [False, True])
 @pytest.mark.parametrize("scale", [0.5, 2.0, 8.0, 30.0])
-def test_repetition_aware_law_equals_enumeration(redraw_all, scale):
+def test_repetition_aware_distribution_equals_enumeration(redraw_all, scale):
     for seed in range(8):
-        probs, decoded, law = repetition_case(seed, redraw_all, scale)
-        nucleus = cosyvoice_nucleus(probs, 0.8, 6)
-        expected = np.zeros_like(probs)
-        for x in range(len(probs)):
+        softmax, decoded, probs = repetition_case(seed, redraw_all, scale)
+        nucleus = cosyvoice_nucleus(softmax, 0.8, 6)
+        expected = np.zeros_like(softmax)
+        for x in range(len(softmax)):
             if x not in decoded[-4:]:
                 expected[x] += nucleus[x]
                 continue
-            again = np.where((np.arange(len(probs)) == x) & (not redraw_all), 0, probs)
+            again = np.where((np.arange(len(softmax)) == x) & (not redraw_all), 0, softmax)
             expected += nucleus[x] * again / again.sum()
-        np.testing.assert_allclose(law, expected, atol=2e-6)
+        np.testing.assert_allclose(probs, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("redraw_all", [False, True])
-def test_repetition_aware_law_equals_the_procedure(redraw_all):
+def test_repetition_aware_distribution_equals_the_procedure(redraw_all):
     rng = np.random.default_rng(7)
-    probs, decoded, law = repetition_case(3, redraw_all)
-    draws = [cosyvoice_draw(rng, probs, decoded, 0.8, 6, 4, redraw_all) for _ in range(6000)]
-    assert_law(draws, law)
+    softmax, decoded, probs = repetition_case(3, redraw_all)
+    draws = [cosyvoice_draw(rng, softmax, decoded, 0.8, 6, 4, redraw_all) for _ in range(6000)]
+    assert_distribution(draws, probs)
 
 
 def test_repetition_aware_sampling_at_its_limits():
@@ -197,8 +202,8 @@ def test_repetition_aware_sampling_at_its_limits():
     for sampling in (greedy, Sampling(repetition_window=10)):
         np.testing.assert_array_equal(probabilities(only, sampling, history), [0, 1, 0])
     # So sure that 1 - f(best) is 0 in float32: the others still share the redraw in their true proportion.
-    law = probabilities(jnp.array([0.0, 60.0, jnp.log(3.0)]), Sampling(repetition_window=10), history)
-    np.testing.assert_allclose(law, [0.25, 0, 0.75], rtol=1e-5)
+    probs = probabilities(jnp.array([0.0, 60.0, jnp.log(3.0)]), Sampling(repetition_window=10), history)
+    np.testing.assert_allclose(probs, [0.25, 0, 0.75], rtol=1e-5)
     assert jnp.isnan(probabilities(jnp.array([1.0, jnp.nan, 2.0]), Sampling(repetition_window=10), history)).all()
 
 
@@ -207,9 +212,9 @@ def test_withholding_equals_transformers(emitted):
     processor = transformers.MinNewTokensLengthLogitsProcessor(12 - emitted, 4, 7, device="cpu")
     expected = torch.softmax(processor(torch.tensor(TOKENS), torch.tensor(LOGITS)), -1)
     history = whole_history(TOKENS)._replace(start=jnp.full(16, 12 - emitted))
-    law = probabilities(jnp.asarray(LOGITS), Sampling(withheld=7, min_new_tokens=4), history)
-    assert ((law[:, 7] == 0) == (emitted < 4)).all()
-    np.testing.assert_allclose(law, expected, atol=2e-6)
+    probs = probabilities(jnp.asarray(LOGITS), Sampling(withheld=7, min_new_tokens=4), history)
+    assert ((probs[:, 7] == 0) == (emitted < 4)).all()
+    np.testing.assert_allclose(probs, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +238,10 @@ def test_what_is_withheld_is_as_if_it_had_no_logit(sampling):
     withheld = length - 2 < np.array(least)[:, None]
     without = np.where((np.arange(6) == 5) & withheld[:, :, None], -np.inf, logits)
     each = [dataclasses.replace(sampling, withheld=5, min_new_tokens=count) for count in least]
-    law = probabilities(jnp.asarray(logits), rows(each, 4), history)
-    np.testing.assert_allclose(law, probabilities(jnp.asarray(without), rows(sampling, 4), history), atol=1e-7)
+    probs = probabilities(jnp.asarray(logits), rows(each, 4), history)
+    np.testing.assert_allclose(probs, probabilities(jnp.asarray(without), rows(sampling, 4), history), atol=1e-7)
     assert withheld.sum(1).tolist() == [0, 1, 3, 5]
-    assert ((law[:, :, 5] == 0) >= withheld).all()
+    assert ((probs[:, :, 5] == 0) >= withheld).all()
 
 
 def test_no_history_is_never_ignored_in_silence():
@@ -245,25 +250,25 @@ def test_no_history_is_never_ignored_in_silence():
         Sampling(repetition_penalty=1.1),
         Sampling(withheld=0, min_new_tokens=1),
     ):
-        with pytest.raises(ValueError, match="need a history"):
+        with pytest.raises(ValueError, match="expected a history"):
             sampling_module.probabilities(jnp.zeros(3), sampling)
-        law = probabilities(jnp.zeros((2, 3)), rows([sampling, Sampling()], 2))
-        assert jnp.isnan(law[0]).all()
-        assert law[1].sum() == 1
+        probs = probabilities(jnp.zeros((2, 3)), rows([sampling, Sampling()], 2))
+        assert jnp.isnan(probs[0]).all()
+        assert probs[1].sum() == 1
     for sampling in (Sampling(withheld=0), Sampling(min_new_tokens=1)):
         np.testing.assert_array_equal(sampling_module.probabilities(jnp.zeros(2), sampling), [0.5, 0.5])
 
 
-def test_new_settings_compile_nothing():
+def test_new_settings_do_not_recompile():
     traces = []
 
     @jax.jit
-    def law(logits, settings, history):
+    def compute(logits, settings, history):
         traces.append(0)
         return sampling_module.probabilities(logits, settings, history)
 
     for sampling in (*WARPERS, Sampling(temperature=0), Sampling(repetition_window=3), Sampling(withheld=1, min_new_tokens=9)):
-        law(LOGITS, rows(sampling, 16), whole_history(TOKENS))
+        compute(LOGITS, rows(sampling, 16), whole_history(TOKENS))
     assert len(traces) == 1
 
 
@@ -272,40 +277,87 @@ def test_new_settings_compile_nothing():
     [
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-40},  # not a normal float32
+        {"temperature": 1e39},
+        {"temperature": True},
+        {"temperature": "1"},
         {"top_k": -1},
         {"top_k": 2.5},
+        {"top_k": True},
+        {"top_k": 2**31},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"top_p": True},
         {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": False},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-46},  # 0 in float32
+        {"repetition_penalty": 1e7},
+        {"repetition_penalty": True},
         {"repetition_window": MAX_WINDOW + 1},
+        {"repetition_window": True},
+        {"repetition_redraw_all": 1},
         {"withheld": -2},
         {"withheld": 0.5},
+        {"withheld": False},
         {"min_new_tokens": -1},
+        {"min_new_tokens": np.bool_(True)},
     ],
+    ids=str,
 )
 def test_settings_out_of_range(setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
+    name, value = next(iter(setting.items()))
+    with pytest.raises(ValueError, match=rf"expected {name} .*, got {re.escape(repr(value))}: use "):
         Sampling(**setting)
 
 
+def test_settings_may_be_numpy_scalars():
+    settings = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.9), "min_p": np.float32(0.25)}
+    more = {"repetition_penalty": np.int32(2), "repetition_window": np.uint8(3), "repetition_redraw_all": np.bool_(True)}
+    sampling = Sampling(**settings, **more, withheld=np.int16(4), min_new_tokens=np.int64(2))
+    plain = Sampling(0.5, 5, 0.9, 0.25, 2.0, 3, True, 4, 2)
+    assert sampling == plain
+    assert hash(sampling) == hash(plain)
+    assert [type(value) for value in dataclasses.astuple(sampling)] == [float, int, float, float, float, int, bool, int, int]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=float(np.finfo(np.float32).tiny)),
+        Sampling(temperature=float(np.finfo(np.float32).max)),
+        Sampling(top_p=1e-46),
+        Sampling(repetition_penalty=1e-6),
+        Sampling(repetition_penalty=1e6),
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges_give_distributions(sampling):
+    probs = probabilities(jnp.array([5.0, -3.0, 5.0, 1.0]), sampling, whole_history(np.array([0, 1])))
+    np.testing.assert_allclose(probs.sum(), 1, rtol=1e-6)
+
+
 def test_one_sampling_for_each_row():
-    with pytest.raises(ValueError, match="each of the 3 rows, but got 2"):
+    with pytest.raises(ValueError, match="each of the 3 rows, got 2"):
         rows([Sampling()] * 2, 3)
+    with pytest.raises(ValueError, match="one Sampling for each of the 2 rows, got"):
+        rows([Sampling(), None], 2)
 
 
 @pytest.mark.parametrize("vocab", [7, 256, 900])
-def test_draws_have_the_law_and_never_a_forbidden_token(vocab):
+def test_draws_follow_the_distribution_and_never_take_a_forbidden_token(vocab):
     weight = np.random.default_rng(2).gamma(0.3, size=vocab)
     weight[[0, vocab // 2, vocab - 1]] = 0
     draws = jax.jit(sample)(jax.random.key(4), jnp.broadcast_to(jnp.float32(weight), (20_000, vocab)))
-    assert_law(draws, weight)
+    assert_distribution(draws, weight)
 
 
 def test_draws_at_the_ends_of_the_unit_interval():
-    law = jnp.zeros(600).at[jnp.array([3, 300, 590])].set(jnp.array([1e-30, 0.1, 0.7]))
+    probs = jnp.zeros(600).at[jnp.array([3, 300, 590])].set(jnp.array([1e-30, 0.1, 0.7]))
     ends = jnp.array([[a, b] for a in (0.0, 1 - 2**-24) for b in (0.0, 1 - 2**-24)], jnp.float32)
-    assert set(invert(ends, law).tolist()) <= {3, 300, 590}
+    assert set(invert(ends, probs).tolist()) <= {3, 300, 590}
     assert invert(jnp.float32([0.5, 0.5]), jnp.full(3, jnp.nan)) in (0, 1, 2)
 
 
@@ -333,8 +385,8 @@ def test_draws_are_independent_whatever_the_keys(impl, each, raw):
         tokens = autoregressive(keys if each else first, uniform, (), *prompt, max_new_tokens=3, limit=limit).tokens[1:]
         draws = [jax.vmap(sample)(some, jnp.ones((batch, vocab)))[1:] for some in (keys, others)]
     for one, other in ((tokens[:, 1], tokens[:, 2]), draws):
-        assert_law(one, np.ones(vocab))
-        assert_law(one == other, [1 - 1 / vocab, 1 / vocab])
+        assert_distribution(one, np.ones(vocab))
+        assert_distribution(one == other, [1 - 1 / vocab, 1 / vocab])
 
 
 def test_threefry_keys_are_kept_and_others_derived_from_all_their_data():
@@ -353,3 +405,58 @@ def test_threefry_keys_are_kept_and_others_derived_from_all_their_data():
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(ValueError, match="expected a key, got"):
         threefry_key(key)
+
+
+STRICT = """
+import jax, jax.numpy as jnp, numpy as np
+from jaxspec.groups import acoustic_similarity_groups, swap
+from jaxspec.sampling import Sampling, probabilities, rows, sample
+from jaxspec.types import History
+from jaxspec.verify import coarse_grained, exact, tolerance
+
+assert jax.config.jax_enable_x64 and jax.random.key_impl(jax.random.key(0)) == "rbg"
+VOCAB, K = 300, 3
+embeddings = np.random.default_rng(0).normal(size=(VOCAB, 3))
+groups = acoustic_similarity_groups(embeddings, np.float64(0.9), num_codes=np.int64(VOCAB - 1))
+assert {array.dtype for array in groups} == {np.dtype("int32")}
+settings = [
+    Sampling(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01),
+    Sampling(temperature=0, repetition_penalty=1.2),
+    Sampling(top_k=25, top_p=0.8, repetition_window=10),
+    Sampling(repetition_window=2, repetition_redraw_all=True, withheld=3, min_new_tokens=99),
+]
+batch = len(settings)
+
+@jax.jit
+def round_of(verify, keys, logits, settings, history):
+    probs = probabilities(logits, settings, history)
+    drafted = jax.vmap(sample)(keys, probs[:, 1:])
+    verdict = jax.vmap(verify)(keys, drafted, probs[:, 1:], probs)
+    return probs, drafted, verdict, jax.vmap(swap, (0, None, 0))(keys, groups, drafted)
+
+arguments = (
+    jax.random.split(jax.random.key(0), batch),
+    jnp.float32(np.random.default_rng(1).normal(size=(batch, K + 1, VOCAB))),
+    rows(settings, batch),
+    History(jnp.zeros((batch, 20), jnp.int32), jnp.full(batch, 2, jnp.int32), jnp.full(batch, 9, jnp.int32)),
+)
+for verify in (exact(), tolerance(np.float64(0.4)), coarse_grained(groups)):
+    with jax.transfer_guard("disallow"):
+        out = round_of(verify, *arguments)
+    probs, *integers = jax.tree.map(np.asarray, out)
+    assert probs.dtype == np.float32
+    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(integers)} == {np.dtype("int32")}
+alone = probabilities(arguments[1][2], settings[2], History(jnp.zeros(20, jnp.int32), jnp.int32(2), jnp.int32(9)))
+np.testing.assert_allclose(alone, probs[2], atol=1e-6)
+assert probabilities(jnp.zeros(9), settings[0]).dtype == np.float32  # float64 logits
+assert sample(jax.random.key(0), jnp.ones((2, 9))).dtype == np.int32
+"""
+
+
+def test_every_strict_mode_at_once():
+    """x64, no rank promotion, strict dtype promotion, rbg by default, warnings as errors, and no transfers in compiled parts."""
+    modes = {"ENABLE_X64": "1", "NUMPY_RANK_PROMOTION": "raise", "NUMPY_DTYPE_PROMOTION": "strict", "DEFAULT_PRNG_IMPL": "rbg"}
+    environment = os.environ | {f"JAX_{name}": value for name, value in modes.items()}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", STRICT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

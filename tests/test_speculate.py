@@ -149,7 +149,7 @@ def test_law_of_the_emitted_sequence(loop):
         assert 0.1 < float(out.info.accepted.sum() / out.info.drafted.sum()) < 0.9
     for i, law in enumerate(LAWS.values()):
         sequences = np.asarray(out.tokens[i * each : (i + 1) * each]) @ vocab ** np.arange(N)[::-1]
-        chi_square.assert_law(sequences, sequence_law(law, prompt, vocab, N, params))
+        chi_square.assert_distribution(sequences, sequence_law(law, prompt, vocab, N, params))
 
 
 # --- rows are independent -----------------------------------------------------------------------------------------------

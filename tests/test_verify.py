@@ -1,4 +1,4 @@
-"""Every rule of acceptance: its contract, its limits, and the law of what it emits.
+"""Every verifier: its contract, its limits, and the distribution of what it emits.
 
 The statistical tests have fixed seeds; with fresh ones each chi-square would raise a false alarm once in 10,000 runs.
 """
@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chi_square import FALSE_ALARM, assert_law
+from chi_square import FALSE_ALARM, assert_distribution
 from scipy import stats
 
-from jaxspec.groups import acoustic_similarity_groups
+from jaxspec.groups import acoustic_similarity_groups, tabulate
 from jaxspec.sampling import Sampling, probabilities, rows, sample
 from jaxspec.types import History
 from jaxspec.verify import coarse_grained, exact, tolerance
-from jaxspec.verify.coarse_grained import _of_group_residual
+from jaxspec.verify.coarse_grained import _correct
+from jaxspec.verify.exact import accepted, correct
 
 VOCAB = 8
 ROUNDS = 10_000
@@ -34,19 +35,19 @@ RULES = {
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
-def random_laws(seed, positions, sharpness=1.5):
+def random_probs(seed, positions, sharpness=1.5):
     return jax.nn.softmax(sharpness * jax.random.normal(jax.random.key(seed), (positions, VOCAB)))
 
 
-def proposal_laws():
+def proposal_probs():
     """A draft [2 V] and a target [3 V] that agree in part, so that every branch is taken often."""
-    draft = random_laws(0, 2)
-    return draft, 0.5 * random_laws(1, 3) + 0.5 * jnp.concatenate([draft, draft[:1]])
+    draft = random_probs(0, 2)
+    return draft, 0.5 * random_probs(1, 3) + 0.5 * jnp.concatenate([draft, draft[:1]])
 
 
 @jax.jit
 def rounds(verify, key, draft, target):
-    """Many rounds of one proposal's laws: draft [K V] and target [K+1 V], or with a leading axis of rounds."""
+    """Many rounds of one proposal: draft [K V] and target [K+1 V], or with a leading axis of rounds."""
     draft_key, verify_key = jax.random.split(key)
     axis = 0 if draft.ndim == 3 else None
     number = len(draft) if draft.ndim == 3 else ROUNDS
@@ -63,14 +64,14 @@ def emitted_at(position, tokens, verdict):
     return np.where(taken, drafted, verdict.token)[reached]
 
 
-def weights(table):
+def weights(table, vocab=VOCAB):
     """w[k, t] as a matrix [M V]."""
-    membership = (np.asarray(table.members)[:, :, None] == np.arange(VOCAB)).any(1)
+    membership = (np.asarray(table.members)[:, :, None] == np.arange(vocab)).any(1)
     return membership / membership.sum(0)
 
 
-def emitted_law(draft, target, keep, residual):
-    """The law [V] or [M V] of what is emitted: accepted with probability ``keep``, else drawn from the residual."""
+def emitted_probs(draft, target, keep, residual):
+    """The distribution [V] or [M V] of what is emitted: accepted with probability ``keep``, else drawn from the residual."""
     accepted = draft * keep
     rest = 1 - accepted.sum()
     return accepted + (rest * residual / residual.sum() if residual.sum() else 0)
@@ -86,42 +87,42 @@ WARPERS = [
 
 @jax.jit
 def rounds_of_exact(settings):
-    """Rounds in which each law hangs on the tokens drafted before it: (draft tokens [N 3], target laws [N 4 V], verdict)."""
+    """Rounds whose distributions depend on the tokens drafted before: (draft tokens [N 3], target probs [N 4 V], verdict)."""
     logits = jax.random.normal(jax.random.key(1), (2, 4, VOCAB)) * 1.5
     start = jnp.full(ROUNDS, 1)
 
-    def laws(logits, tokens, length):
+    def probs_after(logits, tokens, length):
         history = History(tokens, start, jnp.broadcast_to(length, (ROUNDS, len(logits))))
         return probabilities(jnp.broadcast_to(logits, (ROUNDS, *logits.shape)), settings, history)
 
     def draw(tokens, place):
-        law = laws(logits[0, place][None], tokens, place + 2)[:, 0]
-        return tokens.at[:, place + 2].set(sample(jax.random.fold_in(jax.random.key(10), place), law)), law
+        probs = probs_after(logits[0, place][None], tokens, place + 2)[:, 0]
+        return tokens.at[:, place + 2].set(sample(jax.random.fold_in(jax.random.key(10), place), probs)), probs
 
     tokens = jnp.broadcast_to(jnp.array([1, 3, 0, 0, 0]), (ROUNDS, 5))
     tokens, draft = jax.lax.scan(draw, tokens, jnp.arange(3))
-    target = laws(logits[1], tokens, jnp.arange(2, 6))
+    target = probs_after(logits[1], tokens, jnp.arange(2, 6))
     keys = jax.random.split(jax.random.key(20), ROUNDS)
     return tokens[:, 2:], target, jax.vmap(exact())(keys, tokens[:, 2:], draft.swapaxes(0, 1), target)
 
 
 @pytest.mark.parametrize("sampling", WARPERS)
-def test_exact_emits_the_law_of_the_target(sampling):
-    """The first token's law, and the second's given each first."""
+def test_exact_emits_the_target_distribution(sampling):
+    """The first token's distribution, and the second's given each first."""
     tokens, target, verdict = rounds_of_exact(rows(sampling, ROUNDS))
-    assert_law(emitted_at(0, tokens, verdict), target[0, 0])
+    assert_distribution(emitted_at(0, tokens, verdict), target[0, 0])
     for first in range(VOCAB):
         chosen = np.asarray(tokens[:, 0]) == first
         if chosen.any():
             some = jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], verdict)
-            assert_law(emitted_at(1, np.asarray(tokens)[chosen], some), target[np.argmax(chosen), 1])
+            assert_distribution(emitted_at(1, np.asarray(tokens)[chosen], some), target[np.argmax(chosen), 1])
 
 
 def test_exact_emits_the_bonus_and_accepts_one_minus_tv():
-    draft, target = proposal_laws()
+    draft, target = proposal_probs()
     tokens, verdict = rounds(exact(), jax.random.key(2), draft, target)
     for position in range(3):
-        assert_law(emitted_at(position, tokens, verdict), target[position])
+        assert_distribution(emitted_at(position, tokens, verdict), target[position])
     for position in range(2):
         reached = np.asarray(verdict.num_accepted) >= position
         accepted = (np.asarray(verdict.num_accepted) > position).sum()
@@ -131,50 +132,50 @@ def test_exact_emits_the_bonus_and_accepts_one_minus_tv():
 
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.4, 1.0])
 def test_tolerance_is_as_far_from_the_target_as_it_says(beta):
-    draft, target = proposal_laws()
+    draft, target = proposal_probs()
     tokens, verdict = rounds(tolerance(beta), jax.random.key(3), draft, target)
     for position in range(2):
         p, q = np.float64(draft[position]), np.float64(target[position])
         keep = np.minimum(1, np.minimum(1, q / p) + beta)
-        law = emitted_law(p, q, keep, np.maximum(q - p, 0))
+        probs = emitted_probs(p, q, keep, np.maximum(q - p, 0))
         distance = np.minimum(np.maximum(p - q, 0), beta * p).sum()
-        np.testing.assert_allclose(np.abs(law - q).sum() / 2, distance, atol=1e-6)
+        np.testing.assert_allclose(np.abs(probs - q).sum() / 2, distance, atol=1e-6)
         np.testing.assert_allclose((p * keep).sum(), np.minimum(p, q).sum() + distance, atol=1e-6)
-        assert_law(emitted_at(position, tokens, verdict), law)
-    assert_law(emitted_at(2, tokens, verdict), target[2])
+        assert_distribution(emitted_at(position, tokens, verdict), probs)
+    assert_distribution(emitted_at(2, tokens, verdict), target[2])
 
 
 @pytest.mark.parametrize("distinct", [True, False])
 @pytest.mark.parametrize("threshold", [0.1, 0.6])
-def test_coarse_grained_emits_the_group_law_of_the_target(distinct, threshold):
+def test_coarse_grained_emits_the_group_distribution_of_the_target(distinct, threshold):
     table = groups(distinct, threshold)
     weight = weights(table)
-    draft, target = proposal_laws()
+    draft, target = proposal_probs()
     tokens, verdict = rounds(coarse_grained(table), jax.random.key(3), draft, target)
     for position in range(2):
         p, q = np.float64(draft[position]) * weight, np.float64(target[position]) * weight
         coarse_p, coarse_q = p.sum(1, keepdims=True), q.sum(1, keepdims=True)
         keep = np.minimum(1, coarse_q / coarse_p)
-        law = emitted_law(p, q, keep, q * np.maximum(0, 1 - coarse_p / coarse_q))
-        np.testing.assert_allclose(law.sum(1), coarse_q[:, 0], atol=1e-6)  # the proposition of the paper
-        assert_law(emitted_at(position, tokens, verdict), law.sum(0))
+        probs = emitted_probs(p, q, keep, q * np.maximum(0, 1 - coarse_p / coarse_q))
+        np.testing.assert_allclose(probs.sum(1), coarse_q[:, 0], atol=1e-6)  # the proposition of the paper
+        assert_distribution(emitted_at(position, tokens, verdict), probs.sum(0))
         reached = np.asarray(verdict.num_accepted) >= position
         accepted = (np.asarray(verdict.num_accepted) > position).sum()
         assert stats.binomtest(int(accepted), int(reached.sum()), float((p * keep).sum())).pvalue > FALSE_ALARM
-    assert_law(emitted_at(2, tokens, verdict), target[2])
+    assert_distribution(emitted_at(2, tokens, verdict), target[2])
 
 
 @pytest.mark.parametrize(
     "rule", [lambda: tolerance(0.0), lambda: coarse_grained(singletons())], ids=["tolerance", "coarse-grained"]
 )
 def test_limits_are_exact(rule):
-    draft, target = proposal_laws()
+    draft, target = proposal_probs()
     tokens, verdict = rounds(rule(), jax.random.key(5), draft, target)
     _, reference = rounds(exact(), jax.random.key(5), draft, target)
     np.testing.assert_array_equal(verdict.num_accepted, reference.num_accepted)
     np.testing.assert_array_equal(verdict.num_exact, reference.num_exact)
     for position in range(3):
-        assert_law(emitted_at(position, tokens, verdict), target[position])
+        assert_distribution(emitted_at(position, tokens, verdict), target[position])
 
 
 def singletons():
@@ -183,7 +184,7 @@ def singletons():
 
 @each_rule
 def test_num_exact_counts_what_the_exact_rule_takes(rule):
-    draft, target = proposal_laws()
+    draft, target = proposal_probs()
     _, verdict = rounds(rule(), jax.random.key(5), draft, target)
     _, reference = rounds(exact(), jax.random.key(5), draft, target)
     assert (verdict.num_exact <= verdict.num_accepted).all()
@@ -193,24 +194,24 @@ def test_num_exact_counts_what_the_exact_rule_takes(rule):
 
 @each_rule
 def test_nothing_drafted_is_a_bonus_token(rule):
-    target = random_laws(1, 1)
+    target = random_probs(1, 1)
     keys = jax.random.split(jax.random.key(0), ROUNDS)
     verdict = jax.jit(jax.vmap(rule(), (0, None, None, None)))(keys, jnp.zeros(0, jnp.int32), jnp.zeros((0, VOCAB)), target)
     assert (verdict.num_accepted == 0).all()
     assert (verdict.num_exact == 0).all()
-    assert_law(np.asarray(verdict.token), target[0])
+    assert_distribution(np.asarray(verdict.token), target[0])
 
 
 @each_rule
 def test_a_draft_like_its_target_is_always_accepted(rule):
-    laws = random_laws(0, 3)
-    _, verdict = rounds(rule(), jax.random.key(1), laws[:2], laws)
+    probs = random_probs(0, 3)
+    _, verdict = rounds(rule(), jax.random.key(1), probs[:2], probs)
     assert (verdict.num_accepted == 2).all()
 
 
 @pytest.mark.parametrize("rule", [exact, lambda: coarse_grained(groups())], ids=["exact", "coarse-grained"])
-def test_greedy_laws(rule):
-    """One-hot laws: the first agrees, the second is another token of another group."""
+def test_greedy_distributions(rule):
+    """One-hot distributions: the first agrees, the second is another token of another group."""
     target = jax.nn.one_hot(jnp.array([2, VOCAB - 1, 0]), VOCAB)
     draft = jax.nn.one_hot(jnp.array([2, 1]), VOCAB)
     _, verdict = rounds(rule(), jax.random.key(1), draft, target)
@@ -220,25 +221,61 @@ def test_greedy_laws(rule):
 
 @each_rule
 def test_forbidden_tokens_are_not_emitted_as_corrections(rule):
-    target = probabilities(jnp.where(jnp.arange(VOCAB) % 2 == 0, -jnp.inf, jnp.zeros((3, VOCAB))), Sampling())
-    _, verdict = rounds(rule(), jax.random.key(1), random_laws(0, 2), target)
+    target = probabilities(jnp.zeros((3, VOCAB)).at[:, ::2].set(-jnp.inf), Sampling())
+    _, verdict = rounds(rule(), jax.random.key(1), random_probs(0, 2), target)
     assert (verdict.token % 2 == 1).all()
 
 
 @each_rule
-def test_nan_laws_end_and_accept_nothing(rule):
-    target = random_laws(0, 3).at[0].set(jnp.nan)
+def test_nan_probs_end_and_accept_nothing(rule):
+    target = random_probs(0, 3).at[0].set(jnp.nan)
     verdict = jax.jit(lambda verify, *proposal: verify(*proposal))(
-        rule(), jax.random.key(0), jnp.array([1, 2]), random_laws(1, 2), target
+        rule(), jax.random.key(0), jnp.array([1, 2]), random_probs(1, 2), target
     )
     assert verdict.num_accepted == 0
     assert 0 <= verdict.token < VOCAB
 
 
+@pytest.mark.parametrize("drafted", [0.0, 0.5])
+def test_a_token_the_target_forbids_is_rejected_at_a_uniform_of_zero(drafted):
+    assert not accepted(jnp.float32([0]), jnp.float32([drafted]), jnp.float32([0]))
+    assert accepted(jnp.float32([0]), jnp.float32([drafted]), jnp.float32([1e-30]))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_the_correction_without_a_residual_has_the_target_distribution(position):
+    target = random_probs(0, 3).at[:, 0].set(0)
+    draw = jax.jit(jax.vmap(lambda key: correct(key, jnp.int32(position), target[:2], target)))
+    assert_distribution(draw(jax.random.split(jax.random.key(0), ROUNDS)), target[position])
+
+
+def overlapping_groups(vocab, supported):
+    """24 overlapping groups of the supported tokens, their order the same for each token; all others are singletons."""
+    rng = np.random.default_rng(0)
+    sets = [np.sort(rng.choice(supported, 6, replace=False)) for _ in range(24)]
+    assert set(np.concatenate(sets)) == set(supported)
+    return tabulate([np.int32(members) for members in [*sets, *np.setdiff1d(np.arange(vocab), supported)[:, None]]], vocab)
+
+
+def test_the_groups_of_a_correction_are_independent_of_its_block():
+    """Above 256 tokens the first uniform of a candidate chooses a block of the vocabulary, and must choose nothing else."""
+    vocab, supported = 1024, np.concatenate([start + 37 * np.arange(4) for start in (0, 256, 512, 768)])
+    rng = np.random.default_rng(1)
+    draft, target = np.zeros((2, vocab))
+    draft[supported], target[supported] = rng.dirichlet(np.ones(16), 2)
+    table = overlapping_groups(vocab, supported)
+    weight = weights(table, vocab)
+    p, q = draft * weight, target * weight
+    residual = np.maximum(q.sum(1) - p.sum(1), 0)
+    expected = (residual / residual.sum() / q.sum(1).clip(1e-30)) @ q
+    draw = jax.jit(jax.vmap(lambda key: _correct(key, table, jnp.float32(draft), jnp.float32(target))))
+    assert_distribution(draw(jax.random.split(jax.random.key(0), ROUNDS)), expected)
+
+
 def test_an_empty_residual_emits_from_the_target():
-    law = random_laws(0, 1)[0].at[3].set(0)
-    drawn = jax.jit(jax.vmap(lambda key: _of_group_residual(key, groups(), law, law)))(jax.random.split(jax.random.key(0), 200))
-    assert (law[drawn] > 0).all()
+    probs = random_probs(0, 1)[0].at[3].set(0)
+    drawn = jax.jit(jax.vmap(lambda key: _correct(key, groups(), probs, probs)))(jax.random.split(jax.random.key(0), 200))
+    assert (probs[drawn] > 0).all()
     assert len(set(drawn.tolist())) > 1
 
 
@@ -251,20 +288,20 @@ def test_a_small_residual_is_still_exact():
     target = jnp.array([0.3, 0.2, 0.3, 0.2, 0, 0, 0, 0])
     draft = target - jnp.array([0.2, gain - 0.2, 0.2, -0.2 - gain, 0, 0, 0, 0])
     table = acoustic_similarity_groups(np.repeat(np.eye(4), 2, axis=0), 0.5)
-    draw = jax.jit(jax.vmap(lambda key: _of_group_residual(key, table, draft, target)))
+    draw = jax.jit(jax.vmap(lambda key: _correct(key, table, draft, target)))
     tokens = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
     assert set(tokens.tolist()) == {0, 1}
     assert stats.binomtest(int((tokens == 0).sum()), len(tokens), 0.6).pvalue > FALSE_ALARM
 
 
 @pytest.mark.parametrize("rules", [[tolerance(0.1), tolerance(0.3)], [coarse_grained(groups()), coarse_grained(groups())]])
-def test_other_arrays_compile_nothing(rules):
+def test_other_arrays_do_not_recompile(rules):
     traces = []
 
     @jax.jit
     def verify(rule, key):
         traces.append(0)
-        return rule(key, jnp.array([1, 2]), *proposal_laws())
+        return rule(key, jnp.array([1, 2]), *proposal_probs())
 
     for rule in rules:
         verify(rule, jax.random.key(0))
@@ -272,8 +309,8 @@ def test_other_arrays_compile_nothing(rules):
 
 
 def test_bad_arguments():
-    for beta in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="beta must be"):
+    for beta in (-0.1, 1.5, float("nan"), float("inf"), True, "0.4", None):
+        with pytest.raises(ValueError, match="expected beta to be"):
             tolerance(beta)
-    with pytest.raises(ValueError, match="groups are of 8 tokens, but the laws are of 9"):
+    with pytest.raises(ValueError, match="over the 8 tokens of the groups, got 9"):
         coarse_grained(groups())(jax.random.key(0), jnp.array([1]), jnp.ones((1, 9)) / 9, jnp.ones((2, 9)) / 9)

@@ -1,4 +1,4 @@
-"""The rules of acceptance: each is one pure function over a proposal, see ``jaxspec.types.Verify``."""
+"""Verifiers: each is one pure function over a proposal, see ``jaxspec.types.Verify``."""
 
 from jaxspec.verify.coarse_grained import coarse_grained
 from jaxspec.verify.exact import exact

@@ -1,38 +1,42 @@
 """Utterance speculative decoding (SSD): acceptance with a constant bonus, approximate by a known amount."""
 
-import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec.keys import threefry_key
 from jaxspec.types import Array, Verdict, Verify
-from jaxspec.verify.exact import correct, count_accepted, count_exact, drafted_probs
+from jaxspec.verify.exact import accepted, correct, count_accepted, count_exact, drafted_probs
 
 
 def tolerance(beta: float) -> Verify:
-    """The rule of SSD (arXiv 2505.15380, equations 5 and 6): a drafted x stands if r < min(1, q(x) / p(x)) + beta.
+    """The rule of SSD (arXiv 2505.15380, equations 5 and 6): a drafted x is accepted if r < min(1, q(x) / p(x)) + beta.
 
-    Promise: approximate. With p the draft and q the target, the law of the token emitted at a position is exactly
-    D = sum over x of min([p(x) - q(x)]_+, beta p(x)) away from q in total variation, and the acceptance is 1 - TV(p, q) + D: each
-    unit of acceptance that beta buys costs one unit of total variation. ``beta`` 0 is ``exact()``, token for token. The
-    correction is drawn from norm([q - p]_+), the bonus token from q.
+    Guarantee: approximate. With p the draft's distribution and q the target's, the distribution of the token emitted at a
+    position is exactly D = sum over x of min([p(x) - q(x)]_+, beta p(x)) away from q in total variation, and the acceptance is
+    1 - TV(p, q) + D: each unit of acceptance gained by beta costs one unit of total variation. ``beta`` 0 is ``exact()``, token
+    for token. The correction is drawn from norm([q - p]_+), the bonus token from q.
 
     Args:
-        beta: 0 to 1; the paper uses 0.4. An argument of the compiled program: another value compiles nothing.
+        beta: 0 to 1; the paper uses 0.4. An argument of the compiled program: another value does not recompile.
+
+    Returns:
+        A verifier, see ``jaxspec.types.Verify``; its key may be of any implementation, see ``jaxspec.keys.threefry_key``.
 
     Raises:
         ValueError: beta is not a number from 0 to 1.
     """
-    if not (math.isfinite(beta) and 0 <= beta <= 1):
-        raise ValueError(f"beta must be a number from 0 (exact) to 1 (accept everything), but is {beta!r}")
+    if not isinstance(beta, numbers.Real) or isinstance(beta, bool) or not 0 <= beta <= 1:
+        raise ValueError(f"expected beta to be a number from 0 to 1, got {beta!r}: use 0 for the exact rule, 0.4 as in the paper")
     return jax.tree_util.Partial(_verify, jnp.float32(beta))
 
 
 def _verify(beta: Array, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
-    accept_key, token_key = jax.random.split(key)
-    uniforms = jax.random.uniform(accept_key, draft_tokens.shape)
+    accept_key, token_key = jax.random.split(threefry_key(key))
+    uniforms = jax.random.uniform(accept_key, draft_tokens.shape, jnp.float32)
     drafted, wanted = drafted_probs(draft_tokens, draft_probs, target_probs)
-    # r < min(1, q/p) + beta, times p; the minimum needs no writing since r is below 1.
-    num_accepted = count_accepted(uniforms * drafted < wanted + beta * drafted)
+    # r < min(1, q/p) + beta, times p; the minimum can be left out since r is below 1.
+    num_accepted = count_accepted(accepted(uniforms, drafted, wanted + beta * drafted))
     token = correct(token_key, num_accepted, draft_probs, target_probs)
-    return Verdict(num_accepted, token, num_exact=count_exact(num_accepted, uniforms * drafted < wanted))
+    return Verdict(num_accepted, token, num_exact=count_exact(num_accepted, accepted(uniforms, drafted, wanted)))
