@@ -3,6 +3,8 @@
 import hashlib
 import random
 import re
+import subprocess
+import sys
 import warnings
 from importlib.resources import files
 
@@ -64,6 +66,7 @@ SPOKEN_DATES = {
     "31/12/2024, 12/31/24 and 14.03.1998": "december thirty first, twenty twenty four, december thirty first, twenty twenty four "
     "and march fourteenth, nineteen ninety eight",
     "3:1, 16:9, John 3:16": "three to one, sixteen to nine, john three sixteen",
+    "20°C\u201325°C, 10% - 20%": "twenty degrees celsius to twenty five degrees celsius, ten percent to twenty percent",
     "10:30-11:45, 10:30:15": "ten thirty to eleven forty five, ten thirty and fifteen seconds",
     "2/5 of 9/11, 10 3/4": "two fifths of nine eleven, ten and three quarters",
     "(555) 123-4567": "five five five one two three four five six seven",
@@ -89,7 +92,7 @@ SPOKEN_ABBREVIATIONS = {
     "see Fig. 3, pp. 2-4": "see figure three, pages two to four",
     "He ate a fig. Then, 5": "he ate a fig. then, five",
     "Apple Inc. said; Ford Co. It": "apple incorporated said, ford company. it",
-    "Acme Ltd.": "acme limited.",
+    "Acme Ltd. on 3rd Ave.": "acme limited on third avenue.",
     "Louis XIV, World War II, Chapter IV": "louis the fourteenth, world war two, chapter four",
     "GIVE US 5": "give us five",
     "the U.S.A and the U.K.": "the u s ay and the u k.",
@@ -159,6 +162,15 @@ def test_a_text_in_another_alphabet_gets_a_few_warnings():
         assert normalize("x " + " ".join(map(chr, range(0x4E00, 0x4E00 + 50)))) == "x"
     assert len(caught) == 11
     assert str(caught[-1].message) == "skipped 40 more parts, which have no spoken form"
+
+
+def test_the_command_line_prints_a_line_for_each_part():
+    code = "main.show_text_warnings(); normalize('a 😀 b'); normalize('😀 c'); main.warnings.warn('other')"
+    code = f"from jaxspec.commands import main; from jaxspec.text.normalize import normalize; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, *_ = done.stderr.splitlines()
+    assert first == 'jaxspec: skipped "😀", which has no spoken form'
+    assert second.endswith("UserWarning: other")
 
 
 def test_a_line_without_words_is_skipped():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from jaxspec.commands.groups import Groups
 from jaxspec.commands.info import Info
 from jaxspec.commands.plan import Plan
 from jaxspec.commands.say import Say
+from jaxspec.text import TextWarning
 
 
 def use_compilation_cache() -> None:
@@ -22,6 +24,17 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def show_text_warnings() -> None:
+    """Prints each part of a text that was skipped or broken up as one line on standard error, once in a run."""
+    warnings.simplefilter("default", TextWarning)
+    as_usual = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+        return f"jaxspec: {message}\n" if issubclass(category, TextWarning) else as_usual(message, category, *place, **more)
+
+    warnings.formatwarning = one_line
 
 
 def main() -> None:
@@ -39,6 +52,7 @@ def main() -> None:
         commands, prog="jaxspec", description="Speculative decoding for speech-token models."
     )
     use_compilation_cache()
+    show_text_warnings()
     try:
         parsed.run()
     except (ValueError, ImportError, RuntimeError, OSError) as error:

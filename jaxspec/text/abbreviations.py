@@ -60,7 +60,7 @@ _RULES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [
     (re.compile(r"\betc\b\.?"), "et cetera"),
     (re.compile(r"(\b\w+\s+|\b)St\.(\s+[A-Z])?"), _saint_or_street),
     (re.compile(rf"(?<!\d)(?<!\d\s)\b({_any(_ANYWHERE)})\.", re.I), lambda m: _ANYWHERE[m[1].lower()]),
-    (re.compile(rf"(\b[A-Za-z]\w*,?\s+)({_any(_AFTER_NAME)})\.(?=(\s+[A-Z]|\s*$)?)"), _after_name),
+    (re.compile(rf"(\b\w+,?\s+)({_any(_AFTER_NAME)})\.(?=(\s+[A-Z]|\s*$)?)"), _after_name),
     (re.compile(rf"\b({_any(_BEFORE_NAME)})\.(?=\s+[A-Z])"), lambda m: _BEFORE_NAME[m[1]]),
     (re.compile(rf"\b({_any(_BEFORE_NUMBER)})\.(?=\s?\d)", re.I), lambda m: _BEFORE_NUMBER[m[1].lower()]),
     (re.compile(rf"\b([A-Z][a-z]{{2,}}) ({_any(_ROMAN[2:])})\b"), _roman),

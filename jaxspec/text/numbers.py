@@ -152,7 +152,7 @@ RULES: list[tuple[re.Pattern, Callable[[re.Match], str]]] = [
     (re.compile(r"(?<![\d/.-])(\d{1,2})([-/.])(\d{1,2})\2(\d{4}|(?<=/)\d{2})(?![\d/-]|\.\d)"), _short_date),
     (re.compile(r"(?:\(\d{3}\)\s?|\b\d{3}[-.])?\b\d{3}-\d{4}\b(?!-)"), lambda m: f" {_digits(m[0])} "),
     (re.compile(r"\b\d+(?:-\d+){2,}\b"), lambda m: " ".join(map(_digits, m[0].split("-")))),
-    (re.compile(rf"(?<=\d)\s?-\s?(?={_SIGN}?\d)"), lambda m: " to "),
+    (re.compile(rf"(?:(?<=\d)|(?<=\d%)|(?<=°[CF])|(?<=\d°))\s?-\s?(?={_SIGN}?\d)"), lambda m: " to "),
     (re.compile(r"(?:\b(\d+)\s+)?(?<![\d/.])([1-9]\d?)/([2-9]|10|12|16|32|64|100)(?![\d/])"), _fraction),
     (re.compile(r"\b(\d+)'\s?(\d+)(?:\"|'')"), lambda m: f" {_number(m[1])} {_count(m[1], 'foot')} {_number(m[2])} inches "),
     (re.compile(rf"(?<![\d:])(\d{{1,2}}):(\d{{2}})(?::(\d{{2}}))?(?![\d:])(?:{_HALF})?", re.I), _time),
