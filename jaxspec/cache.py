@@ -1,7 +1,7 @@
 """The key/value cache of one attention layer: preallocated cells, written in place, visible up to the query's position.
 
 Invariant: cell s of a row holds position s. A query at position t sees the cells s <= t, so a cell that was written for a
-rejected token is overwritten before any query can see it, and to roll a row back is to set its length.
+rejected token is overwritten before any query can see it, and rolling a row back means setting its length.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxspec.types import Array
 
-_UNROLLED = 64  # rows; more would compile for minutes
+_UNROLLED = 64  # rows; unrolling more compiles for minutes
 
 
 class KVCache(NamedTuple):
@@ -38,13 +38,13 @@ def write(cache: KVCache, key: Array, value: Array, length: Array) -> KVCache:
 
 
 def _at_once(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
-    """As one scatter, which a GPU does in place in one kernel."""
+    """One scatter, which a GPU runs in place as one kernel."""
     put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
     return jax.tree.map(lambda cells, block: put(cells, block, length), cache, blocks)
 
 
 def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
-    """One write after the other: of a scatter a TPU makes a slow loop, for which it lays the cache out twice as large."""
+    """One write after another: XLA for TPU turns a scatter into a slow loop over a layout of twice the size."""
 
     def put(cells: Array, block: Array) -> Array:
         def row(i: Array, cells: Array) -> Array:
@@ -59,5 +59,5 @@ def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
 
 def visible(length: Array, block: int, cells: int) -> Array:
     """Which cells each query of a block sees: bool [B T S], true where s <= length + t."""
-    position = length[:, None] + jnp.arange(block)
-    return jnp.arange(cells) <= position[:, :, None]
+    position = length[:, None] + jnp.arange(block, dtype=jnp.int32)
+    return jnp.arange(cells, dtype=jnp.int32) <= position[:, :, None]

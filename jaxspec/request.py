@@ -1,24 +1,29 @@
 """The border of the loop: checks what a caller passes and turns it into one pytree of arrays."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import sampling as laws
+from jaxspec import sampling as sampling_lib
 from jaxspec.keys import threefry_key
+from jaxspec.state import PAD
 from jaxspec.types import Array, SamplingRows
+
+StopIds = Sequence[int] | Sequence[Sequence[int]]
 
 
 class Request(NamedTuple):
     """What a batch of rows asks for, as the compiled loop takes it."""
 
-    keys: Array  # keys [B]
-    prompt: Array  # int32 [B P], zero beyond each row's length
-    prompt_length: Array  # int32 [B]
+    keys: Array  # one key [], which is folded by row, or keys [B]
+    prompt: Array  # int32 [B P]; ids beyond each row's length are ignored
+    prompt_length: Array  # int32 [B], 1 .. P
     limit: Array  # int32 [B], the most tokens that a row may emit
+    stop_ids: Array  # int32 [B, number of stop ids]; PAD where a row has fewer
     sampling: SamplingRows  # fields [B]
 
 
@@ -27,39 +32,56 @@ def check(
     prompt: Any,
     prompt_length: Any,
     max_new_tokens: int,
-    limit: Any,
-    stop_ids: tuple[int, ...],
-    sampling: Any,
+    limit: Any = None,
+    stop_ids: StopIds = (),
+    sampling: Any = sampling_lib.Sampling(),  # noqa: B008, it is frozen
+    *,
+    vocab: int | None = None,
+    num_ids: int | None = None,
 ) -> Request:
-    """Checks a batch of requests; the arguments are those of ``jaxspec.generate``.
+    """Checks a batch of requests, and puts it on the device. Values are checked unless they are traced.
 
-    Values are checked where they are known: not under a caller's own ``jit``.
+    Args:
+        key: one key, or keys [B].
+        prompt: integers [B P].
+        prompt_length: integers [B], 1 .. P.
+        max_new_tokens: N, 1 or more.
+        limit: 0 .. N for all rows, or integers [B]; None is N.
+        stop_ids: ids for all rows, or a sequence of ids for each of the B rows.
+        sampling: one ``Sampling`` for all rows, or a sequence of B.
+        vocab: V, which stop ids lie below; None is not checked.
+        num_ids: what prompt ids lie below; None is not checked.
 
     Raises:
         ValueError: an argument has the wrong shape, type or range.
     """
     if _whole(max_new_tokens, "max_new_tokens") < 1:
         raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-    if any(_whole(i, "a stop id") < 0 for i in stop_ids):
-        raise ValueError(f"expected stop ids from 0 up, got {stop_ids}")
     prompt = _integers(prompt, "prompt")
     if prompt.ndim != 2 or 0 in prompt.shape:
         raise ValueError(f"expected a prompt [B P] with B and P of at least 1, got shape {prompt.shape}")
     batch, width = prompt.shape
     prompt_length = _per_row(prompt_length, "prompt_length", batch, 1, width)
-    if _known(prompt, prompt_length) and (np.asarray(prompt)[np.arange(width) < np.asarray(prompt_length)[:, None]] < 0).any():
-        raise ValueError("expected prompt ids from 0 up within each prompt_length, got a negative id; is prompt_length right?")
+    if _known(prompt, prompt_length):
+        _check_ids(jax.device_get(prompt), jax.device_get(prompt_length), num_ids)
     limit = _limit(limit, batch, max_new_tokens)
-    return _complete(_keys(key, batch), prompt, prompt_length, limit, laws.rows(sampling, batch))
+    stops = _stop_ids(stop_ids, batch, vocab)
+    arrays = [value if isinstance(value, jax.core.Tracer) else _put(value) for value in (prompt, prompt_length, limit, stops)]
+    return Request(_keys(key, batch), *arrays, sampling_lib.rows(sampling, batch))
 
 
-@jax.jit
-def _complete(key: Array, prompt: Array, prompt_length: Array, limit: Array, sampling: SamplingRows) -> Request:
-    """Folds one key by each row's index, and clears the padding."""
-    batch, width = prompt.shape
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    prompt = jnp.where(jnp.arange(width) < prompt_length[:, None], prompt, 0)
-    return Request(keys, prompt.astype(jnp.int32), prompt_length.astype(jnp.int32), limit.astype(jnp.int32), sampling)
+def complete(request: Request) -> Request:
+    """The request with a key for each row, keys [B], and zeros beyond each prompt's length."""
+    batch, width = request.prompt.shape
+    key = request.keys
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch, dtype=jnp.int32))
+    inside = jnp.arange(width, dtype=jnp.int32) < request.prompt_length[:, None]
+    return request._replace(keys=keys, prompt=jnp.where(inside, request.prompt, 0))
+
+
+def _put(value: Any) -> Array:
+    """An explicit transfer to the device, as int32."""
+    return value.astype(jnp.int32) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, np.int32))
 
 
 def _keys(key: Any, batch: int) -> Array:
@@ -70,6 +92,30 @@ def _keys(key: Any, batch: int) -> Array:
     if key.shape not in ((), (batch,)):
         raise ValueError(f"expected one key or {batch} keys, one for each row of the prompt, got keys of shape {key.shape}")
     return key
+
+
+def _check_ids(prompt: np.ndarray, prompt_length: np.ndarray, num_ids: int | None) -> None:
+    """Refuses prompts with ids that no table of the model holds."""
+    ids = prompt[np.arange(prompt.shape[1]) < prompt_length[:, None]]
+    if ids.min() < 0:
+        raise ValueError("expected prompt ids from 0 up within each prompt_length, got a negative id: is prompt_length right?")
+    bound = 2**31 if num_ids is None else num_ids
+    if ids.max() >= bound:
+        raise ValueError(f"expected prompt ids below {bound}, got {ids.max()}: is the prompt from the target's own tokenizer?")
+
+
+def _stop_ids(stop_ids: StopIds, batch: int, vocab: int | None) -> np.ndarray:
+    """int32 [B n]: the ids of each row, padded with PAD."""
+    per_row = any(np.ndim(ids) for ids in stop_ids)
+    rows = [list(ids) for ids in stop_ids] if per_row else [list(stop_ids)] * batch
+    if len(rows) != batch:
+        raise ValueError(f"expected stop ids for all rows or for each of the {batch} rows, got those of {len(rows)} rows")
+    if any(_whole(i, "a stop id") < 0 for row in rows for i in row):
+        raise ValueError(f"expected stop ids from 0 up, got {stop_ids}")
+    if vocab is not None and any(i >= vocab for row in rows for i in row):
+        raise ValueError(f"expected stop ids within the head's vocabulary, 0 to {vocab - 1}, got {stop_ids}")
+    width = max(map(len, rows))
+    return np.array([[*row, *[PAD] * (width - len(row))] for row in rows], np.int32).reshape(batch, width)
 
 
 def _limit(limit: Any, batch: int, max_new_tokens: int) -> Any:
@@ -83,8 +129,10 @@ def _per_row(value: Any, name: str, batch: int, low: int, high: int) -> Any:
     value = _integers(value, name)
     if value.shape != (batch,):
         raise ValueError(f"expected {name} of shape ({batch},), one for each row of the prompt, got {value.shape}")
-    if _known(value) and ((np.asarray(value) < low) | (np.asarray(value) > high)).any():
-        raise ValueError(f"expected {name} from {low} to {high}, got {np.asarray(value).tolist()}")
+    if _known(value):
+        numbers = jax.device_get(value)
+        if ((numbers < low) | (numbers > high)).any():
+            raise ValueError(f"expected {name} from {low} to {high}, got {numbers.tolist()}")
     return value
 
 
@@ -97,6 +145,8 @@ def _integers(value: Any, name: str) -> Any:
 
 def _whole(value: Any, name: str) -> int:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"expected {name} to be a whole number, got {value!r}") from None

@@ -1,11 +1,14 @@
-"""The loop: a draft proposes K tokens, the target scores K + 1, a verifier judges, and what stands is committed.
+"""The loop: a draft proposes K tokens, the target scores K + 1, a verifier accepts a prefix, and the result is committed.
 
-One round is ``step``: propose -> score -> judge (verify, commit). ``generate`` runs rounds in one ``lax.while_loop`` until every
-row has ended; nothing is read back to the host inside it, and the caches live and die inside the compiled program, in place.
-``autoregressive`` is the plain loop without a draft: the oracle that speculation is held to.
+One round is ``step``: propose -> score -> verify_and_commit. ``generate`` runs rounds in one ``lax.while_loop`` until every row
+has finished; nothing is read back to the host inside it, and the caches are updated in place. ``autoregressive`` is the plain
+loop without a draft, the oracle that speculation is tested against. For streams and servers the same loop runs in segments:
+``init``, then ``advance`` by some rounds, ``emitted`` to read what is new, ``admit`` to put a request into a finished row's slot.
 
-Invariants: a row that has ended does not move. Token t of a row depends on the row's own key and on nothing else in the batch:
-the round that begins at position t gives fold_in(row key, t) to the verifier, and the same of a second stream to the draft.
+Invariants. Finished rows are unchanged. The randomness of a row depends on its own key and position only: the round that begins
+at position t gives fold_in(row key, t) to the verifier, and the same of a second stream to the draft. So a request gets the same
+draws alone, in any batch and in any slot; it gets the same tokens up to the rounding of the logits, which may depend on the shape
+of the batch that a real model computes in.
 """
 
 import functools
@@ -15,28 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxspec import checks, rounds
 from jaxspec import request as requests
-from jaxspec import sampling as laws
-from jaxspec.request import Request
+from jaxspec.request import Request, StopIds
 from jaxspec.sampling import Sampling
-from jaxspec.state import (
-    ACCEPTED,
-    BONUS,
-    CORRECTION,
-    LENGTH_LIMIT,
-    NON_FINITE,
-    PAD,
-    RUNNING,
-    STOP_TOKEN,
-    Counts,
-    Generation,
-    Info,
-    State,
-)
-from jaxspec.types import Array, Context, Draft, History, LanguageModel, Params, Proposal, Verdict, Verify
+from jaxspec.state import LENGTH_LIMIT, PAD, RUNNING, Counts, Emitted, Generation, Info, State
+from jaxspec.types import Array, Draft, LanguageModel, Params, Verify
 
-_DRAFT_STREAM = 2**31 - 1  # beyond every position, so that the draft's keys and the verifier's never meet
-_PLAIN = Sampling()
+_DEFAULT = Sampling()
 
 
 def generate(
@@ -51,36 +40,39 @@ def generate(
     *,
     max_new_tokens: int,
     limit: Any = None,
-    stop_ids: tuple[int, ...] = (),
-    sampling: Sampling | Sequence[Sampling] = _PLAIN,
+    stop_ids: StopIds = (),
+    sampling: Sampling | Sequence[Sampling] = _DEFAULT,
 ) -> Generation:
-    """Speculative generation of a batch of requests.
+    """Speculative generation for a batch of requests.
 
-    The first call for given shapes, ``target``, ``draft``, ``max_new_tokens`` and ``stop_ids`` compiles; pass the same ``target``
-    and ``draft`` objects again to reuse it. Keys, prompts, limits, sampling, parameters and the arrays of ``verify`` may change.
+    The first call for given shapes, ``target``, ``draft`` and ``max_new_tokens`` compiles; pass the same ``target`` and ``draft``
+    objects again to reuse the program. Keys, prompts, limits, stop ids, sampling, parameters and the arrays of ``verify`` may
+    change.
 
     Args:
-        key: one key (row r uses fold_in(key, r)) or keys [B], one per request: a request with its own key gives the same tokens
-            alone, in any batch and in any slot.
-        target: the model whose law is sampled, with its ``target_params``.
-        draft: proposes ``draft.length`` tokens a round, with its ``draft_params``.
+        key: one key (row r uses fold_in(key, r)) or keys [B], one per request. A request with a key of its own gets the same
+            draws alone, in any batch and in any slot, and the same tokens up to the rounding of the logits.
+        target: the model whose distribution is sampled.
+        target_params: its parameters.
+        draft: proposes ``draft.length`` tokens a round.
+        draft_params: its parameters.
         verify: the rule of acceptance, see ``jaxspec.verify``.
         prompt: int32 [B P], padded on the right with anything.
         prompt_length: int32 [B], 1 .. P.
         max_new_tokens: N, the capacity of the result.
         limit: the most tokens that a row may emit, 0 .. N: one for all or int32 [B]; by default N.
-        stop_ids: ids of the head's vocabulary that end a row; the one drawn is emitted.
-        sampling: the law of every row, or a sequence of B.
+        stop_ids: ids of the head's vocabulary that end a row, for all rows or a sequence of them for each; the one sampled is
+            emitted.
+        sampling: how every row is sampled, or a sequence of B.
 
     Returns:
-        The emitted tokens and how each row went. A row whose law is not finite ends there, see ``Info.stop_reason``.
+        The emitted tokens and how each row went. A row whose distribution is not finite ends there, see ``Info.stop_reason``.
 
     Raises:
-        ValueError: an argument has the wrong shape, type or range.
+        ValueError: an argument has the wrong shape, type or range, or target, draft and verifier do not fit together.
     """
-    verify = jax.tree_util.Partial(verify) if jax.tree_util.all_leaves([verify]) else verify
-    request = requests.check(key, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
-    return _generate(target, draft, max_new_tokens, tuple(stop_ids), target_params, draft_params, verify, request)
+    request = _check(key, target, target_params, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
+    return _generate(target, draft, max_new_tokens, target_params, draft_params, _as_pytree(verify), request)
 
 
 def autoregressive(
@@ -92,75 +84,223 @@ def autoregressive(
     *,
     max_new_tokens: int,
     limit: Any = None,
-    stop_ids: tuple[int, ...] = (),
-    sampling: Sampling | Sequence[Sampling] = _PLAIN,
+    stop_ids: StopIds = (),
+    sampling: Sampling | Sequence[Sampling] = _DEFAULT,
 ) -> Generation:
-    """Plain generation, one token a step: the oracle. Same arguments and Raises as ``generate``.
+    """Plain generation, one token a step: the oracle. Args, Returns and Raises are those of ``generate``.
 
-    The token at position t is drawn with fold_in(row key, t). Every token counts as a bonus after zero drafted ones.
+    The token at position t is sampled with fold_in(row key, t). Every token counts as a bonus token after zero drafted ones.
     """
-    request = requests.check(key, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
-    return _autoregressive(target, max_new_tokens, tuple(stop_ids), target_params, request)
+    request = _check(key, target, target_params, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
+    return _autoregressive(target, max_new_tokens, target_params, request)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
     target: LanguageModel,
     draft: Draft,
     capacity: int,
-    stop_ids: tuple[int, ...],
     target_params: Params,
     draft_params: Params,
     verify: Verify,
     request: Request,
 ) -> Generation:
-    state = init(target, target_params, draft, draft_params, request, capacity, stop_ids)
-    advance = functools.partial(step, target, target_params, draft, draft_params, verify)
-    return finish(jax.lax.while_loop(is_running, advance, state), capacity)
+    cells = request.prompt.shape[1] + capacity + draft.length + 1
+    state = init(target, target_params, draft, draft_params, request, cells)
+    round_ = functools.partial(rounds.step, target, target_params, draft, draft_params, verify)
+    return finish(jax.lax.while_loop(is_running, round_, state), capacity)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _autoregressive(
-    target: LanguageModel, capacity: int, stop_ids: tuple[int, ...], target_params: Params, request: Request
-) -> Generation:
-    def advance(state: State) -> State:
-        logits, features, cache = target.apply(target_params, _last(state)[:, None], state.cache, state.length - 1)
-        law = laws.probabilities(logits, state.sampling, History(state.tokens, state.start, state.length))
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
-        token = jax.vmap(laws.sample)(keys, law[:, 0])
-        nothing = Proposal(jnp.zeros((token.shape[0], 0), jnp.int32), law[:, :0])
-        verdict = Verdict(jnp.zeros_like(token), token)
-        return commit(state._replace(cache=cache), nothing, verdict, _is_law(law)[:, 0].astype(jnp.int32), features)
-
-    state = _prefill(target, target_params, request, capacity, stop_ids, draft_length=0)
-    return finish(jax.lax.while_loop(is_running, advance, state), capacity)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _autoregressive(target: LanguageModel, capacity: int, target_params: Params, request: Request) -> Generation:
+    cells = request.prompt.shape[1] + capacity + 1
+    state, _ = _prefill(target, target_params, requests.complete(request), cells, draft_length=0)
+    round_ = functools.partial(rounds.plain_step, target, target_params)
+    return finish(jax.lax.while_loop(is_running, round_, state), capacity)
 
 
-def init(
+# --- The loop in segments ---------------------------------------------------------------------------------------------------
+
+
+def init(target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, request: Request, cells: int) -> State:
+    """The state before the first round: prompts in place, target and draft prefilled.
+
+    Args:
+        target: the target.
+        target_params: its parameters.
+        draft: the draft.
+        draft_params: its parameters.
+        request: B checked requests, see ``request.check``.
+        cells: S, static: the capacity of buffers and caches. A row needs prompt_length + limit + draft.length + 1 of them.
+
+    Raises:
+        ValueError: the prompts do not fit, or target or draft do not keep their contracts.
+    """
+    request = requests.complete(request)
+    state, features = _prefill(target, target_params, request, cells, draft.length)
+    return state._replace(draft=draft.init(draft_params, request.prompt, request.prompt_length, cells, features))
+
+
+def advance(
     target: LanguageModel,
     target_params: Params,
     draft: Draft,
     draft_params: Params,
-    request: Request,
-    capacity: int,
-    stop_ids: tuple[int, ...] = (),
+    verify: Verify,
+    state: State,
+    num_rounds: Array | int,
 ) -> State:
-    """The state before the first round: prompts in place, target and draft prefilled; room for ``capacity`` emitted tokens."""
-    state = _prefill(target, target_params, request, capacity, stop_ids, draft.length)
-    cells = state.tokens.shape[1]
-    return state._replace(draft=draft.init(draft_params, request.prompt, request.prompt_length, cells))
+    """Runs at most ``num_rounds`` rounds, fewer when every row finishes earlier. ``state`` is donated.
+
+    However the rounds are split, the tokens are those of ``generate``. Args as in ``init``, and the verifier.
+    """
+    return _advance(target, target_params, draft, draft_params, _as_pytree(verify), state, num_rounds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=5)
+def _advance(
+    target: LanguageModel,
+    target_params: Params,
+    draft: Draft,
+    draft_params: Params,
+    verify: Verify,
+    state: State,
+    num_rounds: Array | int,
+) -> State:
+    def go_on(carry: tuple[Array, State]) -> Array:
+        return (carry[0] < num_rounds) & is_running(carry[1])
+
+    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+        return carry[0] + 1, rounds.step(target, target_params, draft, draft_params, verify, carry[1])
+
+    return jax.lax.while_loop(go_on, body, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def emitted(state: State, since: Array, width: int | None = None) -> Emitted:
+    """What each row has emitted beyond its first ``since`` tokens; ``state`` stays usable.
+
+    Args:
+        state: of a running loop.
+        since: int32 [B], tokens of each row that were read before.
+        width: N, the most tokens to return for a row; by default the size of the buffer.
+    """
+    width = state.tokens.shape[1] if width is None else width
+    length = jnp.clip(state.length - state.start - since, 0, width)
+    return Emitted(_cut(state.tokens, state.start + since, length, width), length, state.stop_reason)
+
+
+def admit(
+    target: LanguageModel,
+    target_params: Params,
+    draft: Draft,
+    draft_params: Params,
+    state: State,
+    slot: Array | int,
+    request: Request,
+) -> State:
+    """Prefills one request and puts it into a slot of a running state. ``state`` is donated; its other rows are unchanged.
+
+    Compiles once for each width of the prompt: pad prompts to few widths.
+
+    Args:
+        target: as in ``init``, like the next three.
+        target_params: its parameters.
+        draft: the draft.
+        draft_params: its parameters.
+        state: of a running loop, with S cells.
+        slot: 0 .. B-1, a row that has finished or is given up.
+        request: of one row: prompt_length + limit + draft.length + 1 is at most S, and it has no more stop ids than the state.
+
+    Raises:
+        ValueError: the request has several rows, or does not fit the state.
+    """
+    cells, num_stops = state.tokens.shape[1], state.stop_ids.shape[1]
+    if request.prompt.shape[0] != 1 or request.stop_ids.shape[1] > num_stops:
+        raise ValueError(
+            f"expected a request of one row with at most {num_stops} stop ids, got one of {request.prompt.shape[0]} rows with "
+            f"{request.stop_ids.shape[1]}: admit rows one by one, to a state made for as many stop ids"
+        )
+    needed = int(jax.device_get(request.prompt_length + request.limit)[0]) + draft.length + 1
+    if needed > cells:
+        raise ValueError(f"expected a request that fits {cells} cells, got one that needs {needed}: lower its limit")
+    return _admit(target, target_params, draft, draft_params, state, slot, request)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=4)
+def _admit(
+    target: LanguageModel,
+    target_params: Params,
+    draft: Draft,
+    draft_params: Params,
+    state: State,
+    slot: Array | int,
+    request: Request,
+) -> State:
+    missing = state.stop_ids.shape[1] - request.stop_ids.shape[1]
+    request = request._replace(stop_ids=jnp.pad(request.stop_ids, ((0, 0), (0, missing)), constant_values=PAD))
+    row = init(target, target_params, draft, draft_params, request, state.tokens.shape[1])
+    return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], slot, 0), state, row)
+
+
+def finish(state: State, capacity: int) -> Generation:
+    """The emitted tokens, cut out of the buffers: tokens [B ``capacity``]."""
+    length = state.length - state.start
+    tokens = _cut(state.tokens, state.start, length, capacity)
+    origin = _cut(state.origin, state.start, length, capacity)
+    return Generation(tokens, length, Info(*state.counts, state.stop_reason, origin))
+
+
+def is_running(state: State) -> Array:
+    """Whether any row is unfinished: bool []."""
+    return jnp.any(state.stop_reason == RUNNING)
+
+
+def _check(
+    key: Any,
+    target: LanguageModel,
+    target_params: Params,
+    prompt: Any,
+    prompt_length: Any,
+    max_new_tokens: int,
+    limit: Any,
+    stop_ids: StopIds,
+    sampling: Any,
+) -> Request:
+    """The request of a call, checked against the target."""
+    checks.check_mesh(target_params)
+    vocab = None if len(stop_ids) == 0 else target.vocab or checks.vocab_size(target, target_params)
+    return requests.check(
+        key,
+        prompt,
+        prompt_length,
+        max_new_tokens,
+        limit,
+        stop_ids,
+        sampling,
+        vocab=vocab,
+        num_ids=target.num_ids,
+    )
+
+
+def _as_pytree(verify: Verify) -> Verify:
+    """A verifier that can be an argument of a compiled program."""
+    return jax.tree_util.Partial(verify) if jax.tree_util.all_leaves([verify]) else verify
 
 
 def _prefill(
-    target: LanguageModel, params: Params, request: Request, capacity: int, stop_ids: tuple[int, ...], draft_length: int
-) -> State:
+    target: LanguageModel, params: Params, request: Request, cells: int, draft_length: int
+) -> tuple[State, Array | None]:
+    """The state with the target prefilled, and the target's features of the prompts [B P F]."""
     batch, width = request.prompt.shape
-    cells = width + capacity + draft_length + 1  # the slack keeps the last block of a row inside
+    if cells < width + draft_length + 1:  # the slack keeps the last block of a row inside
+        raise ValueError(f"expected at least {width + draft_length + 1} cells for prompts of {width} tokens, got {cells}")
     zero = jnp.zeros(batch, jnp.int32)
-    logits, features, cache = target.apply(params, request.prompt, target.init_cache(batch, cells), zero)
-    if any(i >= logits.shape[-1] for i in stop_ids):
-        raise ValueError(f"expected stop ids within the head's vocabulary, 0 to {logits.shape[-1] - 1}, got {stop_ids}")
-    return State(
+    cache = target.init_cache(batch, cells)
+    checks.check_cache(target, cache, batch, cells)
+    features, cache = checks.check_scores(target.apply(params, request.prompt, cache, zero), cache, target.vocab, batch, width)
+    fresh = None if features is None else jnp.zeros((batch, draft_length + 1, features.shape[-1]), features.dtype)
+    state = State(
         tokens=jnp.zeros((batch, cells), jnp.int32).at[:, :width].set(request.prompt),
         origin=jnp.full((batch, cells), PAD, jnp.int8),
         start=request.prompt_length,
@@ -169,159 +309,18 @@ def _prefill(
         stop_reason=jnp.where(request.limit > 0, RUNNING, LENGTH_LIMIT).astype(jnp.int32),
         keys=request.keys,
         sampling=request.sampling,
-        stop_ids=jnp.asarray(stop_ids, jnp.int32),
-        features=None if features is None else jnp.zeros_like(features[:, 0]),
+        stop_ids=request.stop_ids,
+        features=fresh,
+        num_fresh=zero,
         cache=cache,
         draft=(),
         counts=Counts(zero, zero, zero, jnp.zeros((batch, draft_length), jnp.int32), zero),
     )
+    return state, features
 
 
-def is_running(state: State) -> Array:
-    """Whether any row has not ended: bool []."""
-    return jnp.any(state.stop_reason == RUNNING)
-
-
-def step(target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, verify: Verify, state: State) -> State:
-    """One round for every row; rows that have ended are computed along and left as they are."""
-    proposal, state = propose(draft, draft_params, state)
-    target_probs, features, state = score(target, target_params, proposal, state)
-    _check_proposal(proposal, draft.length, target_probs)
-    return judge(verify, state, proposal, target_probs, features)
-
-
-def propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State]:
-    """The draft's K tokens and their laws."""
-    keys = jax.vmap(lambda key, at: jax.random.fold_in(jax.random.fold_in(key, _DRAFT_STREAM), at))(state.keys, state.length)
-    context = Context(state.tokens, state.start, state.length, _last(state), state.features, state.sampling)
-    proposal, draft_state = draft.propose(params, keys, context, state.draft)
-    return proposal, state._replace(draft=draft_state)
-
-
-def score(target: LanguageModel, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array | None, State]:
-    """The target's laws float32 [B K+1 V] after the last token and each drafted one, and its features [B K+1 F].
-
-    Each law sees the tokens drafted before it as its history, as it would had they been emitted.
-    """
-    block = jnp.concatenate([_last(state)[:, None], proposal.tokens], axis=1)
-    logits, features, cache = target.apply(params, block, state.cache, state.length - 1)
-    tokens = _write(state.tokens, proposal.tokens, state.length, jnp.full_like(state.length, proposal.tokens.shape[1]))
-    lengths = state.length[:, None] + jnp.arange(block.shape[1])
-    probs = laws.probabilities(logits, state.sampling, History(tokens, state.start, lengths))
-    return probs, features, state._replace(cache=cache)
-
-
-def judge(verify: Verify, state: State, proposal: Proposal, target_probs: Array, features: Array | None) -> State:
-    """Lets the verifier decide on every row, and commits what stands."""
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
-    proposal, target_probs, sound = _sound(proposal, target_probs)
-    verdict = jax.vmap(verify)(keys, proposal.tokens, proposal.probs, target_probs)
-    return commit(state, proposal, verdict, sound, features)
-
-
-def commit(state: State, proposal: Proposal, verdict: Verdict, sound: Array, features: Array | None) -> State:
-    """Appends what stands of each proposal and the token that follows it, up to the row's end, and counts.
-
-    ``sound`` int32 [B]: how many tokens of the block rest on finite laws; a row that needed more of them ends as NON_FINITE.
-    """
-    K = proposal.tokens.shape[1]
-    position = jnp.arange(K + 1)
-    accepted, token = verdict.num_accepted[:, None], verdict.token[:, None]
-    block = jnp.where(position < accepted, jnp.concatenate([proposal.tokens, token], axis=1), token)
-    origin = jnp.where(position < accepted, ACCEPTED, jnp.where(accepted < K, CORRECTION, BONUS)).astype(jnp.int8)
-
-    stops = (block[:, :, None] == state.stop_ids).any(-1)
-    until_stop = jnp.min(jnp.where(stops, position + 1, K + 1), axis=1)
-    room = state.end - state.length
-    wanted = jnp.minimum(jnp.minimum(verdict.num_accepted + 1, until_stop), room)
-    running = state.stop_reason == RUNNING
-    emitted = jnp.where(running, jnp.minimum(wanted, sound), 0)
-
-    reason = jnp.where(emitted == room, LENGTH_LIMIT, RUNNING)
-    reason = jnp.where(stops.any(1) & (emitted == until_stop), STOP_TOKEN, reason)
-    reason = jnp.where(emitted < wanted, NON_FINITE, reason)
-    reason = jnp.where(running, reason, state.stop_reason)
-    drafted = jnp.minimum(jnp.where(reason == RUNNING, room, emitted), K)
-    return state._replace(
-        tokens=_write(state.tokens, block, state.length, emitted),
-        origin=_write(state.origin, origin, state.length, emitted),
-        length=state.length + emitted,
-        stop_reason=reason,
-        features=_features(state.features, features, emitted),
-        counts=_count(state.counts, verdict, emitted, drafted),
-    )
-
-
-def _count(counts: Counts, verdict: Verdict, emitted: Array, drafted: Array) -> Counts:
-    """Adds a round in which ``emitted`` tokens were appended and ``drafted`` ones lay before the row's end."""
-    drafted = jnp.where(emitted > 0, drafted, 0)
-    accepted = jnp.minimum(verdict.num_accepted, emitted)
-    exact = accepted if verdict.num_exact is None else jnp.minimum(verdict.num_exact, accepted)
-    at = jnp.arange(counts.accepted_per_position.shape[1]) < accepted[:, None]
-    added = Counts((emitted > 0).astype(jnp.int32), drafted, accepted, at.astype(jnp.int32), exact)
-    return jax.tree.map(jnp.add, counts, added)
-
-
-def finish(state: State, capacity: int) -> Generation:
-    """What was emitted, cut out of the buffers: tokens [B ``capacity``]."""
-    length = state.length - state.start
-
-    def cut(buffer: Array, start: Array, length: Array) -> Array:
-        emitted = jax.lax.dynamic_slice_in_dim(buffer, start, capacity)
-        return jnp.where(jnp.arange(capacity) < length, emitted, PAD)
-
-    tokens = jax.vmap(cut)(state.tokens, state.start, length)
-    origin = jax.vmap(cut)(state.origin, state.start, length)
-    return Generation(tokens, length, Info(*state.counts, state.stop_reason, origin))
-
-
-def _check_proposal(proposal: Proposal, draft_length: int, target_probs: Array) -> None:
-    batch, _, vocab = target_probs.shape
-    expected = (batch, draft_length), (batch, draft_length, vocab)
-    came = proposal.tokens.shape, proposal.probs.shape
-    if came != expected:
-        raise ValueError(
-            f"expected the draft to propose tokens and laws of shapes {expected}, as the target has them, got {came}"
-        )
-
-
-def _last(state: State) -> Array:
-    """The last token of each row, int32 [B]."""
-    return jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-
-
-def _write(buffer: Array, block: Array, start: Array, count: Array) -> Array:
-    """Writes the first ``count`` [B] of each row of ``block`` [B T] to ``buffer`` [B S] from ``start`` [B].
-
-    As a choice in each cell: T is small, and of a scatter a TPU makes a loop.
-    """
-    place = jnp.arange(buffer.shape[1]) - start[:, None]
-    for t in range(block.shape[1]):
-        buffer = jnp.where((place == t) & (t < count[:, None]), block[:, t, None], buffer)
-    return buffer
-
-
-def _sound(proposal: Proposal, target_probs: Array) -> tuple[Proposal, Array, Array]:
-    """Puts a uniform law in the place of those that are not finite, and says how many tokens of a block stand before the first.
-
-    A verifier may loop until a draw succeeds, which under a law of NaN would be never.
-    """
-    drafted, scored = _is_law(proposal.probs), _is_law(target_probs)
-    uniform = 1.0 / target_probs.shape[-1]
-    draft_probs = jnp.where(drafted[:, :, None], proposal.probs, uniform)
-    target_probs = jnp.where(scored[:, :, None], target_probs, uniform)
-    both = scored.at[:, : drafted.shape[1]].min(drafted)
-    return proposal._replace(probs=draft_probs), target_probs, jnp.cumprod(both.astype(jnp.int32), axis=1).sum(1)
-
-
-def _is_law(probs: Array) -> Array:
-    """False where logits were not finite, which ``sampling.probabilities`` says by NaN: bool [...] from [... V]."""
-    return jnp.isfinite(probs).all(-1)
-
-
-def _features(old: Array | None, new: Array | None, emitted: Array) -> Array | None:
-    """The features that predicted the last emitted token; where nothing was emitted, as they were."""
-    if old is None or new is None:
-        return old
-    last = jnp.take_along_axis(new, jnp.maximum(emitted - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where(emitted[:, None] > 0, last, old)
+def _cut(buffer: Array, start: Array, length: Array, width: int) -> Array:
+    """Of each row [S] the ``length`` [B] elements from ``start`` [B] on, padded with PAD: [B ``width``]."""
+    position = jnp.arange(width, dtype=jnp.int32)
+    found = jnp.take_along_axis(buffer, jnp.minimum(start[:, None] + position, buffer.shape[1] - 1), axis=1)
+    return jnp.where(position < length[:, None], found, PAD)

@@ -1,38 +1,65 @@
 """The contracts of jaxspec: what flows between target, draft, verifier and codec. No logic; read this file first.
 
 Axes, in every docstring and annotation:
-    B batch   K drafted tokens   T block of tokens (K + 1 when the target scores a proposal)   S cache cells / buffer length
-    V vocabulary of the head     D width   F width of the target's features   H heads   G group size   Q codebooks   N samples
+    B batch   P prompt   K drafted tokens   T block (K + 1 when the target scores a proposal)   S cells of a cache or buffer
+    V vocabulary of the head   D width   F width of the target's features   H heads   G group size   Q codebooks   N samples
 
-Ids. The *head's vocabulary* comes first: ids 0 .. V-1 are the speech codes and then the stop ids, and only these are drafted,
-scored and emitted. Ids from V upwards are rows of the input tables that occur in prompts alone (text, voice names, markers).
+Distributions. p is the draft's and q the target's, as in the papers of SSD and PCG (Leviathan et al. 2022 swap the letters).
+
+Ids. The *head's vocabulary* comes first: ids 0 .. V-1 are the speech codes and then the stop ids; only these are drafted, scored
+and emitted. Ids from V upwards are rows of the input tables that occur in prompts only (text, voice names, markers).
 
 Positions. Token ``t`` of a row's buffer has position ``t``, and cell ``t`` of a cache holds what was computed from it. A row of
-length L has its last token at position L - 1; that token is always fed again at the start of a round, so caches need to be right
-for positions below L - 1 alone, and to roll back is to set the length.
+length L has its last token at position L - 1. That token is fed again at the start of a round, so a cache needs to be valid for
+positions below L - 1 only, and rolling back means setting the length.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 Array = jax.Array
 Params = Any  # a tree of arrays
 Cache = Any  # a tree of arrays with B as the leading axis
+DraftState = Any  # a tree of arrays with B as the leading axis
 Condition = Any  # a tree of arrays with B as the leading axis, or None
+
+
+class Apply(Protocol):
+    """Scores a block of tokens whose first one has position ``length``, and writes cells length .. length + T - 1.
+
+    (params, tokens int32 [B T], cache, length int32 [B]) -> (logits [B T V], features [B T F] or None, cache). Logits are of any
+    float type. The features of a position are hidden states computed from the tokens up to it; None where no draft needs them.
+    """
+
+    def __call__(self, params: Params, tokens: Array, cache: Cache, length: Array, /) -> tuple[Array, Array | None, Cache]:
+        """Scores a block."""
+        ...
+
+
+class InitCache(Protocol):
+    """(batch, cells) -> a cache whose arrays have B as the leading axis and hold ``cells`` positions."""
+
+    def __call__(self, batch: int, cells: int, /) -> Cache:
+        """Makes an empty cache."""
+        ...
 
 
 class LanguageModel(NamedTuple):
     """A causal language model as two pure functions.
 
-    apply(params, tokens int32 [B T], cache, length int32 [B]) -> (logits float32 [B T V], features [B T F] | None, cache)
-        scores a block whose first token stands at position ``length``; writes cells length .. length + T - 1.
-    init_cache(batch, cells) -> cache
+    Attributes:
+        apply: see ``Apply``.
+        init_cache: see ``InitCache``.
+        vocab: V; None: found by tracing ``apply`` where it is needed.
+        num_ids: the ids that ``apply`` accepts are 0 .. num_ids - 1; None: unknown, and prompts are not checked against it.
     """
 
-    apply: Callable[..., tuple[Array, Array | None, Cache]]
-    init_cache: Callable[[int, int], Cache]
+    apply: Apply
+    init_cache: InitCache
+    vocab: int | None = None
+    num_ids: int | None = None
 
 
 class SamplingRows(NamedTuple):
@@ -43,16 +70,16 @@ class SamplingRows(NamedTuple):
     top_p: Array  # float32; 1 is off
     min_p: Array  # float32; 0 is off
     repetition_penalty: Array  # float32; 1 is off
-    repetition_window: Array  # int32; 0 is off: repetition-aware sampling looks back over so many emitted tokens
+    repetition_window: Array  # int32; 0 is off: repetition-aware sampling looks back over this many emitted tokens
     repetition_redraw_all: Array  # bool; the older variant: the redraw may give the repeated token again
-    withheld: Array  # int32; an id that does not come before ``min_new_tokens``; -1 is none
+    withheld: Array  # int32; an id that is not sampled before ``min_new_tokens``; -1 is none
     min_new_tokens: Array  # int32; 0 is off
 
 
 class History(NamedTuple):
-    """What a row has said before the position that is being sampled.
+    """The tokens of a row before the position that is being sampled.
 
-    ``tokens`` int32 [... S] is the buffer of prompt and emitted tokens; the prompt is tokens[:start] and the emitted ones are
+    ``tokens`` int32 [... S] is the buffer of prompt and emitted tokens: the prompt is tokens[:start], the emitted ones are
     tokens[start:length]. Ids outside the head's vocabulary are ignored. ``start`` and ``length`` are int32 [...].
     """
 
@@ -62,47 +89,81 @@ class History(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a draft may look at: the rows as they stand at the start of a round."""
+    """What a draft may read: the rows at the start of a round.
 
-    tokens: Array  # int32 [B S], prompt and emitted tokens; what lies beyond a row's length is garbage
+    The features are those of the positions that the last round committed: row i < num_fresh of ``features`` belongs to position
+    length - 1 - num_fresh + i, so the newest one, row num_fresh - 1, predicted ``last``; the rows after it are garbage. In the
+    first round num_fresh is 0, as ``Draft.init`` has been given the prompt's. ``last`` itself has no features yet.
+    """
+
+    tokens: Array  # int32 [B S], prompt and emitted tokens; garbage beyond a row's length
     start: Array  # int32 [B], the length of the row's prompt
     length: Array  # int32 [B], prompt and emitted tokens
     last: Array  # int32 [B], tokens[length - 1]
-    features: Array | None  # [B F], the target's features that predicted ``last`` (zeros before the first round)
-    sampling: SamplingRows  # the law by which the target samples; a draft follows it
+    features: Array | None  # [B T F], T = K + 1 (1 in the plain loop); None where the target computes none
+    num_fresh: Array  # int32 [B], 0 .. T
+    sampling: SamplingRows  # how the target samples; a draft follows it
 
 
 class Proposal(NamedTuple):
-    """K drafted tokens and the law that each was drawn from."""
+    """K drafted tokens and the distribution that each was drawn from."""
 
     tokens: Array  # int32 [B K]
     probs: Array  # float32 [B K V]
 
 
-class Draft(NamedTuple):
-    """Something that proposes: a smaller model, heads on the target's features, a block drafter, an n-gram look-up.
+class InitDraft(Protocol):
+    """The prefill of a draft.
 
-    length: K, static.
-    init(params, prompt int32 [B P], prompt_length int32 [B], cells) -> state       (the prefill)
-    propose(params, keys [B], context, state) -> (Proposal, state)                  (keys: one per row, consumed)
+    (params, prompt int32 [B P], prompt_length int32 [B], cells, features [B P F] or None) -> state, whose arrays have B as the
+    leading axis, so that a row can be put into a running loop. Features are valid below each row's prompt_length.
+    """
+
+    def __call__(self, params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
+        """Makes the state before the first round."""
+        ...
+
+
+class Propose(Protocol):
+    """(params, keys [B], context, state) -> (Proposal, state). Each row's key is consumed."""
+
+    def __call__(self, params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
+        """Proposes K tokens for every row."""
+        ...
+
+
+class Draft(NamedTuple):
+    """Proposes tokens: a smaller model, heads on the target's features, a block drafter, an n-gram look-up.
+
+    Attributes:
+        length: K, static.
+        init: see ``InitDraft``.
+        propose: see ``Propose``.
     """
 
     length: int
-    init: Callable[..., Any]
-    propose: Callable[..., tuple[Proposal, Any]]
+    init: InitDraft
+    propose: Propose
 
 
 class Verdict(NamedTuple):
-    """How much of a proposal stands, and the token that follows it."""
+    """How many tokens of a proposal are accepted, and the token that follows them."""
 
     num_accepted: Array  # int32 [], 0 .. K: the accepted tokens are a prefix of the proposal
     token: Array  # int32 [], the correction after a rejection, the bonus token when all K are accepted
-    num_exact: Array | None = None  # int32 [], how many of the accepted the exact rule takes too, with the same uniforms
+    num_exact: Array | None = None  # int32 [], how many of the accepted tokens the exact rule accepts with the same uniforms
 
 
-# verify(key, draft_tokens int32 [K], draft_probs [K V], target_probs [K+1 V]) -> Verdict, for ONE sequence; the loop vmaps it.
-# A verifier with arrays in it is a jax.tree_util.Partial, so that they travel as arguments of the compiled program.
-Verify = Callable[[Array, Array, Array, Array], Verdict]
+class Verify(Protocol):
+    """A rule of acceptance for ONE sequence; the loop maps it over the batch with a key for each row.
+
+    (key, draft_tokens int32 [K], draft_probs [K V], target_probs [K+1 V]) -> Verdict. A verifier that holds arrays is a
+    ``jax.tree_util.Partial``, so that they are arguments of the compiled program and not constants in it.
+    """
+
+    def __call__(self, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array, /) -> Verdict:
+        """Accepts a prefix of the proposal."""
+        ...
 
 
 class Codec(NamedTuple):

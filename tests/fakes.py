@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import sampling as laws
-from jaxspec import speculate
+from jaxspec import sampling
+from jaxspec.state import ACCEPTED, PAD, RUNNING
 from jaxspec.types import Draft, History, LanguageModel, Proposal, Verdict
 
 HASHES = 97
@@ -50,10 +50,21 @@ def feature_heads(draft_length):
     """Heads on the target's features, all drawn at once, each blind to what the others draw (like Medusa): params [K F V]."""
 
     def propose(params, keys, context, state):
-        logits = jnp.einsum("bf,kfv->bkv", context.features, params)
+        state = newest(context.features, context.num_fresh, state)
+        logits = jnp.einsum("bf,kfv->bkv", state, params)
         return _independent(keys, logits, context), state
 
-    return Draft(draft_length, lambda params, prompt, prompt_length, cells: (), propose)
+    def init(params, prompt, prompt_length, cells, features):
+        """The features that predicted the last token of the prompt; zeros for a prompt of one token."""
+        return newest(features, prompt_length - 1, jnp.zeros_like(features[:, 0]))
+
+    return Draft(draft_length, init, propose)
+
+
+def newest(features, count, otherwise):
+    """Row count - 1 of the features [B T F], or ``otherwise`` [B F] where the count [B] is 0."""
+    last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(count[:, None] > 0, last, otherwise)
 
 
 def block_drafter(draft_length, vocab):
@@ -63,13 +74,13 @@ def block_drafter(draft_length, vocab):
         logits = params[jnp.minimum(context.last, vocab - 1)] / (1 + state[:, None, None])
         return _independent(keys, logits, context), state + 1
 
-    return Draft(draft_length, lambda params, prompt, prompt_length, cells: jnp.zeros(prompt.shape[0]), propose)
+    return Draft(draft_length, lambda params, prompt, prompt_length, cells, features: jnp.zeros(prompt.shape[0]), propose)
 
 
 def _independent(keys, logits, context):
-    """Draws every token of a block by the row's law, each without sight of the others."""
-    probs = laws.probabilities(logits, context.sampling, History(context.tokens, context.start, context.length))
-    return Proposal(jax.vmap(laws.sample)(keys, probs), probs)
+    """Draws every token of a block by the row's distribution, each without sight of the others."""
+    probs = sampling.probabilities(logits, context.sampling, History(context.tokens, context.start, context.length))
+    return Proposal(jax.vmap(sampling.sample)(keys, probs), probs)
 
 
 def accept_all(key, draft_tokens, draft_probs, target_probs):
@@ -79,7 +90,7 @@ def accept_all(key, draft_tokens, draft_probs, target_probs):
 
 def reject_all(key, draft_tokens, draft_probs, target_probs):
     """Takes no drafted token, and draws from the target's first law with the key as it is, as the plain loop does."""
-    return Verdict(jnp.int32(0), laws.sample(key, target_probs[0]))
+    return Verdict(jnp.int32(0), sampling.sample(key, target_probs[0]))
 
 
 def prompts(seed, batch, width, vocab):
@@ -91,11 +102,11 @@ def prompts(seed, batch, width, vocab):
 def assert_counted(generation):
     """What is true of every Info."""
     info, length = generation.info, np.asarray(generation.length)
-    assert (np.asarray(generation.tokens) != speculate.PAD).sum(1).tolist() == length.tolist()
+    assert (np.asarray(generation.tokens) != PAD).sum(1).tolist() == length.tolist()
     by_origin = [(np.asarray(info.origin) == kind).sum(1) for kind in range(3)]
     np.testing.assert_array_equal(sum(by_origin), length)
-    np.testing.assert_array_equal(by_origin[speculate.ACCEPTED], info.accepted)
+    np.testing.assert_array_equal(by_origin[ACCEPTED], info.accepted)
     np.testing.assert_array_equal(info.accepted_per_position.sum(1), info.accepted)
     assert (info.accepted <= info.drafted).all()
     assert (info.exact_matches <= info.accepted).all()
-    assert (info.stop_reason != speculate.RUNNING).all()
+    assert (info.stop_reason != RUNNING).all()

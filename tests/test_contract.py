@@ -38,7 +38,7 @@ VERIFIERS = {
 @pytest.mark.parametrize("name", DRAFTS)
 def test_a_draft_has_the_names_of_the_contract(name):
     draft, _ = DRAFTS[name]
-    assert list(inspect.signature(draft.init).parameters) == ["params", "prompt", "prompt_length", "cells"]
+    assert list(inspect.signature(draft.init).parameters) == ["params", "prompt", "prompt_length", "cells", "features"]
     assert list(inspect.signature(draft.propose).parameters) == ["params", "keys", "context", "state"]
     hash(draft)
 

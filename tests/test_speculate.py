@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import request, sampling, speculate
+from jaxspec import request, rounds, sampling, speculate
+from jaxspec import state as state_lib
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.sampling import Sampling
 from jaxspec.types import Draft, History
@@ -51,8 +52,8 @@ def by_hand(prompt, limit, stop):
     while len(tokens) - len(prompt) < limit:
         tokens.append(int(np.argmax(np.asarray(TARGET)[fakes.prefix_hash(tokens)])))
         if tokens[-1] == stop:
-            return tokens[len(prompt) :], speculate.STOP_TOKEN
-    return tokens[len(prompt) :], speculate.LENGTH_LIMIT
+            return tokens[len(prompt) :], state_lib.STOP_TOKEN
+    return tokens[len(prompt) :], state_lib.LENGTH_LIMIT
 
 
 def test_the_oracle_agrees_with_numpy():
@@ -77,8 +78,8 @@ def test_greedy_speculation_is_greedy_decoding(K):
     fakes.assert_counted(out)
     if K > 1:  # the ends that are easy to get wrong do occur: inside an accepted block, that is on an accepted token
         last = np.asarray(out.info.origin)[np.arange(32), np.asarray(out.length) - 1]
-        for reason in (speculate.STOP_TOKEN, speculate.LENGTH_LIMIT):
-            assert ((last == speculate.ACCEPTED) & (np.asarray(out.info.stop_reason) == reason)).any()
+        for reason in (state_lib.STOP_TOKEN, state_lib.LENGTH_LIMIT):
+            assert ((last == state_lib.ACCEPTED) & (np.asarray(out.info.stop_reason) == reason)).any()
 
 
 def test_without_drafts_the_same_keys_give_the_same_tokens():
@@ -202,22 +203,25 @@ def test_garbage_in_the_caches_and_the_padding_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, clean, speculative(prompt=padded))
 
 
+CELLS = PROMPT.shape[1] + N + 3 + 1
+
+
 def started(limit=None):
     checked = request.check(jax.random.key(7), PROMPT, PROMPT_LENGTH, N, limit, (6,), Sampling())
-    return speculate.init(LM, TARGET, model_draft(LM, 3), DRAFT, checked, N, (6,))
+    return speculate.init(LM, TARGET, model_draft(LM, 3), DRAFT, checked, CELLS)
 
 
 @jax.jit
 def advance(state):
-    return speculate.step(LM, TARGET, model_draft(LM, 3), DRAFT, exact(), state)
+    return rounds.step(LM, TARGET, model_draft(LM, 3), DRAFT, exact(), state)
 
 
 def test_finished_rows_do_not_move():
     state = started(limit=[0, 12, 1, 12, 12, 0])
-    seen = lambda state: state._replace(cache=(), draft=(), keys=(), stop_ids=())  # noqa: E731
+    seen = lambda state: state._replace(cache=(), draft=(), keys=())  # noqa: E731
     while bool(speculate.is_running(state)):
         new = advance(state)
-        done = np.asarray(state.stop_reason != speculate.RUNNING)
+        done = np.asarray(state.stop_reason != state_lib.RUNNING)
         for a, b in zip(seen(state), seen(new), strict=True):
             jax.tree.map(lambda a, b, done=done: np.testing.assert_array_equal(a[done], b[done]) if a.size else None, a, b)
         assert (new.length[~done] > state.length[~done]).all()
@@ -248,9 +252,9 @@ def test_a_law_that_is_not_finite_ends_its_row_and_no_other(bad, law):
     prefix = PROMPT[row, : PROMPT_LENGTH[row]].tolist() + clean.tokens[row, :after].tolist()
     broken = TARGET.at[fakes.prefix_hash(prefix), 2].set(bad)
     out = plain(sampling=law, params=broken)
-    assert int(out.info.stop_reason[row]) == speculate.NON_FINITE
-    assert out.tokens[row].tolist() == clean.tokens[row, :after].tolist() + [speculate.PAD] * (N - after)
-    fine = np.asarray(out.info.stop_reason != speculate.NON_FINITE)
+    assert int(out.info.stop_reason[row]) == state_lib.NON_FINITE
+    assert out.tokens[row].tolist() == clean.tokens[row, :after].tolist() + [state_lib.PAD] * (N - after)
+    fine = np.asarray(out.info.stop_reason != state_lib.NON_FINITE)
     np.testing.assert_array_equal(out.tokens[fine], clean.tokens[fine])
     assert fine.any()
     drafted = speculative(params=broken, sampling=law)
@@ -262,7 +266,7 @@ def test_a_law_that_is_not_finite_ends_its_row_and_no_other(bad, law):
 
 def test_a_draft_whose_law_is_not_finite_ends_its_row():
     out = speculative(draft_params=jnp.full_like(DRAFT, jnp.nan))
-    assert (out.info.stop_reason == speculate.NON_FINITE).all()
+    assert (out.info.stop_reason == state_lib.NON_FINITE).all()
     assert (out.length == 0).all()
 
 

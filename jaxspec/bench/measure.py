@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import request as requests
-from jaxspec import speculate, verify
+from jaxspec import rounds, speculate, verify
 from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.draft import model_draft
 from jaxspec.groups import Groups
@@ -136,7 +136,7 @@ class _Timed:
         self.models, self.case = models, case
         self.lm, self.draft = models.lm(), models.drafter(case.draft_length)
         self.rule = None if case.rule == "autoregressive" else models.rule(case.rule)
-        self._init = jax.jit(speculate.init, static_argnums=(0, 2, 5, 6))
+        self._init = jax.jit(speculate.init, static_argnums=(0, 2, 5))
         self._parts = {
             "draft": jax.jit(functools.partial(_propose, self.draft), donate_argnums=1),
             "target": jax.jit(functools.partial(_score, self.lm), donate_argnums=1),
@@ -167,7 +167,8 @@ class _Timed:
             key, prompt, length, *(fields[name] for name in ("max_new_tokens", "limit", "stop_ids", "sampling"))
         )
         models = (self.lm, self.models.target_params, self.draft, self.models.draft_params)
-        state = self._clock("prefill", lambda: self._init(*models, request, asked.max_new_tokens, asked.stop_ids))
+        cells = prompt.shape[1] + asked.max_new_tokens + self.draft.length + 1
+        state = self._clock("prefill", lambda: self._init(*models, request, cells))
         if self.rule is None:
             loop = functools.partial(speculate.autoregressive, key, self.lm, self.models.target_params, prompt, length, **fields)
         else:
@@ -232,15 +233,15 @@ def _peak_bytes() -> int:
 
 
 def _propose(draft: Draft, params: Params, state: State) -> Any:
-    return speculate.propose(draft, params, state)
+    return rounds.propose(draft, params, state)
 
 
 def _score(lm: LanguageModel, params: Params, state: State, proposal: Any) -> Any:
-    return speculate.score(lm, params, proposal, state)
+    return rounds.score(lm, params, proposal, state)
 
 
 def _settle(rule: Verify, state: State, proposal: Any, target_probs: Array, features: Array | None) -> State:
-    return speculate.judge(rule, state, proposal, target_probs, features)
+    return rounds.verify_and_commit(rule, state, proposal, target_probs, features)
 
 
 def _row(case: Case, timed: _Timed | _Auto) -> dict[str, Any]:

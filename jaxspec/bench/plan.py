@@ -99,16 +99,15 @@ def plan(settings: Settings) -> dict[str, Any]:
     placed = _placed(shapes, jax.sharding.SingleDeviceSharding(devices[0]))
     target = transformer.language_model(pair.target)
     draft = model_draft(transformer.language_model(pair.draft), settings.draft_length)
-    stops = tuple(range(pair.target.vocab - pair.stops, pair.target.vocab))
     prefill, prefill_s = _compile(
-        jax.jit(speculate.init, static_argnums=(0, 2, 5, 6)).lower(
-            target, placed.target_params, draft, placed.draft_params, placed.request, settings.capacity, stops
+        jax.jit(speculate.init, static_argnums=(0, 2, 5)).lower(
+            target, placed.target_params, draft, placed.draft_params, placed.request, settings.cells
         )
     )
-    loop, loop_s = _compile(speculate._generate.lower(target, draft, settings.capacity, stops, *placed))
+    loop, loop_s = _compile(speculate._generate.lower(target, draft, settings.capacity, *placed))
     before, program = hlo.parse(prefill.as_text()), hlo.parse(loop.as_text())
     plain, plain_s = _compile(
-        speculate._autoregressive.lower(target, settings.capacity, stops, placed.target_params, placed.request)
+        speculate._autoregressive.lower(target, settings.capacity, placed.target_params, placed.request)
     )
     reads = {
         name: roofline.model_pass(config, settings.batch, 1, settings.cells).bytes
@@ -181,7 +180,8 @@ def arguments(settings: Settings, pair: Pair) -> Arguments:
     groups = Groups(whole((vocab, size)), whole((vocab,)), whole((codes * size + pair.stops,)), whole((vocab,)), whole((vocab,)))
     prompt = np.zeros((settings.batch, settings.prompt_length), np.int32)
     lengths = np.full(settings.batch, settings.prompt_length)
-    asked = jax.eval_shape(lambda: request.check(jax.random.key(0), prompt, lengths, settings.capacity, None, (), Sampling()))
+    stops = tuple(range(codes, vocab))
+    asked = jax.eval_shape(lambda: request.check(jax.random.key(0), prompt, lengths, settings.capacity, None, stops, Sampling()))
     return Arguments(params(pair.target), params(pair.draft), coarse_grained(groups), asked)
 
 

@@ -1,4 +1,4 @@
-"""Drafts: each builder gives a ``jaxspec.types.Draft``. The same arguments give the same object, so that nothing recompiles."""
+"""Drafts: each builder returns a ``jaxspec.types.Draft``; the same arguments give the same object, which reuses programs."""
 
 from jaxspec.draft.model import model_draft
 from jaxspec.draft.ngram import ngram_draft

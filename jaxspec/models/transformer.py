@@ -1,6 +1,6 @@
-"""One decoder transformer for the Llama, Qwen2 and Qwen3 family, in linen.
+"""A decoder-only transformer for the Llama, Qwen2 and Qwen3 families, in Flax linen.
 
-RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU. What sets the members apart is in ``Config``.
+Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU. The differences between the families are in ``Config``.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.types import Array, Cache, LanguageModel
+from jaxspec.models.placement import Placement
+from jaxspec.types import Array, Cache, LanguageModel, Params
 
-_FEW = 32  # rows: of a step, not of a prefill or of training
+_FEW = 32  # rows of a decoding step, as opposed to a prefill or a training batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,29 @@ class RopeScaling:
 class Config:
     """The shape of a transformer.
 
-    input_tables: rows of each input table; ids run through them one after the other. The first ids are the head's vocabulary.
-    vocab: V, the rows of the output head. Tied, the head is the first V rows of the first input table.
-    padding: the last so many of the V rows stand for no token, so that a mesh divides V; their logits are -inf.
+    Attributes:
+        input_tables: rows of each input table; ids run through them in order. The first ids are the head's vocabulary.
+        vocab: V, the rows of the output head. A tied head is the first V rows of the first input table.
+        width: D of the residual stream.
+        layers: number of layers.
+        heads: query heads.
+        kv_heads: key/value heads, a divisor of ``heads``.
+        head_dim: dimensions of a head.
+        mlp_width: hidden width of SwiGLU.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: Llama 3's scaling of them.
+        norm_eps: epsilon of RMSNorm.
+        qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+        qk_norm: whether queries and keys are normalised per head (Qwen3).
+        tied: whether head and first input table are one.
+        head_bias: whether the head has a bias.
+        padding: the last ``padding`` of the V rows are no tokens, so that a mesh divides V; their logits are -inf.
+        dtype: of activations and KV cache.
+        feature_layers: which hidden states are the features for drafts, concatenated to [B T F]: i < layers is the residual
+            stream after layer i, ``layers`` is the output of the final norm. () computes none.
+
+    Raises:
+        ValueError: heads that kv_heads does not divide, a tied head beyond its table, or a feature layer that does not exist.
     """
 
     input_tables: tuple[int, ...]
@@ -54,12 +75,15 @@ class Config:
     head_bias: bool = False
     padding: int = 0
     dtype: str = "float32"
+    feature_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"expected heads to be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         if self.tied and self.vocab > self.input_tables[0]:
             raise ValueError(f"expected a tied head within the {self.input_tables[0]} rows of the first table, got {self.vocab}")
+        if any(not 0 <= i <= self.layers for i in self.feature_layers):
+            raise ValueError(f"expected feature layers from 0 to {self.layers}, got {self.feature_layers}")
 
 
 def rope_frequencies(config: Config) -> Array:
@@ -181,7 +205,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to logits over the head's vocabulary, and the final features."""
+    """Tokens to logits over the head's vocabulary, and to the features that drafts read."""
 
     config: Config
 
@@ -198,7 +222,7 @@ class Transformer(nn.Module):
             self.bias = self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab,))
 
     def embed(self, tokens: Array) -> Array:
-        """int32 [B T] -> [B T D]: each id from the table that it falls into."""
+        """int32 [B T] -> [B T D]: each id from the table that holds it."""
         dtype = jnp.dtype(self.config.dtype)
         x, first = self.tables[0].astype(dtype)[jnp.clip(tokens, 0, self.config.input_tables[0] - 1)], 0
         for table, rows in zip(self.tables[1:], self.config.input_tables, strict=False):
@@ -208,10 +232,10 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, x: Array) -> Array:
-        """Features [B T D] -> float32 [B T V]."""
+        """The normalised residual stream [B T D] -> float32 [B T V]."""
         c = self.config
         head = (self.tables[0][: c.vocab] if c.tied else self.head).astype(x.dtype)
-        if x.shape[0] * x.shape[1] <= _FEW:  # rows of the head times x: on a CPU up to 1.4 times as quick as x times its columns
+        if x.shape[0] * x.shape[1] <= _FEW:  # head @ x is up to 1.4 times as fast on CPU as x @ head.T
             y = jnp.moveaxis(jnp.einsum("vd,btd->vbt", head, x, preferred_element_type=jnp.float32), 0, -1)
         else:
             y = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
@@ -220,55 +244,75 @@ class Transformer(nn.Module):
 
     def __call__(
         self, tokens: Array, cache: tuple[kv.KVCache, ...] | None = None, length: Array | None = None
-    ) -> tuple[Array, Array, tuple[kv.KVCache, ...] | None]:
-        """Scores a block: tokens int32 [B T] at positions length .. -> (logits float32 [B T V], features [B T D], cache).
+    ) -> tuple[Array, Array | None, tuple[kv.KVCache, ...] | None]:
+        """Scores a block: tokens int32 [B T] at positions length .. -> (logits float32 [B T V], features [B T F], cache).
 
-        Without a cache the block stands at position 0 and attends to itself alone, as in training.
+        Without a cache the block begins at position 0 and attends to itself only, as in training.
         """
         batch, block = tokens.shape
         length = jnp.zeros(batch, jnp.int32) if length is None else length
-        position = length[:, None] + jnp.arange(block)
+        position = length[:, None] + jnp.arange(block, dtype=jnp.int32)
         mask = kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
-        x, new = self.embed(tokens), []
+        x, hidden, new_cache = self.embed(tokens), [], []
         for i, layer in enumerate(self.stack):
             x, layer_cache = layer(x, position, mask, None if cache is None else cache[i])
-            new.append(layer_cache)
+            hidden.append(x)
+            new_cache.append(layer_cache)
         x = self.norm(x)
-        return self.logits(x), x, None if cache is None else tuple(new)
+        hidden.append(x)
+        wanted = [hidden[i] for i in self.config.feature_layers]
+        features = jnp.concatenate(wanted, axis=-1) if wanted else None
+        return self.logits(x), features, None if cache is None else tuple(new_cache)
 
 
 @functools.lru_cache
 def language_model(config: Config) -> LanguageModel:
     """The transformer as the pair of pure functions that the loop takes; the same object for the same config.
 
-    To a TPU a lone token goes twice: before the seventh, they take a matrix times one vector to their vector unit, at a quarter
-    of the bandwidth (``jaxspec plan`` shows it). The second's cell lies in the slack of the cache, see ``cache.write``.
+    On TPU a single-token step is padded to two tokens: generations before the seventh compute a matrix times one vector on their
+    vector unit, at a quarter of the bandwidth (``jaxspec plan`` shows it). The cell of the second is in the slack of the cache,
+    see ``cache.write``.
     """
     model = Transformer(config)
 
-    def once(params: Any, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array, Cache]:
+    def once(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
         return model.apply({"params": params}, tokens, cache, length)
 
-    def twice(params: Any, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array, Cache]:
+    def padded(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
         logits, features, cache = once(params, jnp.repeat(tokens, 2, axis=1), cache, length)
-        return logits[:, :1], features[:, :1], cache
+        return logits[:, :1], None if features is None else features[:, :1], cache
 
-    def apply(params: Any, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array, Cache]:
+    def apply(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
         if tokens.size > 1:
             return once(params, tokens, cache, length)
-        return jax.lax.platform_dependent(params, tokens, cache, length, tpu=twice, default=once)
+        return jax.lax.platform_dependent(params, tokens, cache, length, tpu=padded, default=once)
 
     def init_cache(batch: int, cells: int) -> Cache:
         cell = functools.partial(kv.init, batch, cells, config.kv_heads, config.head_dim, jnp.dtype(config.dtype))
         return tuple(cell() for _ in range(config.layers))
 
-    return LanguageModel(apply, init_cache)
+    return LanguageModel(apply, init_cache, config.vocab, sum(config.input_tables))
 
 
-def init_params(key: Array, config: Config) -> Any:
-    """Random parameters, float32, as a plain tree (logical axis names removed; ``logical_axes`` gives them)."""
-    variables = jax.jit(Transformer(config).init)(key, jnp.zeros((1, 1), jnp.int32))
-    return nn.meta.unbox(variables["params"])
+def init_params(key: Array, config: Config, placement: Placement | None = None) -> Params:
+    """Random parameters, float32, as a plain tree (without logical axis names; ``logical_axes`` gives them).
+
+    Args:
+        key: consumed.
+        config: the shape.
+        placement: where they go; by default one device.
+    """
+
+    def init(key: Array) -> Params:
+        return nn.meta.unbox(Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+    shardings = shardings_of(config, placement) if placement else None
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def shardings_of(config: Config, placement: Placement) -> Any:
+    """The sharding of every parameter, as a tree in the shape of the parameters; see ``Placement.params``."""
+    return placement.params(logical_axes(config), abstract_params(config))
 
 
 def abstract_params(config: Config) -> Any:
@@ -281,8 +325,8 @@ def logical_axes(config: Config) -> Any:
     return nn.get_partition_spec(_abstract(config))
 
 
-def _abstract(config: Config) -> Any:
-    """Traces one layer, which all the others are like."""
-    one = Transformer(dataclasses.replace(config, layers=1))
+def _abstract(config: Config) -> dict[str, Any]:
+    """Traces one layer, as all layers have the same shapes."""
+    one = Transformer(dataclasses.replace(config, layers=1, feature_layers=()))
     params = jax.eval_shape(lambda: one.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     return params | {f"layer_{i}": params["layer_0"] for i in range(config.layers)}
