@@ -106,7 +106,7 @@ def _generate(
     request: Request,
 ) -> Generation:
     cells = request.prompt.shape[1] + capacity + draft.length + 1
-    state = init(target, target_params, draft, draft_params, request, cells)
+    state = _init(target, target_params, draft, draft_params, request, cells)
     round_ = functools.partial(rounds.step, target, target_params, draft, draft_params, verify)
     return finish(jax.lax.while_loop(is_running, round_, state), capacity)
 
@@ -122,6 +122,7 @@ def _autoregressive(target: LanguageModel, capacity: int, target_params: Params,
 # --- The loop in segments ---------------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 5))
 def init(target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, request: Request, cells: int) -> State:
     """The state before the first round: prompts in place, target and draft prefilled.
 
@@ -136,6 +137,17 @@ def init(target: LanguageModel, target_params: Params, draft: Draft, draft_param
     Raises:
         ValueError: the prompts do not fit, or target or draft do not keep their contracts.
     """
+    state = _init(target, target_params, draft, draft_params, request, cells)
+    # Arrays of their own, as ``advance`` donates the state: an array that came in, or that came out twice, cannot be donated.
+    small = state._replace(cache=None, draft=None, tokens=None, origin=None, features=None)
+    return jax.tree.map(jnp.copy, small)._replace(
+        cache=state.cache, draft=state.draft, tokens=state.tokens, origin=state.origin, features=state.features
+    )
+
+
+def _init(
+    target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, request: Request, cells: int
+) -> State:
     request = requests.complete(request)
     state, features = _prefill(target, target_params, request, cells, draft.length)
     return state._replace(draft=draft.init(draft_params, request.prompt, request.prompt_length, cells, features))
@@ -239,7 +251,7 @@ def _admit(
 ) -> State:
     missing = state.stop_ids.shape[1] - request.stop_ids.shape[1]
     request = request._replace(stop_ids=jnp.pad(request.stop_ids, ((0, 0), (0, missing)), constant_values=PAD))
-    row = init(target, target_params, draft, draft_params, request, state.tokens.shape[1])
+    row = _init(target, target_params, draft, draft_params, request, state.tokens.shape[1])
     return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], slot, 0), state, row)
 
 

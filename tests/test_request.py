@@ -20,12 +20,18 @@ RIGHT = {
 
 
 def test_a_request_is_completed():
-    checked = request.check(**RIGHT | {"limit": 5})
+    checked = request.complete(request.check(**RIGHT | {"limit": 5}))
     assert checked.keys.shape == (3,)
     assert checked.prompt.tolist() == [[0, 0, 0, 0], [4, 5, 6, 7], [8, 9, 0, 0]]
     assert checked.prompt_length.tolist() == [1, 4, 2]
     assert checked.limit.tolist() == [5, 5, 5]
+    assert checked.stop_ids.tolist() == [[2], [2], [2]]
     assert checked.sampling.temperature.tolist() == [1, 1, 1]
+
+
+def test_stop_ids_may_differ_by_row():
+    assert request.check(**RIGHT | {"stop_ids": [(2,), (), [3, 1]]}).stop_ids.tolist() == [[2, -1], [-1, -1], [3, 1]]
+    assert request.check(**RIGHT | {"stop_ids": ()}).stop_ids.shape == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,11 @@ def test_a_request_is_completed():
         ({"max_new_tokens": 0}, "max_new_tokens of at least 1"),
         ({"max_new_tokens": 2.0}, "max_new_tokens to be a whole number"),
         ({"stop_ids": (-1,)}, "stop ids from 0 up"),
+        ({"stop_ids": [(1,), (2,)]}, "each of the 3 rows"),
+        ({"stop_ids": (7,), "vocab": 7}, "within the head's vocabulary, 0 to 6, got"),
+        ({"stop_ids": (True,)}, "a stop id to be a whole number"),
+        ({"prompt": PROMPT, "num_ids": 9}, "prompt ids below 9, got 9"),
+        ({"prompt": PROMPT.astype(np.int64) + 2**32}, "prompt ids below 2147483648"),
         ({"stop_ids": ("a",)}, "a stop id to be a whole number"),
         ({"sampling": [Sampling()] * 2}, "each of the 3 rows"),
         ({"key": 0}, "expected a key"),

@@ -172,6 +172,7 @@ def test_a_block_sees_no_later_token():
 
 def test_ids_run_through_the_input_tables_and_the_head_is_a_slice():
     config = dataclasses.replace(SMALL, input_tables=(VOCAB, 5, 11), vocab=40, head_bias=True, tied=True)
+    config = dataclasses.replace(config, feature_layers=(config.layers,))
     params = init_params(jax.random.key(0), config)
     tokens = jnp.array([[0, VOCAB - 1, VOCAB, VOCAB + 4, VOCAB + 5, VOCAB + 15]])
     embedded = Transformer(config).apply({"params": params}, tokens, method="embed")[0]
@@ -181,8 +182,8 @@ def test_ids_run_through_the_input_tables_and_the_head_is_a_slice():
     np.testing.assert_allclose(logits, features @ params["table_0"][:40].T + jnp.arange(40.0), atol=1e-4)
 
 
-def test_bfloat16_keeps_laws_in_float32():
-    config = dataclasses.replace(SMALL, dtype="bfloat16")
+def test_bfloat16_keeps_logits_in_float32():
+    config = dataclasses.replace(SMALL, dtype="bfloat16", feature_layers=(0,))
     lm, params = language_model(config), init_params(jax.random.key(0), config)
     cache = lm.init_cache(1, 8)
     logits, features, cache = lm.apply(params, jnp.arange(6)[None], cache, jnp.zeros(1, jnp.int32))
@@ -201,7 +202,7 @@ def test_every_parameter_names_its_axes():
         assert set(spec) <= known, path
 
 
-@pytest.mark.parametrize("change", [{"kv_heads": 3}, {"tied": True, "vocab": VOCAB + 1}])
+@pytest.mark.parametrize("change", [{"kv_heads": 3}, {"tied": True, "vocab": VOCAB + 1}, {"feature_layers": (SMALL.layers + 1,)}])
 def test_an_impossible_shape_is_refused(change):
     with pytest.raises(ValueError, match="expected"):
         dataclasses.replace(SMALL, **change)

@@ -106,9 +106,7 @@ def plan(settings: Settings) -> dict[str, Any]:
     )
     loop, loop_s = _compile(speculate._generate.lower(target, draft, settings.capacity, *placed))
     before, program = hlo.parse(prefill.as_text()), hlo.parse(loop.as_text())
-    plain, plain_s = _compile(
-        speculate._autoregressive.lower(target, settings.capacity, placed.target_params, placed.request)
-    )
+    plain, plain_s = _compile(speculate._autoregressive.lower(target, settings.capacity, placed.target_params, placed.request))
     reads = {
         name: roofline.model_pass(config, settings.batch, 1, settings.cells).bytes
         for name, config in (("target", pair.target), ("draft", pair.draft))

@@ -60,9 +60,7 @@ class Placement:
             if size % parts:
                 if name != "kv_heads":
                     advice = f"convert with --pad-to {parts}" if name == "vocab" else "choose a mesh that divides it"
-                    raise ValueError(
-                        f"expected {name} to be a multiple of {parts}, the model axis, got {size}: {advice}"
-                    )
+                    raise ValueError(f"expected {name} to be a multiple of {parts}, the model axis, got {size}: {advice}")
                 names[i] = None  # few key/value heads are replicated
         return self.sharding(*names)
 
