@@ -15,7 +15,7 @@ from jaxspec.checkpoint.tensors import of_array
 from jaxspec.convert import core, pipeline
 from jaxspec.models.cosyvoice import V2, V3
 
-CODES = 96  # of the families whose tokenizer says how many there are
+CODES = 96  # of the families whose tokenizer determines the number
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -139,7 +139,7 @@ def orpheus(folder):
 
 
 def orpheus_in_frames(folder):
-    """An Orpheus that says frame after frame: its layers add nothing, and each slot's codes point to those of the next."""
+    """An Orpheus that emits frame after frame: its layers add nothing, and each slot's codes point to those of the next."""
     made = tokenizer(folder, *LLAMA_TOKENS, *(f"<custom_token_{i}>" for i in range(10 + 7 * 16)))
     model = llama(made.get_vocab_size(), tie_word_embeddings=False)
     first, start = made.token_to_id("<custom_token_10>"), made.token_to_id("<custom_token_1>")

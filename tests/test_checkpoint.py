@@ -23,8 +23,9 @@ from jaxspec.checkpoint import descriptions, pretrained, store, tensors
 from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription
 from jaxspec.checkpoint.tensors import of_array as tensor
 from jaxspec.convert.core import Rule, conv, fold_weight_norm, plan, transpose
-from jaxspec.draft import ngram_draft
+from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
+from jaxspec.types import Draft
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 RULES = (
@@ -70,7 +71,7 @@ def test_all_errors_of_a_checkpoint_are_reported_together():
     with pytest.raises(ValueError, match="expected") as error:
         plan(state, RULES, shapes | {"norm": (4,)})
     lines = str(error.value).split("\n")
-    told = [
+    wanted = [
         ("stranger: ", "got 0"),
         ("older.bias: ", "got 2"),
         ("embed_again: ", "one tensor for table, got also embed"),
@@ -81,8 +82,8 @@ def test_all_errors_of_a_checkpoint_are_reported_together():
         ("conv: ", "other axes, got shape (2, 3)"),
         ("conv: ", "got none"),
     ]
-    assert len(lines) == len(told), error.value
-    for start, part in told:
+    assert len(lines) == len(wanted), error.value
+    for start, part in wanted:
         assert sum(line.startswith(start) and part in line for line in lines) == 1, (start, error.value)
 
 
@@ -487,7 +488,11 @@ def test_a_draft_uses_the_targets_arrays_and_drafts(llasa, draft):
 
 def test_a_draft_computes_in_the_targets_dtype(llasa, draft):
     target = pretrained.load(llasa, "bfloat16")
-    params = flat(pretrained.load_draft(draft[0], target).params)
+    loaded = pretrained.load_draft(draft[0], target)
+    lm = transformer.language_model(dataclasses.replace(target.model.shape, layers=1))
+    assert loaded.drafter(2) is model_draft(lm, 2)
+    assert target.model.shape.dtype == "bfloat16"
+    params = flat(loaded.params)
     assert {str(leaf.dtype) for path, leaf in params.items() if path != "map"} == {"bfloat16"}
     assert params["map"].dtype == np.int32
 
@@ -560,13 +565,14 @@ def test_a_damaged_draft_is_refused(llasa, draft, tmp_path, changes, message):
 
 
 def test_a_new_family_of_drafts_is_one_row(llasa, draft, tmp_path, monkeypatch):
-    def builder(settings, dtype):
-        return lambda draft_length: ngram_draft(draft_length, settings["vocab"], settings["order"])
+    def builder(settings, dtype):  # makes a new object at each call, unlike ngram_draft
+        return lambda draft_length: Draft(*ngram_draft(draft_length, settings["vocab"], settings["order"]))
 
     monkeypatch.setitem(pretrained.DRAFTERS, "table", builder)
     target = pretrained.load(llasa)
     description = DraftDescription("table", {"vocab": 409, "order": 3}, target.model.digest, {"head": "table_0"})
     pretrained.save(tmp_path / "a", description, {"own": np.ones(2, np.float32), "head": np.zeros(1)})
     loaded = pretrained.load_draft(tmp_path / "a", target)
-    assert loaded.drafter(4) is ngram_draft(4, 409, 3) is loaded.drafter(4)
+    assert loaded.drafter(4) is loaded.drafter(4)
+    assert loaded.drafter(4) == ngram_draft(4, 409, 3) != loaded.drafter(3)
     assert loaded.params["head"] is target.params["table_0"]

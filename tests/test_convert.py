@@ -1,4 +1,4 @@
-"""Small checkpoints of every family in their published layouts, converted: they say what PyTorch's reference says."""
+"""Small checkpoints of every family in their published layouts, converted: they agree with PyTorch's reference."""
 
 import functools
 import shutil
@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from jaxspec import Sampling, autoregressive, draft, generate, sampling, verify
-from jaxspec.checkpoint import pretrained
+from jaxspec.checkpoint import descriptions, pretrained
 from jaxspec.convert import cosyvoice
 from jaxspec.convert.pipeline import Options, convert
 from jaxspec.models import card
@@ -108,10 +108,10 @@ def test_the_logits_are_those_of_pytorch(made, load, name):
 
 
 @pytest.mark.parametrize("name", ["llasa", "neutts-air", "orpheus", "cosyvoice2", "cosyvoice3"])
-def test_both_loops_say_what_pytorch_says(made, load, tmp_path, name):
+def test_both_loops_emit_the_tokens_of_pytorch(made, load, tmp_path, name):
     target, theirs = load(name), reference(made(name)[1])
     convert(str(made(name)[0]), tmp_path / "draft", Options(layers=(1,)))
-    small = pretrained.load(tmp_path / "draft", beside=target)
+    small = pretrained.load_draft(tmp_path / "draft", target)
     lm, ids = pretrained.language_model(target), prompts(target)
     plain = autoregressive(jax.random.key(0), lm, target.params, ids, LENGTHS, **GREEDY).tokens.tolist()
     for tokens, prompt, length in zip(plain, ids.tolist(), LENGTHS, strict=True):
@@ -166,7 +166,7 @@ def test_a_head_of_speech_gives_the_same_logits_of_fewer_ids(made, load, name):
 
 
 @pytest.mark.parametrize("name", ["llasa", "llasa untied", "cosyvoice2", "cosyvoice3"])
-def test_padding_changes_no_law(made, load, name):
+def test_padding_does_not_change_the_probs(made, load, name):
     plain, padded = load(name), load(name, pad_to=128)
     shape, vocab = padded.model.shape, plain.model.shape.vocab
     assert all(rows % 128 == 0 for rows in (*shape.input_tables, shape.vocab))
@@ -193,10 +193,10 @@ def test_padding_is_never_drawn(load):
     shape, ids = loaded.model.shape, prompts(loaded)[:1]
     settings = sampling.rows(Sampling(temperature=1e6, top_k=shape.vocab, min_p=1e-6, repetition_penalty=1.1), 1)
     history = History(ids, LENGTHS[:1], LENGTHS[:1, None])
-    law = jax.jit(sampling.probabilities)(logits(loaded, ids)[:, -1:], settings, history)[0, 0]
-    assert (law[: shape.vocab - shape.padding] > 0).all()
-    assert (law[shape.vocab - shape.padding :] == 0).all()
-    drawn = jax.vmap(sampling.sample, (0, None))(jax.random.split(jax.random.key(0), 5000), law)
+    probs = jax.jit(sampling.probabilities)(logits(loaded, ids)[:, -1:], settings, history)[0, 0]
+    assert (probs[: shape.vocab - shape.padding] > 0).all()
+    assert (probs[shape.vocab - shape.padding :] == 0).all()
+    drawn = jax.vmap(sampling.sample, (0, None))(jax.random.split(jax.random.key(0), 5000), probs)
     assert drawn.max() < shape.vocab - shape.padding
 
 
@@ -204,11 +204,11 @@ def test_padding_is_never_drawn(load):
 def test_a_draft_of_some_layers_shares_the_tables(made, load, tmp_path, name):
     target = load(name)
     found = convert(str(made(name)[0]), tmp_path / "draft", Options(layers=(2, 0)))
-    small = pretrained.load(tmp_path / "draft", beside=target)
+    small = pretrained.load_draft(tmp_path / "draft", target)
     layers = {path: value for path, value in target.params.items() if not path.startswith("layer_")}
     layers |= {"layer_0": target.params["layer_2"], "layer_1": target.params["layer_0"]}
     jax.tree.map(np.testing.assert_array_equal, small.params, layers)
-    assert small.model.shape.layers == 2
+    assert descriptions.read(tmp_path / "draft").shape.layers == 2
     assert sum("layers.1." in path for path in found.dropped) == sum("layers.1." in path for path in names_in(made(name)[1]))
     tables = [path for path in target.params if path.startswith(("table_", "head"))]
     assert all(small.params[path] is target.params[path] for path in tables)
@@ -228,7 +228,7 @@ def test_other_tables_are_not_shared(made, load, tmp_path):
     state["model.embed_tokens.weight"][5, 5] += 1
     safetensors.torch.save_file(state, tmp_path / "other" / "model.safetensors")
     convert(str(tmp_path / "other"), tmp_path / "draft")
-    small = pretrained.load(tmp_path / "draft", beside=load("llasa"))
+    small = pretrained.load_draft(tmp_path / "draft", load("llasa"))
     np.testing.assert_array_equal(small.params["table_0"], state["model.embed_tokens.weight"])
 
 

@@ -68,10 +68,10 @@ TIES = {
 
 @pytest.mark.parametrize("case", TIES)
 def test_embedding_and_head_are_compared_and_not_guessed(source, tmp_path, case):
-    says_tied, change, tied, note = TIES[case]
+    tied_in_config, change, tied, note = TIES[case]
     rows = safetensors.torch.load_file(source / "model.safetensors")[EMBED].numpy()
     edit_weights(source, change)
-    edit_json(source / "config.json", tie_word_embeddings=says_tied)
+    edit_json(source / "config.json", tie_word_embeddings=tied_in_config)
     if tied is None:
         with pytest.raises(ValueError, match=note):
             convert(str(source), tmp_path / "made")
@@ -186,10 +186,10 @@ def test_convert_and_info_say_what_was_made(sources, tmp_path, caplog):
     assert printed.splitlines() == [f"llasa: 0.1 M parameters, 0.00 GB in {made}", "tensors left out: 0"]
     code, printed, err = command("info", made, "--json")
     assert (code, err) == (0, "")
-    told = json.loads(printed)
-    assert told.items() >= {"kind": "model", "family": "llasa", "codec": "xcodec2", "licence": "CC-BY-NC-4.0"}.items()
-    assert told.items() >= {"head": "speech", "source": str(sources / "llasa"), "files": ["model.safetensors"]}.items()
-    assert (told["shape"]["layers"], told["shape"]["dtype"], told["shape"]["input_tables"]) == (3, "bfloat16", [97, 409])
+    printed_json = json.loads(printed)
+    assert printed_json.items() >= {"kind": "model", "family": "llasa", "codec": "xcodec2", "licence": "CC-BY-NC-4.0"}.items()
+    assert printed_json.items() >= {"head": "speech", "source": str(sources / "llasa"), "files": ["model.safetensors"]}.items()
+    assert tuple(printed_json["shape"][name] for name in ("layers", "dtype", "input_tables")) == (3, "bfloat16", [97, 409])
     code, printed, err = command("info", made)
     assert (code, err) == (0, "")
     lines = dict(line.split("  ", maxsplit=1) for line in printed.splitlines())
@@ -199,8 +199,8 @@ def test_convert_and_info_say_what_was_made(sources, tmp_path, caplog):
     assert lines.items() >= {"source": f"{sources / 'llasa'} (model.safetensors)", "licence": "CC-BY-NC-4.0"}.items()
     assert "input_tables (97, 409), vocab 97, width 48, layers 3" in lines["transformer"]
     assert "rope_scaling (factor 32.0" in lines["transformer"]
-    assert lines["digest"] == told["digest"]
-    assert int(lines["parameters"].replace(",", "")) == told["parameters"]
+    assert lines["digest"] == printed_json["digest"]
+    assert int(lines["parameters"].replace(",", "")) == printed_json["parameters"]
     code, _, err = command("info", sources / "llasa")
     assert code == 2
     assert "jaxspec convert" in err
@@ -281,13 +281,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_told_and_nothing_is_made(source, tmp_path, case):
-    change, arguments, told = WRONG[case]
+def test_an_error_is_reported_and_nothing_is_written(source, tmp_path, case):
+    change, arguments, reported = WRONG[case]
     change(source)
     code, printed, err = command("convert", source, tmp_path / "made", *arguments)
     assert (code, printed) == (2, "")
     assert "Traceback" not in err
-    assert all(part in err for part in told), err
+    assert all(part in err for part in reported), err
     assert list(tmp_path.iterdir()) == [source]
 
 

@@ -236,7 +236,7 @@ def test_a_tensor_lies_within_its_storage(tmp_path, tensor, member):
         pickles.tensors(crafted(tmp_path / "a.pt", {"w": tensor}, members))
 
 
-def test_problems_of_a_pickle_are_told_together(tmp_path):
+def test_problems_of_a_pickle_are_reported_together(tmp_path):
     torch.save({"a": numbers((2,)).to(torch.float8_e4m3fn), "b": numbers((2,))}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt: 'a': .* got float8_e4m3fn"):
         pickles.tensors(tmp_path / "a.pt")

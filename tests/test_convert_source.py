@@ -138,7 +138,7 @@ def test_shards_are_one_checkpoint(tmp_path):
     np.testing.assert_array_equal(source.tensors["c"].all(), safetensors.torch.load_file(folder / "x.safetensors")["c"])
 
 
-def test_all_problems_of_a_checkpoint_are_told_together(tmp_path):
+def test_all_problems_of_a_checkpoint_are_reported_together(tmp_path):
     weight_map = {
         "a": "x.safetensors",
         "gone": "x.safetensors",
@@ -154,7 +154,7 @@ def test_all_problems_of_a_checkpoint_are_told_together(tmp_path):
     with pytest.raises(ValueError, match="complete checkpoint") as error:
         open_source(folder)
     lines = str(error.value).split("\n")[1:]
-    told = [
+    wanted = [
         "config.json: expected JSON",
         "'../o.safetensors'",
         "broken.safetensors: expected a complete safetensors file",
@@ -164,8 +164,8 @@ def test_all_problems_of_a_checkpoint_are_told_together(tmp_path):
         "'unlisted' in the index",
         "'b' in one shard only",
     ]
-    assert len(lines) == len(told)
-    assert all(sum(part in line for line in lines) == 1 for part in told), error.value
+    assert len(lines) == len(wanted)
+    assert all(sum(part in line for line in lines) == 1 for part in wanted), error.value
 
 
 @pytest.mark.parametrize(
