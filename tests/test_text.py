@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxspec.text import TextWarning
+from jaxspec.text.characters import SIGNS
 from jaxspec.text.cut import halve
 from jaxspec.text.symbols import SYMBOLS, encode, normalize, pronounce, sentences, to_symbols
 from jaxspec.train.voice.sentences import _SLOT_WORDS, TEMPLATES
@@ -58,6 +59,7 @@ SPOKEN_MONEY = {
     "$5M, $1.5B, £5k, $2bn": "five million dollars, one point five billion dollars, five thousand pounds, two billion dollars",
     "$5-$10 or $5-10": "five dollars to ten dollars or five dollars to ten",
     "£1.01, €.05, ¥5.50": "one pound and one penny, five cents, five point five zero yen",
+    "1 €, 1¢ and 2.50 £": "one euro, one cent and two point five zero pounds",
     "$1,000.25": "one thousand dollars and twenty five cents",
 }
 SPOKEN_DATES = {
@@ -85,13 +87,18 @@ SPOKEN_UNITS = {
     "a 5G phone, 5M, 5L, 60W": "a five g phone, five m, five liters, sixty watts",
     "-5 km, 2.5M people": "minus five kilometers, two point five million people",
     "x² + y³ = 10⁻⁶": "x squared plus y cubed equals ten to the power of minus six",
+    "2^10, x^n": "two to the power of ten, x to the power of n",
     "1e-5": "one times ten to the power of minus five",
 }
 SPOKEN_ABBREVIATIONS = {
     "Sgt. Pepper and Gen. Lee, Ft. Worth": "sergeant pepper and general lee, fort worth",
+    "plums, etc, and etc. again": "plums, et cetera, and et cetera again",
     "see Fig. 3, pp. 2-4": "see figure three, pages two to four",
     "He ate a fig. Then, 5": "he ate a fig. then, five",
     "Apple Inc. said; Ford Co. It": "apple incorporated said, ford company. it",
+    "In 1998 Mr. Lee met Ms. Ray, 5 ms. later": "in nineteen ninety eight mister lee met miz ray, five milliseconds later",
+    "12 oak ave. and the Dept. of Art. 5": "twelve oak avenue and the department of article five",
+    "Windows 10 MS Office": "windows ten ms office",
     "Acme Ltd. on 3rd Ave.": "acme limited on third avenue.",
     "Louis XIV, World War II, Chapter IV": "louis the fourteenth, world war two, chapter four",
     "GIVE US 5": "give us five",
@@ -100,6 +107,7 @@ SPOKEN_ABBREVIATIONS = {
 SPOKEN_SIGNS = {
     "µ, ©, ™, §, 5°, 5‰": "micro, copyright, trademark, section, five degrees, five per thousand",
     "$, €, £, &, @, #, %": "dollars, euros, pounds, and, at, hash, percent",
+    "3 >= 2 == 2": "three greater than or equal to two equals two",
     "C# and C++, #1": "c sharp and c plus plus, number one",
     "3 × 4 ÷ 2 ± 1 ≤ 5": "three times four divided by two plus or minus one less than or equal to five",
     "3 * 4 <= 12 != 5": "three times four less than or equal to twelve is not equal to five",
@@ -128,6 +136,12 @@ ALL_SPOKEN = SPOKEN | SPOKEN_MONEY | SPOKEN_DATES | SPOKEN_UNITS | SPOKEN_ABBREV
 def test_normalize_writes_out(text):
     assert normalize(text) == ALL_SPOKEN[text]
     assert normalize(ALL_SPOKEN[text]) == ALL_SPOKEN[text]
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_a_sign_alone_is_named(sign):
+    assert normalize(sign) == SIGNS[sign]
+    assert SIGNS[sign] in normalize(f"x{sign}y")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "?!", "😀", "'", "--", "你好"])

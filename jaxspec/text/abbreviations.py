@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from jaxspec.text.pronounce import in_dictionary
 from jaxspec.text.tables import pairs
 
-_ANYWHERE = pairs("dr=doctor, mr=mister, mrs=missus, ms=miz, prof=professor, mt=mount, vs=versus, approx=approximately")
+_ANYWHERE = pairs("dr=doctor, mr=mister, mrs=missus, prof=professor, mt=mount, vs=versus, approx=approximately")
 _ANYWHERE |= pairs("e.g=for example, i.e=that is, a.k.a=also known as, messrs=messers, ph.d=p h d")
-_BEFORE_NAME = pairs("Sgt=sergeant, Gen=general, Col=colonel, Capt=captain, Lt=lieutenant, Cpl=corporal, Maj=major")
+_BEFORE_NAME = pairs("Ms=miz, Sgt=sergeant, Gen=general, Col=colonel, Capt=captain, Lt=lieutenant, Cpl=corporal, Maj=major")
 _BEFORE_NAME |= pairs("Gov=governor, Sen=senator, Rep=representative, Rev=reverend, Hon=honorable, Pres=president")
-_BEFORE_NAME |= pairs("Fr=father, Ft=fort, Adm=admiral, Cmdr=commander, Dept=department, Univ=university, Supt=superintendent")
-_AFTER_NAME = pairs("Inc=incorporated, Ltd=limited, Co=company, Corp=corporation, Bros=brothers, Jr=junior, Sr=senior")
-_AFTER_NAME |= pairs("Ave=avenue, Rd=road, Blvd=boulevard, Ln=lane, Hwy=highway, Dept=department, Esq=esquire, Assn=association")
+_BEFORE_NAME |= pairs("Fr=father, Ft=fort, Adm=admiral, Cmdr=commander, Supt=superintendent")
+_AFTER_NAME = pairs("inc=incorporated, ltd=limited, co=company, corp=corporation, bros=brothers, jr=junior, sr=senior")
+_AFTER_NAME |= pairs("ave=avenue, rd=road, blvd=boulevard, ln=lane, hwy=highway, dept=department, univ=university, esq=esquire")
+_AFTER_NAME |= pairs("assn=association")
 _BEFORE_NUMBER = pairs("no=number, nos=numbers, fig=figure, figs=figures, vol=volume, ch=chapter, sec=section, eq=equation")
 _BEFORE_NUMBER |= pairs("pp=pages, p=page, apt=apartment, rm=room, ext=extension, art=article, jan=january, feb=february")
 _BEFORE_NUMBER |= pairs("mar=march, apr=april, jun=june, jul=july, aug=august, sep=september, sept=september, oct=october")
@@ -20,8 +21,6 @@ _BEFORE_NUMBER |= pairs("nov=november, dec=december")
 _BEFORE_SAINT = ("in", "at", "to", "near", "the", "from", "by", "on", "for", "and", "with")
 _MONARCHS = "Henry Elizabeth Louis Charles George Edward Richard James William Philip Catherine Frederick Napoleon Nicholas Peter"
 _MONARCHS += " Paul Benedict Pius Francis Ivan Alexander Leo Gregory Ferdinand Robert Mary Margaret King Queen Pope"
-_ORDINALS = "_ first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth"
-_ORDINALS += " sixteenth seventeenth eighteenth nineteenth twentieth"
 _ROMAN = "_ I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII XIX XX".split()
 
 
@@ -31,8 +30,8 @@ def spelled(letters: str) -> str:
 
 
 def _after_name(match: re.Match) -> str:
-    name, short, ends = match.groups()
-    return name + _AFTER_NAME[short] + "." * (ends is not None)
+    short, ends = match.groups()
+    return _AFTER_NAME[short.lower()] + "." * (ends is not None)
 
 
 def _saint_or_street(match: re.Match) -> str:
@@ -45,10 +44,10 @@ def _saint_or_street(match: re.Match) -> str:
 
 
 def _roman(match: re.Match) -> str:
-    """Numerals after a name: "Henry the eighth" for monarchs and popes, "chapter 4" for everything else."""
+    """Numerals after a name: "Henry the 8th" for monarchs and popes, "Chapter 4" for everything else."""
     name, numeral = match.groups()
     value = _ROMAN.index(numeral)
-    return f"{name} the {_ORDINALS.split()[value]}" if name in _MONARCHS.split() else f"{name} {value}"
+    return f"{name} the {value}th" if name in _MONARCHS.split() else f"{name} {value}"
 
 
 def _any(names: Iterable[str]) -> str:
@@ -59,8 +58,8 @@ _RULES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [
     (re.compile(r"\betc\.?(?=\s+[A-Z]|\s*$)"), "et cetera."),
     (re.compile(r"\betc\b\.?"), "et cetera"),
     (re.compile(r"(\b\w+\s+|\b)St\.(\s+[A-Z])?"), _saint_or_street),
-    (re.compile(rf"(?<!\d)(?<!\d\s)\b({_any(_ANYWHERE)})\.", re.I), lambda m: _ANYWHERE[m[1].lower()]),
-    (re.compile(rf"(\b\w+,?\s+)({_any(_AFTER_NAME)})\.(?=(\s+[A-Z]|\s*$)?)"), _after_name),
+    (re.compile(rf"\b({_any(_ANYWHERE)})\.", re.I), lambda m: _ANYWHERE[m[1].lower()]),
+    (re.compile(rf"\b({_any(_AFTER_NAME)})\.(?=(\s+(?-i:[A-Z])|\s*$)?)", re.I), _after_name),
     (re.compile(rf"\b({_any(_BEFORE_NAME)})\.(?=\s+[A-Z])"), lambda m: _BEFORE_NAME[m[1]]),
     (re.compile(rf"\b({_any(_BEFORE_NUMBER)})\.(?=\s?\d)", re.I), lambda m: _BEFORE_NUMBER[m[1].lower()]),
     (re.compile(rf"\b([A-Z][a-z]{{2,}}) ({_any(_ROMAN[2:])})\b"), _roman),

@@ -12,9 +12,21 @@ SIGNS |= {"×": "times", "÷": "divided by", "±": "plus or minus", "√": "squa
 SIGNS |= {"≤": "less than or equal to", "≥": "greater than or equal to", "≠": "is not equal to", "≈": "approximately"}
 SIGNS |= {"→": "to", "∆": "delta", "μ": "micro", "Ω": "ohms"}
 
-_PLAIN = dict.fromkeys("\u2018\u2019\u201b\u02bc\u2032`´", "'") | dict.fromkeys("\u201c\u201d\u201f\u2033", '"')
-_PLAIN |= dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-") | dict.fromkeys("\u2014\u2015", " -- ")
-_PLAIN |= {"™": "™", "№": "No. ", "˚": "°", "\u2044": "/", "\u2215": "/", "∙": " ", "。": ".", "、": ",", "\u00ad": ""}
+_APOSTROPHES, _QUOTES, _HYPHENS, _DASHES = (
+    "\u2018\u2019\u201b\u02bc\u2032`´",
+    "“”‟″",
+    "\u2010\u2011\u2012\u2013\u2212",
+    "\u2014\u2015",
+)
+_PLAIN = str.maketrans(
+    {
+        **dict.fromkeys(_APOSTROPHES, "'"),
+        **dict.fromkeys(_QUOTES, '"'),
+        **dict.fromkeys(_HYPHENS, "-"),
+        **dict.fromkeys(_DASHES, " -- "),
+        **{"№": "No. ", "˚": "°", "\u2044": "/", "\u2215": "/", "∙": " ", "。": ".", "、": ",", "\u00ad": ""},
+    }
+)
 _LETTERS = {"ß": "ss", "ẞ": "SS", "þ": "th", "Þ": "Th", "ð": "th", "Ð": "Th", "ı": "i", "ə": "e"}  # not told by their names
 _LATIN = re.compile(r"LATIN (SMALL|CAPITAL) (?:LETTER|LIGATURE) ([A-Z]{1,2})(?: WITH .*)?")
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]+")
@@ -35,8 +47,8 @@ def plain(text: str) -> tuple[str, list[str]]:
     """
     text = re.sub("[¼-¾⅐-⅞↉]", lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
-    text = text.translate(str.maketrans(_PLAIN))
-    text = _COMPATIBLE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text).translate(str.maketrans(_PLAIN))
+    text = text.translate(_PLAIN)
+    text = _COMPATIBLE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text).translate(_PLAIN)
     text = _GREEK.sub(_greek, text)
     out, run, skipped = [], "", []
     for character in [*text, "\n"]:

@@ -1,6 +1,7 @@
 """Numbers in words, with what is written beside them: money, units, dates, times, ranges, powers."""
 
 import re
+import string
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -10,30 +11,27 @@ from jaxspec.text.tables import pairs
 _MONTHS = "january february march april may june july august september october november december".split()
 _MONEY = pairs("$=dollar cent, €=euro cent, £=pound penny, ¥=yen, ₹=rupee paisa, ₩=won, ₽=ruble kopeck, ₿=bitcoin, ¢=cent")
 _SCALES = pairs("k=thousand, m=million, mn=million, b=billion, bn=billion, t=trillion, tn=trillion")
-_PLURALS = pairs("foot=feet, inch=inches, penny=pence, paisa=paise, hertz=hertz, kilohertz=kilohertz, megahertz=megahertz")
-_PLURALS |= pairs("gigahertz=gigahertz, yen=yen, won=won, century=centuries")
+_PLURALS = pairs("foot=feet, inch=inches, penny=pence, paisa=paise, yen=yen, won=won")
 _PREFIXES = pairs("n=nano, μ=micro, m=milli, c=centi, k=kilo, K=kilo, M=mega, G=giga, T=tera, P=peta")
 # Each unit with the prefixes that are written before it; a unit alone is named where people write it beside a number.
 _PREFIXED = pairs("m=meter nμmck, g=gram μmk, l=liter μm, L=liter μm, Hz=hertz kMG, W=watt mkMG, Wh=watt-hour kMG, V=volt μmk")
 _PREFIXED |= pairs("B=byte kKMGTP, b=bit kMG, bps=bit/second kMG, s=second nμm, cal=calorie k, Ω=ohm kM, J=joule kM, A=amp m")
-_PREFIXED |= pairs("Pa=pascal kM, N=newton k")
+_PREFIXED |= pairs("Pa=pascal kM")
 _ALONE = pairs("m=meter, g=gram, l=liter, L=liter, Hz=hertz, W=watt, V=volt, Ω=ohm, Wh=watt-hour, lb=pound, lbs=pound, oz=ounce")
-_ALONE |= pairs(
-    "ft=foot, yd=yard, mi=mile, mph=mile/hour, kph=kilometer/hour, rpm=revolution/minute, fps=frame/second, dB=decibel"
-)
-_ALONE |= pairs(
-    "h=hour, hr=hour, hrs=hour, min=minute, mins=minute, sec=second, secs=second, px=pixel, gal=gallon, bps=bit/second"
-)
+_ALONE |= pairs("ft=foot, yd=yard, mi=mile, gal=gallon, px=pixel, dB=decibel, mph=mile/hour, kph=kilometer/hour, bps=bit/second")
+_ALONE |= pairs("h=hour, hr=hour, hrs=hour, min=minute, mins=minute, sec=second, secs=second, rpm=revolution/minute")
+_ALONE |= pairs("fps=frame/second")
 _ALONE |= {"°C": "degree celsius", "°F": "degree fahrenheit"}
 _PER = pairs("h=hour, s=second, min=minute, d=day, l=liter, kg=kilogram, m=meter, day=day, week=week, year=year")
 _UNITS = {p + unit: _PREFIXES[p] + name for unit, (name, ps) in ((u, v.split(" ")) for u, v in _PREFIXED.items()) for p in ps}
 _UNITS = {unit: name.replace("/", " per ") for unit, name in (_UNITS | _ALONE).items()}
+_NO_UNITS = {*string.ascii_uppercase, "MS", "MA", "MI", "NS"}  # 5G, 3M, Boston 02134 MA
 _ANY_CASE = {unit.lower(): name for unit, name in reversed(_UNITS.items())}
 
 
 @lru_cache(maxsize=4096)
 def _number(value: int | str, to: str = "cardinal") -> str:
-    """An integer in American words: no "and", no hyphens. Very long ones, and those with a leading zero, digit by digit."""
+    """An integer in American words, without "and" or hyphens; 16 digits and more, and a leading zero, digit by digit."""
     from num2words import num2words
 
     digits = str(value).replace(",", "")
@@ -55,7 +53,7 @@ def _quantity(digits: str) -> str:
 
 def _plural(words: str) -> str:
     first, *rest = words.split(" ")
-    return " ".join([_PLURALS.get(first, first + "s"), *rest])
+    return " ".join([_PLURALS.get(first) or first + "s" * (not first.endswith("hertz")), *rest])
 
 
 def _count(value: str, unit: str) -> str:
@@ -111,10 +109,10 @@ def _short_date(match: re.Match) -> str:
 
 def _fraction(match: re.Match) -> str:
     whole, over, under = match.groups()
-    name = {"2": "half", "4": "quarter"}.get(under) or _number(under, "ordinal")
-    part = f"{_number(over)} {name if over == '1' else _plural(name)}"
     if int(over) >= int(under):
         return match[0]
+    name = {"2": "half", "4": "quarter"}.get(under) or _number(under, "ordinal")
+    part = f"{_number(over)} {name if over == '1' else _plural(name)}"
     return f" {_quantity(whole)} and {part} " if whole else f" {part} "
 
 
@@ -124,9 +122,9 @@ def _decade(match: re.Match) -> str:
 
 
 def _measure(match: re.Match) -> str:
-    """A number with its unit: "5 km", "5-km" in the singular, "5 m^2", "5 m/s^2"; "5G" and "5M" are no units."""
+    """A number with its unit: "5 km", "5-km" in the singular, "5 m^2", "5 m/s^2"."""
     number, joint, short, power, per, squared = match.groups()
-    name = _UNITS.get(short) or (None if len(short) == 1 and short.isupper() else _ANY_CASE.get(short.lower()))
+    name = _UNITS.get(short) or (None if short in _NO_UNITS else _ANY_CASE.get(short.lower()))
     if name is None:
         return match[0]
     name = name if joint == "-" else _count(number, name)

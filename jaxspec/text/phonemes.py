@@ -1,18 +1,23 @@
 """Text to phonemes by espeak, for models that read them."""
 
 import functools
-from typing import Any
+from typing import Protocol
+
+
+class _Backend(Protocol):
+    def phonemize(self, text: list[str]) -> list[str]: ...
 
 
 @functools.lru_cache
-def _backend(language: str) -> Any:
+def _backend(language: str) -> _Backend:
     try:
         import espeakng_loader
         from phonemizer.backend import EspeakBackend
         from phonemizer.backend.espeak.wrapper import EspeakWrapper
     except ImportError as error:
+        package = (error.name or "phonemizer").split(".")[0]
         raise ImportError(
-            f"expected {error.name}, which this model needs to read phonemes, got none: pip install 'jaxspec[phonemes]'"
+            f"expected {package}, as this model reads phonemes, got none: pip install 'jaxspec[phonemes]'"
         ) from error
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path(espeakng_loader.get_data_path())

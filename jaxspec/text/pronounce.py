@@ -29,6 +29,10 @@ def in_dictionary(word: str) -> bool:
     return word in _dictionary()
 
 
+def _entry(word: str) -> tuple[str, ...]:
+    return tuple(_dictionary()[word].split())
+
+
 def _ending(stem: tuple[str, ...], letter: str) -> tuple[str, ...]:
     """The sound of -s or -ed after a stem: a vowel between like sounds, else with the stem's voicing."""
     last = stem[-1]
@@ -54,7 +58,7 @@ def pronounce(word: str) -> tuple[str, ...] | None:
     if len(word) > _LONGEST:
         return None
     if in_dictionary(word):
-        return tuple(_dictionary()[word].split())
+        return _entry(word)
     if word.endswith("'s") and (stem := pronounce(word[:-2])):
         return stem + _ending(stem, "s")
     for suffix, sound in _SUFFIXES.items():
@@ -62,9 +66,9 @@ def pronounce(word: str) -> tuple[str, ...] | None:
         stems = [bare, bare + "e"] if suffix in ("ed", "ing") else [bare]
         known = next((s for s in stems if bare != word and len(s) > 2 and s in _dictionary()), None)
         if known:
-            stem = tuple(_dictionary()[known].split())
+            stem = _entry(known)
             return stem + (sound or _ending(stem, suffix[0]))
     for cut in range(len(word) - 4, 3, -1):  # a compound of two known words of four letters or more
         if word[:cut] in _dictionary() and word[cut:] in _dictionary():
-            return pronounce(word[:cut]) + pronounce(word[cut:])
+            return _entry(word[:cut]) + _entry(word[cut:])
     return None
