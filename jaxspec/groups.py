@@ -69,7 +69,8 @@ def acoustic_similarity_groups(
     >>> acoustic_similarity_groups(np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), 0.9).members.tolist()
     [[0, 1], [2, 3]]
     """
-    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not -1 < np.float32(threshold) <= 1:
+    real = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if not (real and -1 < threshold <= 1 and np.float32(threshold) > -1):
         raise ValueError(f"expected threshold to be a cosine in (-1, 1], got {threshold!r}: 0.4 is a good start")
     if not isinstance(block, numbers.Integral) or isinstance(block, bool) or block < 1:
         raise ValueError(f"expected block to be a number of rows of at least 1, got {block!r}: leave it out for 1024")
@@ -234,7 +235,7 @@ def pick_group(uniform: Array, groups: Groups, tokens: Array) -> Array:
         int32 [...], 0 .. M-1.
     """
     count = groups.token_count[tokens]
-    # The product may round up to the count.
+    # Inside the token's groups even if the caller's uniform rounds to 1.
     nth = jnp.minimum((uniform * count.astype(jnp.float32)).astype(jnp.int32), count - 1)
     return groups.token_groups[groups.token_start[tokens] + nth]
 

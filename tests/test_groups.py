@@ -81,6 +81,7 @@ def test_groups_are_symmetric_and_no_cosine_passes_one():
         ({"threshold": -1.0}, "threshold to be a cosine"),
         ({"threshold": 1.01}, "threshold to be a cosine"),
         ({"threshold": float("nan")}, "threshold to be a cosine"),
+        ({"threshold": 1e300}, "threshold to be a cosine"),
         ({"threshold": True}, "threshold to be a cosine"),
         ({"threshold": -1 + 1e-12}, "threshold to be a cosine"),  # -1 in float32
         ({"embeddings": np.where(np.arange(50)[:, None] == 9, np.nan, CODES)}, "in row 9: replace it"),

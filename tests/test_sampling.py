@@ -4,10 +4,7 @@ The statistical tests have fixed seeds; with fresh ones each would raise a false
 """
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +15,8 @@ import transformers
 from chi_square import assert_distribution
 
 from jaxspec import sampling as sampling_module
-from jaxspec.keys import threefry_key
 from jaxspec.sampling import MAX_WINDOW, Sampling, invert, rows, sample
-from jaxspec.speculate import autoregressive
-from jaxspec.types import History, LanguageModel
+from jaxspec.types import History
 
 VOCAB = 40
 LOGITS = np.random.default_rng(0).normal(0, 3, (16, VOCAB)).astype(np.float32)
@@ -359,104 +354,3 @@ def test_draws_at_the_ends_of_the_unit_interval():
     ends = jnp.array([[a, b] for a in (0.0, 1 - 2**-24) for b in (0.0, 1 - 2**-24)], jnp.float32)
     assert set(invert(ends, probs).tolist()) <= {3, 300, 590}
     assert invert(jnp.float32([0.5, 0.5]), jnp.full(3, jnp.nan)) in (0, 1, 2)
-
-
-def _no_cache(batch, cells):
-    return jnp.zeros((batch, 0))
-
-
-@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("each", [False, True], ids=["one key", "a key for each row"])
-@pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
-def test_draws_are_independent_whatever_the_keys(impl, each, raw):
-    """Successive tokens of a uniform target are equal 1 time in V, and so are draws by different keys.
-
-    rbg itself draws a vmapped batch from the first key: once row 0 is finished, all rows repeat their tokens for ever.
-    """
-    vocab, batch = 5, 400
-    with jax.default_prng_impl(impl):
-        first = jax.random.key(11)
-        keys = jax.random.split(first, batch)
-        others = jax.random.split(jax.random.key(12), batch).at[0].set(keys[0])
-        first, keys, others = (jax.random.key_data(key) if raw else key for key in (first, keys, others))
-        uniform = LanguageModel(lambda params, tokens, cache, length: (jnp.zeros((*tokens.shape, vocab)), None, cache), _no_cache)
-        prompt = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
-        limit = np.where(np.arange(batch) == 0, 1, 3)
-        tokens = autoregressive(keys if each else first, uniform, (), *prompt, max_new_tokens=3, limit=limit).tokens[1:]
-        draws = [jax.vmap(sample)(some, jnp.ones((batch, vocab)))[1:] for some in (keys, others)]
-    for one, other in ((tokens[:, 1], tokens[:, 2]), draws):
-        assert_distribution(one, np.ones(vocab))
-        assert_distribution(one == other, [1 - 1 / vocab, 1 / vocab])
-
-
-def test_threefry_keys_are_kept_and_others_derived_from_all_their_data():
-    key = jax.random.key(3)
-    assert threefry_key(key) is key
-    np.testing.assert_array_equal(jax.random.key_data(threefry_key(jax.random.key_data(key))), jax.random.key_data(key))
-    words = jnp.uint32([[1, 2, 3, 4], [0, 2, 3, 4], [1, 0, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]])
-    derived = jax.random.key_data(threefry_key(words))
-    assert len(set(map(tuple, derived.tolist()))) == len(words)
-    np.testing.assert_array_equal(jax.random.key_data(threefry_key(words[1])), derived[1])
-    np.testing.assert_array_equal(jax.random.key_data(threefry_key(jax.random.wrap_key_data(words, impl="rbg"))), derived)
-    assert threefry_key(jax.random.wrap_key_data(words[None], impl="unsafe_rbg")).shape == (1, 5)
-
-
-@pytest.mark.parametrize("key", [0, np.zeros(2, np.uint32), jnp.zeros(2), jnp.zeros(3, jnp.uint32), jnp.uint32(0)])
-def test_what_is_no_key_is_refused(key):
-    with pytest.raises(ValueError, match="expected a key, got"):
-        threefry_key(key)
-
-
-STRICT = """
-import jax, jax.numpy as jnp, numpy as np
-from jaxspec.groups import acoustic_similarity_groups, swap
-from jaxspec.sampling import Sampling, probabilities, rows, sample
-from jaxspec.types import History
-from jaxspec.verify import coarse_grained, exact, tolerance
-
-assert jax.config.jax_enable_x64 and jax.random.key_impl(jax.random.key(0)) == "rbg"
-VOCAB, K = 300, 3
-embeddings = np.random.default_rng(0).normal(size=(VOCAB, 3))
-groups = acoustic_similarity_groups(embeddings, np.float64(0.9), num_codes=np.int64(VOCAB - 1))
-assert {array.dtype for array in groups} == {np.dtype("int32")}
-settings = [
-    Sampling(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01),
-    Sampling(temperature=0, repetition_penalty=1.2),
-    Sampling(top_k=25, top_p=0.8, repetition_window=10),
-    Sampling(repetition_window=2, repetition_redraw_all=True, withheld=3, min_new_tokens=99),
-]
-batch = len(settings)
-
-@jax.jit
-def round_of(verify, keys, logits, settings, history):
-    probs = probabilities(logits, settings, history)
-    drafted = jax.vmap(sample)(keys, probs[:, 1:])
-    verdict = jax.vmap(verify)(keys, drafted, probs[:, 1:], probs)
-    return probs, drafted, verdict, jax.vmap(swap, (0, None, 0))(keys, groups, drafted)
-
-arguments = (
-    jax.random.split(jax.random.key(0), batch),
-    jnp.float32(np.random.default_rng(1).normal(size=(batch, K + 1, VOCAB))),
-    rows(settings, batch),
-    History(jnp.zeros((batch, 20), jnp.int32), jnp.full(batch, 2, jnp.int32), jnp.full(batch, 9, jnp.int32)),
-)
-for verify in (exact(), tolerance(np.float64(0.4)), coarse_grained(groups)):
-    with jax.transfer_guard("disallow"):
-        out = round_of(verify, *arguments)
-    probs, *integers = jax.tree.map(np.asarray, out)
-    assert probs.dtype == np.float32
-    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
-    assert {leaf.dtype for leaf in jax.tree.leaves(integers)} == {np.dtype("int32")}
-alone = probabilities(arguments[1][2], settings[2], History(jnp.zeros(20, jnp.int32), jnp.int32(2), jnp.int32(9)))
-np.testing.assert_allclose(alone, probs[2], atol=1e-6)
-assert probabilities(jnp.zeros(9), settings[0]).dtype == np.float32  # float64 logits
-assert sample(jax.random.key(0), jnp.ones((2, 9))).dtype == np.int32
-"""
-
-
-def test_every_strict_mode_at_once():
-    """x64, no rank promotion, strict dtype promotion, rbg by default, warnings as errors, and no transfers in compiled parts."""
-    modes = {"ENABLE_X64": "1", "NUMPY_RANK_PROMOTION": "raise", "NUMPY_DTYPE_PROMOTION": "strict", "DEFAULT_PRNG_IMPL": "rbg"}
-    environment = os.environ | {f"JAX_{name}": value for name, value in modes.items()}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", STRICT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
