@@ -1,18 +1,24 @@
 """The comparison: what it needs is checked first, rows hold what was synthesised, and the command reports progress."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from jaxspec.checkpoint import pretrained
+from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.commands import evaluate as command
 from jaxspec.commands.evaluate import Evaluate
 from jaxspec.draft import ngram_draft
 from jaxspec.evaluate import compare, measures, requirements
 from jaxspec.evaluate.plan import Plan
 from jaxspec.evaluate.recognize import ErrorRates
+from jaxspec.models import builtin as voices
 from jaxspec.models.builtin import VOCAB, VOICES
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.load import builtin_target, load
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance
 from jaxspec.text.held_out import held_out
 from jaxspec.train.voice.corpus import Recording
@@ -168,6 +174,21 @@ def test_any_drafter_by_name_and_the_draft_alone_only_where_it_is_the_voices_own
     result = compare.compare(Plan(**plain))
     assert [row["row"] for row in result["rows"][2:]] == ["autoregressive", "draft alone", "exact"]
     assert len(targets["autoregressive"] - targets["exact"]) == 1
+
+
+def test_a_draft_that_was_trained_for_the_voice_is_loaded_from_its_folder(tmp_path):
+    voice = builtin()
+    target = builtin_target(voice.target_params)
+    shape = {"shape": dataclasses.asdict(voices.load().draft)}
+    description = DraftDescription("model", shape, target.model.digest, {"table_1": "table_1"})
+    pretrained.save(tmp_path / "draft", description, voice.draft_params)
+    loaded = load(draft=tmp_path / "draft")
+    assert loaded.draft_params["table_1"] is voice.target_params["table_1"]
+    np.testing.assert_array_equal(loaded.draft_params["head"], voice.draft_params["head"])
+    assert loaded.drafter(2).length == 2
+    pretrained.save(tmp_path / "other", dataclasses.replace(description, target="blake3:0"), voice.draft_params)
+    with pytest.raises(ValueError, match="expected the target blake3:0 for the draft"):
+        load(draft=tmp_path / "other")
 
 
 def test_a_folder_without_a_draft_is_refused_before_any_work(tmp_path, monkeypatch, installed):

@@ -219,7 +219,7 @@ def test_neutts_speaks_phonemes(spoken, folder):
 
 REFUSED = [
     (["--model", "target", "--verify", "exact"], "expected a draft for exact, got none: give --draft"),
-    (["--draft", "draft"], "expected --model with --codec or with the folder of a draft"),
+    (["--draft", "draft"], "builtin.safetensors, whose num_codes is 4375, got"),
     (["--codec", "xcodec2"], "expected --model with --codec"),
     (["--model", "target", "--draft", "orpheus"], "whose codes_first is 315"),
     (["--model", "llasa", "--draft", "draft"], "whose codes_first is 313, got"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from blake3 import blake3
 
 from jaxspec.codec import builtin as codecs
 from jaxspec.codec import fsq
@@ -94,3 +95,8 @@ def load(path: str | os.PathLike = BUILTIN) -> Voice:
         return Voice(target, draft, codec, tree["target"], tree["draft"], tree["codec"], tree["trained"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a voice of jaxspec in {path}, but it is not one ({error}): install it again") from error
+
+
+def digest(path: str | os.PathLike = BUILTIN) -> str:
+    """The digest of a voice's file, by which drafts trained for its target name it."""
+    return f"blake3:{blake3(Path(path).read_bytes()).hexdigest()}"

@@ -9,9 +9,10 @@ import jax
 from jaxspec.checkpoint import pretrained
 from jaxspec.checkpoint.pretrained import Pretrained
 from jaxspec.draft import ngram_draft
-from jaxspec.models.builtin import VOCAB
+from jaxspec.models import builtin as voices
+from jaxspec.models.card import Model
 from jaxspec.synthesis import converted
-from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.builtin import SAMPLING, builtin
 from jaxspec.synthesis.contract import Synthesizer
 from jaxspec.types import Draft, Params
 
@@ -41,11 +42,29 @@ def load(model: str | Path | None = None, draft: str | Path | None = None, codec
 
 
 def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:
-    if codec is not None or draft not in (None, NGRAM):
-        raise ValueError("expected --model with --codec or with the folder of a draft, got none: leave them out or give --model")
-    return (
-        builtin() if draft is None else builtin()._replace(drafter=functools.partial(ngram_draft, vocab=VOCAB), draft_params=())
-    )
+    if codec is not None:
+        raise ValueError(f"expected --model with --codec, got none: leave {codec} out or give --model")
+    voice = builtin()
+    if draft is None:
+        return voice
+    drafter, params = load_drafter(draft, builtin_target(voice.target_params))
+    return voice._replace(drafter=drafter, draft_params=params)
+
+
+def builtin_target(params: Params) -> Pretrained:
+    """The target of the built-in voice as one for ``pretrained.load_draft`` and for the description of drafts trained for it.
+
+    Args:
+        params: the target's, on the device.
+
+    Returns:
+        a target with an empty tokenizer; its digest is that of the voice's file.
+    """
+    from tokenizers import Tokenizer, models
+
+    stops, shape = (voices.STOP,), voices.load().target
+    model = Model("builtin", shape, 0, voices.CODES, stops, 0, (), SAMPLING, "builtin", "Apache-2.0", digest=voices.digest())
+    return Pretrained(model, params, Tokenizer(models.WordLevel({}, unk_token="")), voices.BUILTIN)
 
 
 def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
