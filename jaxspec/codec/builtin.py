@@ -103,8 +103,8 @@ class Decoder(nn.Module):
             x = Block(c.width)(x, mask)
         x = nn.Dense(c.n_fft + 2)(nn.LayerNorm()(x))
         log_magnitude, phase = jnp.split(x, 2, axis=-1)
-        polar = jnp.exp(jnp.minimum(log_magnitude, 5.0)) * jnp.exp(1j * phase)
-        return spectrum.istft(polar, mask[:, :, 0], c.n_fft, c.hop)
+        frames = spectrum.polar(jnp.exp(jnp.minimum(log_magnitude, 5.0)), phase)
+        return spectrum.istft(frames, mask[:, :, 0], c.n_fft, c.hop)
 
 
 class VoiceCodec(nn.Module):

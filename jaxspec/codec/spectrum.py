@@ -5,6 +5,7 @@ A wave of N samples has N / hop frames. Frame t is centred on sample (t + 1/2) h
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,6 +45,15 @@ def log_mel(wave: Array, sample_rate_hz: int, n_fft: int, hop: int, bins: int) -
     """The natural logarithm of the mel spectrogram's magnitude, floored at 1e-4: wave [B N] -> float32 [B N/hop bins]."""
     mel = magnitude(wave, n_fft, hop) @ _mel_matrix(sample_rate_hz, n_fft, bins)
     return jnp.log(jnp.maximum(mel, 1e-4))
+
+
+def polar(magnitude: Array, phase: Array) -> Array:
+    """Complex numbers of a magnitude and a phase in radians.
+
+    >>> polar(jnp.float32(2), jnp.float32(0))
+    Array(2.+0.j, dtype=complex64)
+    """
+    return jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
 
 
 def istft(spectrum: Array, mask: Array, n_fft: int, hop: int) -> Array:

@@ -150,8 +150,8 @@ class Decoder(nn.Module):
             x = ResNetBlock(name=f"post_{i}")(x, mask)
         x = _norm(nn.LayerNorm, "embed", name="norm")(x)
         log_magnitude, phase = jnp.split(_linear(c.n_fft + 2, "embed", "bins", bias=True, name="head")(x), 2, axis=-1)
-        polar = jnp.minimum(jnp.exp(log_magnitude), 100.0) * jnp.exp(1j * phase)
-        return spectrum.istft(polar, mask[:, :, 0], c.n_fft, c.hop)
+        frames = spectrum.polar(jnp.minimum(jnp.exp(log_magnitude), 100.0), phase)
+        return spectrum.istft(frames, mask[:, :, 0], c.n_fft, c.hop)
 
 
 @functools.lru_cache
