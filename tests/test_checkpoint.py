@@ -199,18 +199,14 @@ def test_parameters_are_restored_in_any_type(tmp_path):
 
 MESH = """
 import sys
-import flax.linen as nn
 import jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxspec.checkpoint import pretrained, store
-from jaxspec.models.transformer import logical_axes
+from jaxspec.models.placement import Placement
 
 alone = pretrained.load(sys.argv[1])
-mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-rules = [("vocab", "model"), ("mlp", "model"), ("heads", "model"), ("kv_heads", None), ("embed", None)]
-shardings = nn.logical_to_mesh_sharding(logical_axes(alone.model.shape), mesh, rules)
-spread = pretrained.load(sys.argv[1], sharding=shardings)
-everywhere = store.read_params(sys.argv[1], sharding=NamedSharding(mesh, PartitionSpec()))
+placement = Placement(jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)))
+spread = pretrained.load(sys.argv[1], placement=placement)
+everywhere = store.read_params(sys.argv[1], sharding=placement.sharding())
 for one, part, copy in zip(*map(jax.tree.leaves, (alone.params, spread.params, everywhere)), strict=True):
     assert len(one.devices()) == 1 and len(part.devices()) == len(copy.devices()) == 8
     np.testing.assert_array_equal(one, part)
@@ -223,13 +219,32 @@ assert shards(spread.params["layer_0"]["attention"]["out"]["kernel"]) == {(6, 48
 lm, prompt = pretrained.language_model(alone), np.arange(12, dtype=np.int32)[None]
 logits = lambda params: jax.jit(lm.apply)(params, prompt, lm.init_cache(1, 16), np.zeros(1, np.int32))[0]
 np.testing.assert_allclose(logits(spread.params), logits(alone.params), atol=1e-4)
+
+draft = pretrained.load_draft(sys.argv[2], spread, placement)
+assert draft.params["table_0"] is spread.params["table_0"]
+assert shards(draft.params["norm"]["scale"]) == {(48,)} and len(draft.params["norm"]["scale"].devices()) == 8
+smaller = pretrained.load_draft(sys.argv[1], spread, placement)
+assert smaller.params["table_0"] is spread.params["table_0"]
+assert shards(smaller.params["layer_0"]["mlp"]["up"]["kernel"]) == {(48, 10)}
+try:
+    pretrained.load(sys.argv[3], placement=placement)
+except ValueError as error:
+    assert "--pad-to 8" in str(error), error
+else:
+    raise AssertionError("409 rows are not divided by 8")
 """
 
 
 def test_parameters_are_restored_onto_a_mesh(tmp_path):
-    folder = checkpoints.converted(tmp_path, "llasa", pad_to=128)
+    folder, odd = checkpoints.converted(tmp_path, "llasa", pad_to=128), checkpoints.converted(tmp_path, "llasa")
+    model, params, _, _ = pretrained.load(folder)
+    settings = {"shape": dataclasses.asdict(model.shape)}
+    description = DraftDescription("model", settings, model.digest, {"table_0": "table_0"})
+    pretrained.save(tmp_path / "draft", description, params)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", MESH, folder], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", MESH, folder, tmp_path / "draft", odd], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -16,10 +16,10 @@ from jaxspec.bench import presets, roofline
 from jaxspec.bench.measure import RULES, Case, Models, random_asks, run
 from jaxspec.bench.peers import time_transformers
 from jaxspec.bench.roofline import Device
-from jaxspec.checkpoint import pretrained
-from jaxspec.draft import model_draft
+from jaxspec.checkpoint import descriptions, pretrained
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
+from jaxspec.models.card import Model
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis import builtin, converted
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
@@ -145,9 +145,8 @@ def _models(plan: Plan, dtype: str) -> Models:
         target = pretrained.load(plan.preset, dtype)
         if plan.draft is None:
             raise ValueError(f"expected --draft with {plan.preset}, got none: cut one with jaxspec convert --layers")
-        draft = pretrained.load(plan.draft, dtype, beside=target)
-        drafter = functools.partial(model_draft, pretrained.language_model(draft)), draft.params
-        return _real(converted.synthesizer(target, drafter), target.model.shape, draft.model.shape, plan)
+        draft, shape = pretrained.load_draft(plan.draft, target), descriptions.read_as(plan.draft, Model).shape
+        return _real(converted.synthesizer(target, (draft.drafter, draft.params)), target.model.shape, shape, plan)
     pair = presets.pair(plan.preset, dtype)
     _check_fits(plan, pair)
     keys = jax.random.split(jax.random.key(0), 2)

@@ -20,6 +20,7 @@ from jaxspec.common import records
 from jaxspec.draft import model_draft
 from jaxspec.models import card, transformer
 from jaxspec.models.card import Model
+from jaxspec.models.placement import Placement
 from jaxspec.types import Codec, Draft, LanguageModel, Params
 
 if TYPE_CHECKING:
@@ -135,42 +136,41 @@ def _check(description: Model | DraftDescription | CodecDescription, flat: Mappi
                 raise ValueError(f"expected shape {wanted} of {path}, got {got}: pass the parameters of description.shape")
 
 
-def load(
-    folder: str | Path,
-    dtype: str | None = None,
-    sharding: Any = None,
-    beside: Pretrained | None = None,
-) -> Pretrained:
-    """Loads a language model.
+def load(folder: str | Path, dtype: str | None = None, placement: Placement | None = None) -> Pretrained:
+    """Loads a language model; each array goes straight to its devices.
 
     Args:
         folder: that ``jaxspec convert`` or ``save`` made.
         dtype: to compute in, "bfloat16" or "float32"; by default that of the checkpoint.
-        sharding: where each parameter goes, see ``jaxspec.checkpoint.store.read_params``.
-        beside: a model of the same vocabulary whose input tables and head are used where they are equal, without a second copy
-            on the device; see ``load_draft``.
+        placement: the devices; by default the first.
 
     Returns:
-        The model, with its parameters on the device.
+        The model, with its parameters on the devices.
 
     Raises:
-        ValueError: the folder is not a language model, is damaged, or has another vocabulary than ``beside``.
+        ValueError: the folder is not a language model or is damaged, or the placement does not divide the model.
     """
     folder = Path(folder)
-    model = descriptions.read_as(folder, Model)
-    tokenizer = card.tokenizer_of(folder)
-    shared = {}
-    if beside is not None:
-        _check_vocabulary(beside, model, tokenizer, folder)
-        dtype = dtype or beside.model.shape.dtype
-        shared = {path: path for path, digest in model.tables.items() if beside.model.tables.get(path) == digest}
-    params = store.read_params(folder, dtype, sharding, _arrays_of(beside, shared, folder) if beside else None)
-    if dtype is not None:
-        model = dataclasses.replace(model, shape=dataclasses.replace(model.shape, dtype=dtype))
-    return Pretrained(model, params, tokenizer, folder)
+    model, tokenizer = descriptions.read_as(folder, Model), card.tokenizer_of(folder)
+    return _load(folder, model, tokenizer, dtype or model.shape.dtype, placement, {})
 
 
-def load_draft(folder: str | Path, target: Pretrained, sharding: Any = None) -> PretrainedDraft:
+def _load(
+    folder: Path,
+    model: Model,
+    tokenizer: "Tokenizer",
+    dtype: str,
+    placement: Placement | None,
+    shared: Mapping[str, jax.Array],
+) -> Pretrained:
+    """Reads the parameters that are not among ``shared``."""
+    axes, shapes = transformer.logical_axes(model.shape), transformer.abstract_params(model.shape)
+    shardings = placement.params(axes, shapes) if placement else None
+    params = store.read_params(folder, dtype, shardings, shared)
+    return Pretrained(dataclasses.replace(model, shape=dataclasses.replace(model.shape, dtype=dtype)), params, tokenizer, folder)
+
+
+def load_draft(folder: str | Path, target: Pretrained, placement: Placement | None = None) -> PretrainedDraft:
     """Loads a draft for a target: one that was trained for it, or any language model of the same vocabulary.
 
     The draft computes in the target's dtype. Arrays that it shares with the target are the target's own, without another copy.
@@ -178,7 +178,7 @@ def load_draft(folder: str | Path, target: Pretrained, sharding: Any = None) -> 
     Args:
         folder: a draft, or a language model, that ``jaxspec convert`` or ``save`` made.
         target: the loaded target.
-        sharding: where each of the draft's own parameters goes, see ``jaxspec.checkpoint.store.read_params``.
+        placement: the devices, as for the target; a language model is divided like the target, other drafts are replicated.
 
     Returns:
         The draft, for every K.
@@ -186,12 +186,14 @@ def load_draft(folder: str | Path, target: Pretrained, sharding: Any = None) -> 
     Raises:
         ValueError: the folder is neither, is damaged, belongs to another target, or has another vocabulary.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), target.model.shape.dtype
     description = descriptions.read(folder)
     if isinstance(description, Model):
-        pretrained = load(folder, sharding=sharding, beside=target)
-        drafter = functools.partial(model_draft, language_model(pretrained))
-        return PretrainedDraft(functools.cache(drafter), pretrained.params, folder)
+        tokenizer = card.tokenizer_of(folder)
+        _check_vocabulary(target, description, tokenizer, folder)
+        equal = {path: path for path, digest in description.tables.items() if target.model.tables.get(path) == digest}
+        model = _load(folder, description, tokenizer, dtype, placement, _arrays_of(target, equal, folder))
+        return PretrainedDraft(functools.cache(functools.partial(model_draft, language_model(model))), model.params, folder)
     if not isinstance(description, DraftDescription):
         raise ValueError(f"expected a draft in {folder}, got a codec: give the folder of a draft or of a smaller language model")
     if description.target != target.model.digest:
@@ -199,14 +201,14 @@ def load_draft(folder: str | Path, target: Pretrained, sharding: Any = None) -> 
             f"expected the target {description.target} for the draft {folder}, got {target.model.digest} in {target.folder}: "
             "give the target that the draft was trained for"
         )
-    dtype = target.model.shape.dtype
     try:
         drafter = DRAFTERS[description.family](description.settings, dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"expected a draft of {', '.join(DRAFTERS)} in {folder}, got {description.family!r} with {error}: save it again"
         ) from error
-    params = store.read_params(folder, dtype, sharding, _arrays_of(target, description.shared, folder))
+    everywhere = placement.sharding() if placement else None
+    params = store.read_params(folder, dtype, everywhere, _arrays_of(target, description.shared, folder))
     return PretrainedDraft(functools.cache(drafter), params, folder)
 
 
