@@ -264,8 +264,7 @@ def _gap(logits: Array, temperature: Array) -> Array:
     gap = (best - logits) / jnp.where(temperature > 0, temperature, 1.0)
 
     def greedy() -> Array:
-        chosen = (temperature > 0) | (_ids(gap) == _first_zero(gap))
-        return jnp.where(chosen, gap, jnp.where(gap >= 0, jnp.inf, gap))
+        return jnp.where((temperature > 0) | (_ids(gap) == _first_zero(gap)), gap, jnp.inf)
 
     return jax.lax.cond((temperature > 0).all(), lambda: gap, greedy)
 
@@ -338,8 +337,8 @@ def _withhold(logits: Array, settings: SamplingRows, history: History) -> Array:
 
 
 def _head_ids(tokens: Array, vocab: int) -> Array:
-    """The ids, with ``vocab`` in place of those outside the head's vocabulary."""
-    return jnp.where((tokens >= 0) & (tokens < vocab), tokens, vocab)
+    """The ids, with ``vocab`` in place of negative ones, which would count from the end: so ``mode="drop"`` drops both kinds."""
+    return jnp.where(tokens >= 0, tokens, vocab)
 
 
 def _repeated(settings: SamplingRows, history: History, shape: tuple[int, ...]) -> Array:
@@ -349,7 +348,7 @@ def _repeated(settings: SamplingRows, history: History, shape: tuple[int, ...]) 
     tokens = history.tokens.reshape(*history.tokens.shape[:-1], *(1,) * (ndim - history.tokens.ndim), cells)
     back = jnp.arange(min(MAX_WINDOW, cells), dtype=jnp.int32).reshape((1,) * (ndim - 1) + (-1,))
     place = _align(history.length, ndim) - 1 - back
-    inside = (place >= _align(history.start, ndim)) & (place >= 0) & (back < settings.repetition_window)
+    inside = (place >= _align(history.start, ndim)) & (back < settings.repetition_window)
     inside = jnp.broadcast_to(inside, (*shape[:-1], back.size))
     place = jnp.broadcast_to(jnp.maximum(place, 0), inside.shape)
     recent = jnp.take_along_axis(jnp.broadcast_to(tokens, (*shape[:-1], cells)), place, axis=-1)

@@ -65,6 +65,14 @@ def test_stop_ids_untrained_and_zero_rows_stay_alone():
     trained = np.arange(8) != 4
     table = groups.acoustic_similarity_groups(embeddings, 0.5, num_codes=6, trained=trained)
     assert as_sets(table) == [{0, 1, 3, 5}, {2}, {4}, {6}, {7}]
+    # A cosine of 0 would be above a negative threshold.
+    assert as_sets(groups.acoustic_similarity_groups(embeddings, -0.5, num_codes=6, trained=trained)) == as_sets(table)
+
+
+def test_progress_reaches_the_number_of_rows():
+    seen = []
+    groups.acoustic_similarity_groups(CODES, 0.4, block=20, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(20, 50), (40, 50), (50, 50)]
 
 
 def test_groups_are_symmetric_and_no_cosine_passes_one():

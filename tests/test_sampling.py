@@ -189,6 +189,30 @@ def test_repetition_aware_distribution_equals_the_procedure(redraw_all):
     assert_distribution(draws, probs)
 
 
+@pytest.mark.parametrize("window", [1, 3, MAX_WINDOW])
+def test_the_window_ends_at_the_prompt_and_reaches_its_whole_length(window):
+    """Each of 70 tokens is another id; those of the prompt, and those before the window, are not drawn again."""
+    history = History(jnp.arange(80), jnp.int32(4), jnp.int32(74))
+    logits = jnp.zeros(80)
+    probs = probabilities(logits, Sampling(repetition_window=window), history)
+    repeated = np.isin(np.arange(80), np.arange(74 - window, 74))
+    expected = (np.where(repeated, 0, 1) + (window - repeated) / 79) / 80
+    np.testing.assert_allclose(probs, expected, rtol=1e-5)
+    short = History(jnp.arange(80), jnp.int32(72), jnp.int32(74))
+    probs = probabilities(logits, Sampling(repetition_window=window), short)
+    assert (probs < 1 / 80).sum() == min(window, 2)
+
+
+def test_rows_without_top_p_keep_their_tail_beside_rows_with_it():
+    """The tail is smaller than the rounding of the whole mass."""
+    probs = probabilities(jnp.array([[0.0, -40.0, -50.0]] * 2), rows([Sampling(), Sampling(top_p=0.9)], 2))
+    assert (probs > 0).tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_min_p_of_one_keeps_the_best_tokens():
+    np.testing.assert_array_equal(probabilities(jnp.array([1.0, 3.0, 3.0]), Sampling(min_p=1)), [0, 0.5, 0.5])
+
+
 def test_repetition_aware_sampling_at_its_limits():
     history = whole_history(np.array([1]))
     greedy = Sampling(temperature=0, repetition_window=10)
@@ -354,3 +378,10 @@ def test_draws_at_the_ends_of_the_unit_interval():
     ends = jnp.array([[a, b] for a in (0.0, 1 - 2**-24) for b in (0.0, 1 - 2**-24)], jnp.float32)
     assert set(invert(ends, probs).tolist()) <= {3, 300, 590}
     assert invert(jnp.float32([0.5, 0.5]), jnp.full(3, jnp.nan)) in (0, 1, 2)
+
+
+def test_a_uniform_at_a_boundary_gives_the_next_token():
+    """Token t has the half-open interval from the mass before it to the mass up to and including it."""
+    uniforms = jnp.array([[0.0, 0.0], [0.0, 0.25], [0.0, 0.5], [0.0, 0.75]])
+    assert invert(uniforms, jnp.ones(4)).tolist() == [0, 1, 2, 3]
+    assert invert(jnp.array([0.5, 0.0]), jnp.ones(512)) == 256

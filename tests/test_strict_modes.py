@@ -35,7 +35,7 @@ arguments = (
     jax.random.split(jax.random.key(0), batch),
     jnp.float32(np.random.default_rng(1).normal(size=(batch, K + 1, VOCAB))),
     rows(settings, batch),
-    History(jnp.zeros((batch, 20), jnp.int32), jnp.full(batch, 2, jnp.int32), jnp.full(batch, 9, jnp.int32)),
+    History(jnp.zeros((batch, 20), jnp.int64), jnp.full(batch, 2, jnp.int32), jnp.full(batch, 9, jnp.int64)),
 )
 for verify in (exact(), tolerance(np.float64(0.4)), coarse_grained(groups)):
     with jax.transfer_guard("disallow"):

@@ -192,6 +192,22 @@ def test_num_exact_counts_what_the_exact_rule_takes(rule):
     assert (verdict.num_exact >= jnp.minimum(reference.num_accepted, verdict.num_accepted)).all()
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_num_exact_has_the_exact_acceptance_rate(name):
+    """Of one drafted token; all decisions are made with one uniform, so the smaller ratio decides."""
+    draft, target = random_probs(0, 1), random_probs(1, 2)
+    p, q = np.float64(draft[0]), np.float64(target[0])
+    rate = np.minimum(p, q)
+    if name.startswith("coarse-grained"):
+        weight = weights(groups(distinct=name == "coarse-grained"))
+        coarse = (q * weight).sum(1) / (p * weight).sum(1)
+        rate = p * (weight * np.minimum(np.minimum(1, q / p), coarse[:, None])).sum(0)
+    _, verdict = rounds(RULES[name](), jax.random.key(6), draft, target)
+    assert stats.binomtest(int(verdict.num_exact.sum()), ROUNDS, float(rate.sum())).pvalue > FALSE_ALARM
+    if name != "exact":
+        assert int(verdict.num_accepted.sum()) > 1.02 * int(verdict.num_exact.sum())
+
+
 @each_rule
 def test_nothing_drafted_is_a_bonus_token(rule):
     target = random_probs(1, 1)
