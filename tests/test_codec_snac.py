@@ -89,6 +89,13 @@ def test_the_older_names_of_weight_norm_give_the_same(reference, ours):
     jax.tree.map(np.testing.assert_array_equal, planned(tensors_of(old), RULES, ours[1]), ours[1])
 
 
+def test_noise_of_a_row_is_its_own_with_keys_of_other_implementations(ours):
+    keys = jax.random.split(jax.random.key(3, impl="rbg"), 3)
+    waves = ours[0].decode(ours[1], frames(), full(frames()), None, keys)
+    alone = ours[0].decode(ours[1], frames()[1:2], full(frames())[:1], None, keys[1:2])
+    np.testing.assert_allclose(waves[1], alone[0], atol=1e-5)
+
+
 def test_noise_is_the_keys(ours):
     codes = frames()
     first, again, other, without = (

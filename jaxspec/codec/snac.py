@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import padding
+from jaxspec.keys import threefry_key
 from jaxspec.types import Array, Codec, Condition, Params
 
 _TAPS = 7
@@ -71,7 +72,7 @@ def noise(keys: Array, frames: int, steps: int) -> Array:
     """Standard normal noise whose values for a frame depend on the row's key and the frame's index alone.
 
     Args:
-        keys: PRNG keys [B], one for each row.
+        keys: threefry keys [B], one for each row.
         frames: how many frames.
         steps: values for each frame.
 
@@ -222,8 +223,9 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, codes: Array, length: Array, key: Array | None) -> Array:
-        """codes int32 [B T Q], length int32 [B], PRNG keys [B] | None -> float32 [B T*samples_per_frame]."""
+        """codes int32 [B T Q], length int32 [B], PRNG keys [B] of any kind | None -> float32 [B T*samples_per_frame]."""
         c, (batch, frames, _) = self.config, codes.shape
+        keys = None if key is None else threefry_key(key)
         x, length, rate = 0.0, length * c.strides[0], c.strides[0]
         for i, (slots, stride) in enumerate(zip(c.slots, c.strides, strict=True)):
             vectors = Codebook(c, name=f"codebook_{i}")(codes[:, :, np.array(slots)].reshape(batch, -1))
@@ -231,7 +233,7 @@ class Decoder(nn.Module):
         x = Pointwise(c.decoder_dim, name="pointwise")(Depthwise(name="depthwise")(x, length))
         for i, stride in enumerate(c.decoder_rates):
             rate *= stride
-            drawn = None if key is None else noise(jax.vmap(jax.random.fold_in, (0, None))(key, i), frames, rate)
+            drawn = None if keys is None else noise(jax.vmap(jax.random.fold_in, (0, None))(keys, i), frames, rate)
             x = Block(x.shape[-1] // 2, stride, name=f"block_{i + 2}")(x, length, drawn)
             length = length * stride
         wave = jnp.tanh(Head(name="head")(Snake(name="snake")(x), length))

@@ -27,13 +27,13 @@ STOP = CODES
 VOCAB = CODES + 1  # the head's vocabulary
 PROMPT_ROWS = len(SYMBOLS) + len(VOICES) + 1
 SPEAK = VOCAB + PROMPT_ROWS - 1
-MAX_SYMBOLS = 72  # the longest text that training saw
+MAX_SYMBOLS = 72  # the longest text of the training data
 MAX_CODES = 160
 BUILTIN = Path(str(resources.files("jaxspec"))) / "voice" / "builtin.safetensors"
 
 
 class Voice(NamedTuple):
-    """Everything that speaks: shapes, weights, and which codes training ever met (bool [V])."""
+    """The configs and weights of target, draft and codec, and which codes occur in the training data (bool [V])."""
 
     target: transformer.Config
     draft: transformer.Config
@@ -44,7 +44,7 @@ class Voice(NamedTuple):
     trained: np.ndarray
 
     def code_vectors(self, matrix: str) -> np.ndarray:
-        """The embeddings that groups are made from, float32 [V D]: the "target"'s input rows, or the "codec"'s coordinates."""
+        """The embeddings from which groups are built, float32 [V D]: the "target"'s input rows, or the "codec"'s coordinates."""
         if matrix == "target":
             return np.asarray(self.target_params["table_0"])
         vectors = np.asarray(fsq.vectors(np.arange(CODES), LEVELS))
@@ -52,13 +52,13 @@ class Voice(NamedTuple):
 
 
 def voice_index(name: str) -> int:
-    """The number of a voice.
+    """The index of a voice in ``VOICES``.
 
     Raises:
-        ValueError: for a name that the model does not know.
+        ValueError: the model has no such voice.
     """
     if name not in VOICES:
-        raise ValueError(f"expected a voice among {', '.join(VOICES)}, got {name!r}")
+        raise ValueError(f"expected a voice among {', '.join(VOICES)}, got {name!r}: choose one of these")
     return VOICES.index(name)
 
 
@@ -69,7 +69,7 @@ def prompt(symbols: list[str], voice: str) -> np.ndarray:
 
 
 def prompts(sentences: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts of normalised sentences by their voices, int32 [B MAX_SYMBOLS+2], and their lengths, int32 [B]."""
+    """The prompts of normalised sentences and their voices, int32 [B MAX_SYMBOLS+2], and their lengths, int32 [B]."""
     ids = [prompt(to_symbols(sentence), name) for sentence, name in zip(sentences, names, strict=True)]
     padded = np.stack([np.pad(row, (0, MAX_SYMBOLS + 2 - len(row))) for row in ids])
     return padded, np.array([len(row) for row in ids], np.int32)

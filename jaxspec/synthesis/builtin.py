@@ -33,8 +33,8 @@ def synthesizer(voice: Voice) -> Synthesizer:
 
     def decode(rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
         """Decodes a batch of rows, all in the voice of the settings."""
-        voices_of_rows = np.full(len(rows), voices.voice_index(settings.voice or VOICES[0]), np.int32)
-        return decode_rows(codec(voice.codec), codec_params, rows, voices_of_rows)
+        condition = np.full(len(rows), voices.voice_index(settings.voice or VOICES[0]), np.int32)
+        return decode_rows(codec(voice.codec), codec_params, rows, condition)
 
     return Synthesizer(
         target=transformer.language_model(voice.target),
