@@ -65,7 +65,7 @@ def show(rows: Sequence[dict[str, Any]], console: "Console") -> None:
 
     table = Table()
     for name, (head, _) in _COLUMNS.items():
-        table.add_column(head, no_wrap=name == "row")
+        table.add_column(head, no_wrap=name in ("row", "wer_interval"))
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
