@@ -79,7 +79,7 @@ def loss(config: Config) -> Loss:
         spectral = spectral_loss(again, wave, config)
         log_probs = jax.nn.log_softmax(logits)
         phones = -jnp.take_along_axis(log_probs, phone[..., None], axis=-1).mean()
-        accuracy = (logits.argmax(-1) == phone).mean()
+        accuracy = (logits.argmax(-1).astype(phone.dtype) == phone).mean()
         return spectral + 0.3 * phones, {"spectral": spectral, "phones": phones, "phone_accuracy": accuracy}
 
     return value
