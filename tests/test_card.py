@@ -91,7 +91,8 @@ def test_the_text_of_a_description_has_what_is_set():
     assert "reference" not in named
     assert "rope_scaling" not in named
     greedy = info.card(dataclasses.replace(PLAIN, sampling=Sampling(temperature=0)))
-    assert "sampling        temperature 0\n" in greedy
+    assert "sampling        temperature 0" in greedy
+    assert "temperature 0.5" not in greedy
     assert draft.splitlines() == [
         "draft       model",
         "settings    shape (layers 1)",
