@@ -1,6 +1,6 @@
-"""LLaSA-1B and X-codec2 at their true sizes, from random weights: memory and time of a conversion, and codes spoken to the end.
+"""LLaSA-1B and X-codec2 at their true sizes with random weights: memory and time of a conversion, and synthesis to a wave.
 
-Run by hand, as it takes minutes, 12 GB of disk and 16 GB of memory: pytest -m slow -s tests/test_true_size.py
+Run by hand; it takes minutes, 12 GB of disk and 16 GB of memory: pytest -m slow -s -n 0 tests/test_true_size.py
 """
 
 import json
@@ -37,13 +37,13 @@ import json, os, pathlib, re, shutil, sys, time
 from jaxspec.convert.pipeline import Options, convert
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
-def copy(source, dest):  # to the disk, as a conversion is written
+def copy(source, dest):  # to the disk, like a conversion
     dest.mkdir()
     for path in source.iterdir():
         with path.open("rb") as old, (dest / path.name).open("wb") as new:
-            shutil.copyfileobj(old, new, 2**16)  # of the sizes and calls that were tried, the quickest
+            shutil.copyfileobj(old, new, 2**16)  # the fastest of the sizes and calls that were tried
             os.fsync(new.fileno())
-def timed(make, *arguments):  # with nothing of the turn before in the page cache or waiting for the disk
+def timed(make, *arguments):  # with no pages or writes of the previous run pending
     for folder in (dest, other):
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
@@ -53,7 +53,7 @@ def timed(make, *arguments):  # with nothing of the turn before in the page cach
 source, dest, other, layers = sys.argv[1:]
 options = Options(layers=tuple(map(int, layers.split(","))) if layers else None)
 before, seconds, copy_seconds = peak(), [], []
-for turn in range(5 if other else 1):  # taking turns, as the disk has its moods
+for repeat in range(5 if other else 1):  # interleaved, as the speed of a disk varies
     if other:
         copy_seconds.append(timed(copy, pathlib.Path(source), pathlib.Path(other))[0])
     took, made = timed(convert, source, dest, options)
@@ -62,7 +62,7 @@ print(json.dumps({"bytes": made.bytes, "seconds": seconds, "copy_seconds": copy_
 """
 SAY = """
 import json, pathlib, re, sys
-from jaxspec import cli
+from jaxspec.commands import main as cli
 sys.argv = ["jaxspec", *sys.argv[1:]]
 cli.main()
 kib = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
@@ -96,7 +96,7 @@ def run(program, *arguments):
 
 @pytest.fixture(scope="module")
 def llasa(tmp_path_factory):
-    """A folder as HKUSTAudio/Llasa-1B has: 2.74 GB, 193,800 tokens with the ids of the real ones."""
+    """A folder like HKUSTAudio/Llasa-1B: 2.74 GB, 193,800 tokens with the real ids."""
     folder = tmp_path_factory.mktemp("llasa-1b")
     text = checkpoints.LLAMA_TOKENS
     filler = [f"<|unused_{i}|>" for i in range(128_256 - 300 - len(text))]
@@ -124,7 +124,7 @@ def xcodec2(tmp_path_factory):
     return folder
 
 
-def test_llasa_1b_from_conversion_to_sound(llasa, xcodec2, tmp_path):
+def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     model, draft, codec = tmp_path / "model", tmp_path / "draft", tmp_path / "model" / "codec"
     (figures,) = run(CONVERT, llasa, model, tmp_path / "copy", "")
     converted, copied = (statistics.median(figures[name]) for name in ("seconds", "copy_seconds"))

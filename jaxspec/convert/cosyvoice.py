@@ -2,7 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxspec.checkpoint.tensors import Tensor, rows
 from jaxspec.convert import llama
@@ -10,12 +10,15 @@ from jaxspec.convert.source import read_json
 from jaxspec.models import card, cosyvoice
 from jaxspec.models.cosyvoice import Version
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 MERGED_CODES = "<|s_{}|>"
 BACKBONE = "CosyVoice-BlankEN"  # the folder of the tokenizer and of the backbone's config.json
 _PREFIX = "llm.model."
 
 
-def version_of(tensors: dict[str, Tensor], tokenizer: Any) -> Version | None:
+def version_of(tensors: dict[str, Tensor], tokenizer: "Tokenizer | None") -> Version | None:
     """The CosyVoice version of a checkpoint; None for any other checkpoint."""
     if "llm_decoder.weight" in tensors:
         return cosyvoice.V2 if "llm_embedding.weight" in tensors else cosyvoice.V3
@@ -46,7 +49,7 @@ def separate(tensors: dict[str, Tensor], version: Version) -> tuple[dict[str, Te
 
 
 def unmerge(
-    tensors: dict[str, Tensor], notes: list[str], version: Version, tokenizer: Any
+    tensors: dict[str, Tensor], notes: list[str], version: Version, tokenizer: "Tokenizer"
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Cuts the tables of codes and the head out of one merged vocabulary.
 
@@ -87,7 +90,7 @@ def backbone(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else llama.QWEN2
 
 
-def tokenizer(folder: Path, version: Version) -> Any:
+def tokenizer(folder: Path, version: Version) -> "Tokenizer":
     """The tokenizer of ``llm.pt``: that of Qwen 2 with the tokens that this version adds, in their order.
 
     Args:

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +26,44 @@ from jaxspec.convert.source import Source, open_source
 from jaxspec.models import card, llasa, neutts, orpheus, transformer
 from jaxspec.models import cosyvoice as cosyvoice_model
 
-VOCABULARIES = {module.NAME: module for module in (llasa, neutts, orpheus)}  # one vocabulary of text and codes
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Vocabulary(Protocol):
+    """A settings module of ``jaxspec.models`` whose checkpoints have text and codes in one vocabulary.
+
+    Attributes:
+        NAME: of the family.
+        MARK: the token by which the family is recognised.
+        STOPS: the tokens that end an utterance.
+        SLOTS: codes per frame.
+    """
+
+    NAME: str
+    MARK: str
+    STOPS: tuple[str, ...]
+    SLOTS: int
+
+    def codes(self, tokenizer: "Tokenizer") -> tuple[int, int]:
+        """The id of the first code and the number of codes of a slot; ValueError where the tokenizer has none."""
+        ...
+
+    def model(self, shape: transformer.Config, tokenizer: "Tokenizer", ids: dict[str, Any]) -> card.Model:
+        """The description of a checkpoint.
+
+        Args:
+            shape: of the transformer.
+            tokenizer: of the checkpoint.
+            ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
+
+        Raises:
+            ValueError: the tokenizer does not have a token of the prompt.
+        """
+        ...
+
+
+VOCABULARIES: dict[str, Vocabulary] = {module.NAME: module for module in (llasa, neutts, orpheus)}
 CODECS = {
     "xcodec2": (xcodec2, xcodec2_codec, "CC-BY-NC-4.0"),
     "neucodec": (xcodec2, xcodec2_codec, "Apache-2.0"),
@@ -78,7 +115,7 @@ class Layout(NamedTuple):
     description: card.Model | CodecDescription
     dropped: list[str]
     notes: list[str]
-    tokenizer: Any = None
+    tokenizer: "Tokenizer | None" = None
 
 
 class Converted(NamedTuple):
@@ -120,7 +157,7 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
     return Converted(name, written.parameters, total, layout.dropped, layout.notes)
 
 
-def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
+def recognise(tensors: dict[str, Tensor], tokenizer: "Tokenizer | None") -> str:
     """The family of a checkpoint, by the names of its tensors and its tokens.
 
     Args:
@@ -150,7 +187,7 @@ def recognise(tensors: dict[str, Tensor], tokenizer: Any) -> str:
     )
 
 
-def _tokenizer(opened: Source) -> Any:
+def _tokenizer(opened: Source) -> "Tokenizer | None":
     if (opened.folder / card.TOKENIZER).exists():
         return card.tokenizer_of(opened.folder)
     if version := cosyvoice.version_of(opened.tensors, None):
@@ -158,7 +195,7 @@ def _tokenizer(opened: Source) -> Any:
     return None
 
 
-def _layout(name: str, opened: Source, tokenizer: Any, options: Options) -> Layout:
+def _layout(name: str, opened: Source, tokenizer: "Tokenizer | None", options: Options) -> Layout:
     if name in CODECS:
         return _codec(name, opened, options)
     if tokenizer is None:
@@ -179,7 +216,7 @@ def _codec(name: str, opened: Source, options: Options) -> Layout:
     return _planned(tensors, rules, codec.abstract_params(config), dtype, description, [], [])
 
 
-def _one_vocabulary(module: Any, opened: Source, tokenizer: Any, options: Options) -> Layout:
+def _one_vocabulary(module: Vocabulary, opened: Source, tokenizer: "Tokenizer", options: Options) -> Layout:
     """LLaSA, NeuTTS-Air, Orpheus: text and codes in one vocabulary, of which the head may keep codes and stop ids only."""
     tensors, settings, dropped, notes = dict(opened.tensors), llama.checked(opened.config), [], []
     if options.layers:
@@ -214,7 +251,7 @@ def _some(tensor: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
     return joined([rows(tensor, *part) for part in parts])
 
 
-def _cosyvoice(version: cosyvoice_model.Version, opened: Source, tokenizer: Any, options: Options) -> Layout:
+def _cosyvoice(version: cosyvoice_model.Version, opened: Source, tokenizer: "Tokenizer", options: Options) -> Layout:
     notes: list[str] = []
     separate = "llm_decoder.weight" in opened.tensors
     if separate:
@@ -244,7 +281,7 @@ def _language_model(
     options: Options,
     dropped: list[str],
     notes: list[str],
-    tokenizer: Any,
+    tokenizer: "Tokenizer",
 ) -> Layout:
     """Pads the tables and plans the transformer that config.json describes."""
     total = [-(-count // options.pad_to) * options.pad_to for count in table_rows]

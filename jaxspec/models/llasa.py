@@ -1,10 +1,13 @@
 """LLaSA (HKUSTAudio/Llasa-1B, 3B, 8B; arXiv 2502.04128): Llama 3 with 65,536 codes of X-codec2 in its vocabulary."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxspec.models import card
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NAME = "llasa"
 MARK = "<|SPEECH_UNDERSTANDING_START|>"  # the token by which the family is recognised
@@ -20,22 +23,13 @@ _PROMPT = (
 )
 
 
-def codes(tokenizer: Any) -> tuple[int, int]:
+def codes(tokenizer: "Tokenizer") -> tuple[int, int]:
     """The id of the first code and the number of codes; raises ValueError where the tokenizer has none."""
     return card.code_ids(tokenizer, "<|s_{}|>")
 
 
-def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
-    """The description of a checkpoint.
-
-    Args:
-        shape: of the transformer.
-        tokenizer: of the checkpoint.
-        ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
-
-    Raises:
-        ValueError: the tokenizer does not have a token of the prompt.
-    """
+def model(shape: Config, tokenizer: "Tokenizer", ids: dict[str, Any]) -> card.Model:
+    """The description of a checkpoint; for arguments and errors see ``jaxspec.convert.pipeline.Vocabulary``."""
     card.token_ids(tokenizer, "<|begin_of_text|>", "<|TEXT_UNDERSTANDING_START|>", "<|SPEECH_GENERATION_START|>")
     return card.Model(
         family=NAME,

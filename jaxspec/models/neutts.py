@@ -1,10 +1,13 @@
 """NeuTTS-Air (neuphonic/neutts-air): Qwen 2.5 with 65,536 codes of NeuCodec in its vocabulary, prompted with phonemes."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxspec.models import card
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NAME = "neutts-air"
 MARK = "<|TEXT_PROMPT_START|>"
@@ -14,22 +17,13 @@ SLOTS = 1
 _PROMPT = "user: Convert the text to speech:<|TEXT_PROMPT_START|>{text}<|TEXT_PROMPT_END|>\nassistant:<|SPEECH_GENERATION_START|>"
 
 
-def codes(tokenizer: Any) -> tuple[int, int]:
+def codes(tokenizer: "Tokenizer") -> tuple[int, int]:
     """The id of the first code and the number of codes; raises ValueError where the tokenizer has none."""
     return card.code_ids(tokenizer, "<|speech_{}|>")
 
 
-def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
-    """The description of a checkpoint.
-
-    Args:
-        shape: of the transformer.
-        tokenizer: of the checkpoint.
-        ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
-
-    Raises:
-        ValueError: the tokenizer does not have a token of the prompt.
-    """
+def model(shape: Config, tokenizer: "Tokenizer", ids: dict[str, Any]) -> card.Model:
+    """The description of a checkpoint; for arguments and errors see ``jaxspec.convert.pipeline.Vocabulary``."""
     card.token_ids(tokenizer, "<|TEXT_PROMPT_END|>", "<|SPEECH_GENERATION_START|>")
     return card.Model(
         family=NAME,

@@ -1,10 +1,13 @@
 """Orpheus (canopylabs/orpheus-3b-0.1-ft): Llama 3.2 with frames of seven SNAC codes in its vocabulary."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxspec.models import card
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NAME = "orpheus"
 MARK = "<custom_token_10>"
@@ -16,23 +19,14 @@ _PROMPT = "<custom_token_3><|begin_of_text|>{voice}: {text}<|eot_id|><custom_tok
 _VOICES = ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe")
 
 
-def codes(tokenizer: Any) -> tuple[int, int]:
+def codes(tokenizer: "Tokenizer") -> tuple[int, int]:
     """The id of the first slot's first code and the codes per slot; raises ValueError where the tokenizer has none."""
     first, count = card.code_ids(tokenizer, "<custom_token_{}>")
     return first + 10, (count - 10) // SLOTS
 
 
-def model(shape: Config, tokenizer: Any, ids: dict[str, Any]) -> card.Model:
-    """The description of a checkpoint.
-
-    Args:
-        shape: of the transformer.
-        tokenizer: of the checkpoint.
-        ids: the fields of ``card.Model`` that depend on the head: codes_first, num_codes, stop_ids, text_first and head.
-
-    Raises:
-        ValueError: the tokenizer does not have a token of the prompt.
-    """
+def model(shape: Config, tokenizer: "Tokenizer", ids: dict[str, Any]) -> card.Model:
+    """The description of a checkpoint; for arguments and errors see ``jaxspec.convert.pipeline.Vocabulary``."""
     card.token_ids(tokenizer, "<|begin_of_text|>", "<|eot_id|>", *(f"<custom_token_{i}>" for i in (1, 3, 4, 5)))
     return card.Model(
         family=NAME,
