@@ -49,7 +49,7 @@ def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
     def put(cells: Array, block: Array) -> Array:
         def row(i: Array, cells: Array) -> Array:
             one = jax.lax.dynamic_slice_in_dim(block, i, 1)
-            return jax.lax.dynamic_update_slice(cells, one, (i, length[i], 0, 0))
+            return jax.lax.dynamic_update_slice(cells, one, (i.astype(jnp.int32), length[i], jnp.int32(0), jnp.int32(0)))
 
         batch = len(length)
         return jax.lax.fori_loop(0, batch, row, cells, unroll=min(batch, _UNROLLED))
@@ -59,5 +59,5 @@ def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
 
 def visible(length: Array, block: int, cells: int) -> Array:
     """Which cells each query of a block sees: bool [B T S], true where s <= length + t."""
-    position = length[:, None] + jnp.arange(block, dtype=jnp.int32)
-    return jnp.arange(cells, dtype=jnp.int32) <= position[:, :, None]
+    position = length[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
+    return jnp.arange(cells, dtype=jnp.int32)[None, None] <= position[:, :, None]

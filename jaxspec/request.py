@@ -75,7 +75,7 @@ def complete(request: Request) -> Request:
     batch, width = request.prompt.shape
     key = request.keys
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch, dtype=jnp.int32))
-    inside = jnp.arange(width, dtype=jnp.int32) < request.prompt_length[:, None]
+    inside = jnp.arange(width, dtype=jnp.int32)[None] < request.prompt_length[:, None]
     return request._replace(keys=keys, prompt=jnp.where(inside, request.prompt, 0))
 
 

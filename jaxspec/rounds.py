@@ -56,7 +56,7 @@ def score(target: LanguageModel, params: Params, proposal: Proposal, state: Stat
     block = jnp.concatenate([_last(state)[:, None], proposal.tokens], axis=1)
     logits, features, cache = target.apply(params, block, state.cache, state.length - 1)
     tokens = _write(state.tokens, proposal.tokens, state.length, jnp.full_like(state.length, proposal.tokens.shape[1]))
-    lengths = state.length[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
+    lengths = state.length[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)[None]
     probs = sampling_lib.probabilities(logits, state.sampling, History(tokens, state.start, lengths))
     return probs, features, state._replace(cache=cache)
 
@@ -83,7 +83,7 @@ def commit(state: State, proposal: Proposal, verdict: Verdict, num_finite: Array
         features: the target's, [B K+1 F], of the positions from the last token on.
     """
     K = proposal.tokens.shape[1]
-    position = jnp.arange(K + 1, dtype=jnp.int32)
+    position = jnp.arange(K + 1, dtype=jnp.int32)[None]
     accepted, token = verdict.num_accepted[:, None], verdict.token[:, None]
     block = jnp.where(position < accepted, jnp.concatenate([proposal.tokens, token], axis=1), token)
     origin = jnp.where(position < accepted, ACCEPTED, jnp.where(accepted < K, CORRECTION, BONUS)).astype(jnp.int8)
@@ -116,7 +116,7 @@ def _count(counts: Counts, verdict: Verdict, emitted: Array, drafted: Array) -> 
     drafted = jnp.where(emitted > 0, drafted, 0)
     accepted = jnp.minimum(verdict.num_accepted, emitted)
     exact = accepted if verdict.num_exact is None else jnp.minimum(verdict.num_exact, accepted)
-    at = jnp.arange(counts.accepted_per_position.shape[1], dtype=jnp.int32) < accepted[:, None]
+    at = jnp.arange(counts.accepted_per_position.shape[1], dtype=jnp.int32)[None] < accepted[:, None]
     added = Counts((emitted > 0).astype(jnp.int32), drafted, accepted, at.astype(jnp.int32), exact)
     return jax.tree.map(jnp.add, counts, added)
 
@@ -154,7 +154,7 @@ def _write(buffer: Array, block: Array, start: Array, count: Array) -> Array:
 
     As a select in each cell: T is small, and XLA for TPU makes a slow loop of a scatter.
     """
-    place = jnp.arange(buffer.shape[1], dtype=jnp.int32) - start[:, None]
+    place = jnp.arange(buffer.shape[1], dtype=jnp.int32)[None] - start[:, None]
     for t in range(block.shape[1]):
         buffer = jnp.where((place == t) & (t < count[:, None]), block[:, t, None], buffer)
     return buffer

@@ -123,7 +123,7 @@ def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
         raise ValueError(f"expected one Sampling for each of the {batch} rows, got {each!r}: make each with jaxspec.Sampling")
 
     def field(name: str, dtype: type) -> Array:
-        return jnp.asarray(np.array([getattr(row, name) for row in each], dtype))
+        return jax.device_put(np.array([getattr(row, name) for row in each], dtype))
 
     return SamplingRows(
         temperature=field("temperature", np.float32),

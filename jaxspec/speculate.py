@@ -255,6 +255,7 @@ def _admit(
     return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], slot, 0), state, row)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def finish(state: State, capacity: int) -> Generation:
     """The emitted tokens, cut out of the buffers: tokens [B ``capacity``]."""
     length = state.length - state.start
@@ -333,6 +334,6 @@ def _prefill(
 
 def _cut(buffer: Array, start: Array, length: Array, width: int) -> Array:
     """Of each row [S] the ``length`` [B] elements from ``start`` [B] on, padded with PAD: [B ``width``]."""
-    position = jnp.arange(width, dtype=jnp.int32)
+    position = jnp.arange(width, dtype=jnp.int32)[None]
     found = jnp.take_along_axis(buffer, jnp.minimum(start[:, None] + position, buffer.shape[1] - 1), axis=1)
     return jnp.where(position < length[:, None], found, PAD)

@@ -65,7 +65,7 @@ def _nothing(lm: LanguageModel, params: Params, context: Context, cache: Cache) 
 def _last_two(lm: LanguageModel, params: Params, context: Context, cache: Cache) -> tuple[Array, Cache]:
     """The logits [B V] after the last token, from a block of the last two; a row of one token adds a garbage cell."""
     first = jnp.maximum(context.length - 2, 0)
-    block = jnp.take_along_axis(context.tokens, first[:, None] + jnp.arange(2, dtype=jnp.int32), axis=1)
+    block = jnp.take_along_axis(context.tokens, first[:, None] + jnp.arange(2, dtype=jnp.int32)[None], axis=1)
     logits, _, cache = lm.apply(params, block, cache, first)
     last = context.length - 1 - first
     return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache
@@ -75,5 +75,5 @@ def _draw(keys: Array, logits: Array, tokens: Array, context: Context, i: Array)
     """Token i of every row's proposal, the distribution [B V] it is drawn from, and the buffer with the token in it."""
     probs = sampling_lib.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i))
     token = jax.vmap(lambda key, row: sampling_lib.sample(jax.random.fold_in(key, i), row))(keys, probs)
-    here = jnp.arange(tokens.shape[1], dtype=jnp.int32) == (context.length + i)[:, None]
+    here = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] == (context.length + i)[:, None]
     return token, probs, jnp.where(here, token[:, None], tokens)

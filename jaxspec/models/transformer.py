@@ -101,7 +101,7 @@ def rope_frequencies(config: Config) -> Array:
 
 def rotate(x: Array, position: Array, frequency: Array) -> Array:
     """Rotary positions in the half-split layout: x [B T H D_head], position int32 [B T]."""
-    angle = position[:, :, None, None].astype(jnp.float32) * frequency
+    angle = position[:, :, None, None].astype(jnp.float32) * jnp.expand_dims(frequency, (0, 1, 2))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -119,10 +119,10 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [... D] -> [... D]."""
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype)
+        return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -135,11 +135,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [... in] -> [... out]."""
-        kernel = self.param("kernel", _matrix(self.axes), (x.shape[-1], self.features))
+        kernel = self.param("kernel", _matrix(self.axes), (x.shape[-1], self.features), jnp.float32)
         y = x @ kernel.astype(x.dtype)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            y = y + self.param("bias", zeros, (self.features,)).astype(x.dtype)
+            bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
         return y
 
 
@@ -213,13 +214,14 @@ class Transformer(nn.Module):
         """Declares the input tables, the layers and the head."""
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed"))
-        self.tables = [self.param(f"table_{i}", init, (rows, c.width)) for i, rows in enumerate(c.input_tables)]
+        self.tables = [self.param(f"table_{i}", init, (rows, c.width), jnp.float32) for i, rows in enumerate(c.input_tables)]
         self.stack = [Layer(c, name=f"layer_{i}") for i in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
-            self.head = self.param("head", init, (c.vocab, c.width))
+            self.head = self.param("head", init, (c.vocab, c.width), jnp.float32)
         if c.head_bias:
-            self.bias = self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab,))
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            self.bias = self.param("head_bias", zeros, (c.vocab,), jnp.float32)
 
     def embed(self, tokens: Array) -> Array:
         """int32 [B T] -> [B T D]: each id from the table that holds it."""
@@ -239,8 +241,8 @@ class Transformer(nn.Module):
             y = jnp.moveaxis(jnp.einsum("vd,btd->vbt", head, x, preferred_element_type=jnp.float32), 0, -1)
         else:
             y = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
-        y = y + self.bias if c.head_bias else y
-        return jnp.where(jnp.arange(c.vocab) < c.vocab - c.padding, y, -jnp.inf) if c.padding else y
+        y = y + self.bias[None, None] if c.head_bias else y
+        return jnp.where(jnp.arange(c.vocab)[None, None] < c.vocab - c.padding, y, -jnp.inf) if c.padding else y
 
     def __call__(
         self, tokens: Array, cache: tuple[kv.KVCache, ...] | None = None, length: Array | None = None
@@ -251,7 +253,7 @@ class Transformer(nn.Module):
         """
         batch, block = tokens.shape
         length = jnp.zeros(batch, jnp.int32) if length is None else length
-        position = length[:, None] + jnp.arange(block, dtype=jnp.int32)
+        position = length[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
         mask = kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
         x, hidden, new_cache = self.embed(tokens), [], []
         for i, layer in enumerate(self.stack):
