@@ -168,8 +168,9 @@ def _update(loss: Loss, config: TrainConfig) -> Callable[[TrainState, Any], tupl
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         # The average has a short memory early on, so that the random initial weights are forgotten.
         step = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))

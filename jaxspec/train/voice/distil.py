@@ -97,4 +97,4 @@ def loss(
 
 
 def _mean(values: Array, counted: Array) -> Array:
-    return jnp.where(counted, values, 0).sum() / counted.sum()
+    return jnp.where(counted, values, 0).sum() / counted.sum(dtype=jnp.float32)

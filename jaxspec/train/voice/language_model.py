@@ -108,7 +108,7 @@ def loss(config: transformer.Config, guided_layers: tuple[int, ...], guidance: f
         (logits, _, _), captured = model.apply({"params": compose(params, features)}, batch.tokens, mutable="intermediates")
         counted = batch.target != IGNORE
         chosen = jnp.take_along_axis(logits, jnp.maximum(batch.target, 0)[..., None], axis=-1)[..., 0]
-        nats = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0).sum() / counted.sum()
+        nats = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0).sum() / counted.sum(dtype=jnp.float32)
         guide = guidance_loss(captured, guided_layers, batch.look)
         return nats + guidance * guide, {"nats": nats, "guide": guide}
 
@@ -137,7 +137,7 @@ def _missed_attention(captured: Any, layer: int, look: Array | np.ndarray) -> Ar
     before, here, after = at
     counted = look != IGNORE
     missed = -jnp.log(here + 0.5 * (before + after) + 1e-6)
-    return jnp.where(counted, missed, 0).sum() / jnp.maximum(counted.sum(), 1)
+    return jnp.where(counted, missed, 0).sum() / jnp.maximum(counted.sum(dtype=jnp.float32), 1)
 
 
 def row(recording: Recording, reading: Reading, rng: np.random.Generator, frame_s: float) -> Batch:
