@@ -39,17 +39,17 @@ def test_an_empty_transcript_is_all_errors():
 
 def test_the_interval_has_the_width_of_the_binomial_distribution():
     rng = np.random.default_rng(1)
-    heard = ["a b c d " + ("x" if wrong else "e") for wrong in rng.random(400) < 0.5]
-    rates = error_rates(["a b c d e"] * 400, heard)
+    hypotheses = ["a b c d " + ("x" if wrong else "e") for wrong in rng.random(400) < 0.5]
+    rates = error_rates(["a b c d e"] * 400, hypotheses)
     low, high = rates.wer_interval
     assert low < rates.wer < high
     assert high - low == pytest.approx(2 * 1.96 * 0.1 / 20, rel=0.15)  # sd of a sentence's rate is .1, 400 sentences
-    assert error_rates(["a b c d e"] * 400, heard) == rates
+    assert error_rates(["a b c d e"] * 400, hypotheses) == rates
 
 
 def test_repeated_sentences_do_not_narrow_the_interval():
-    heard = ["a b", "a x", "a b", "y x"]
-    assert error_rates(["a b"] * 4, heard) == error_rates(["a b"] * 4, heard * 3)
+    hypotheses = ["a b", "a x", "a b", "y x"]
+    assert error_rates(["a b"] * 4, hypotheses) == error_rates(["a b"] * 4, hypotheses * 3)
 
 
 @pytest.mark.parametrize(("references", "hypotheses"), [([], []), (["a"], []), (["a", "b"], ["a", "b", "a"])])
