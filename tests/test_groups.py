@@ -1,4 +1,4 @@
-"""Acoustic similarity groups against brute force, their files, and the swap within groups."""
+"""Acoustic similarity groups against brute force, their files, and swaps within groups."""
 
 import tracemalloc
 
@@ -32,7 +32,7 @@ def as_sets(table):
 
 
 def assert_index(table):
-    """The index from tokens to groups says what the members say."""
+    """The index from tokens to groups agrees with the members."""
     rows = as_sets(table)
     for token, (start, count) in enumerate(zip(table.token_start, table.token_count, strict=True)):
         listed = np.asarray(table.token_groups)[start : start + count].tolist()
@@ -59,7 +59,7 @@ def test_duplicates_are_one_group_unless_asked_for():
     np.testing.assert_array_equal(per_token.token_count, [2] * 6)
 
 
-def test_stop_ids_untrained_and_zero_rows_stay_alone():
+def test_stop_ids_untrained_and_zero_rows_are_singletons():
     embeddings = np.ones((8, 4)) + 0.01 * np.random.default_rng(0).normal(size=(8, 4))
     embeddings[2] = 0
     trained = np.arange(8) != 4
@@ -161,28 +161,28 @@ def test_a_cosine_equal_to_the_threshold_is_excluded(kind):
 
 
 @pytest.mark.parametrize("distinct", [True, False])
-def test_placed_groups_are_shifted_and_the_rest_is_alone(distinct):
+def test_offset_groups_are_shifted_and_the_rest_are_singletons(distinct):
     tables, firsts = (CODES[:10], CODES[10:15]), (7, 30)
     parts = [groups.acoustic_similarity_groups(table, 0.2, distinct=distinct) for table in tables]
-    offset_groups = groups.offset_groups(parts, firsts, 40)
+    joined = groups.offset_groups(parts, firsts, 40)
     expected = [
         frozenset(token + first for token in row)
         for table, first in zip(tables, firsts, strict=True)
         for row in (list(dict.fromkeys(brute_force(table, 0.2))) if distinct else brute_force(table, 0.2))
     ]
-    alone = [frozenset([token]) for token in range(40) if not (7 <= token < 17 or 30 <= token < 35)]
-    assert as_sets(offset_groups) == expected + alone
+    singletons = [frozenset([token]) for token in range(40) if not (7 <= token < 17 or 30 <= token < 35)]
+    assert as_sets(joined) == expected + singletons
     assert max(map(len, expected)) > 1
-    assert_index(offset_groups)
+    assert_index(joined)
 
 
 def test_slots_with_the_same_vectors_are_never_in_one_group():
     part = groups.acoustic_similarity_groups(CODES[:10], -0.5)
-    offset_groups = groups.offset_groups([part] * 3, [2, 12, 22], 32)
-    assert len(as_sets(offset_groups)) == 2 + 3 * len(as_sets(part))
-    assert all(len({(token - 2) // 10 for token in row}) == 1 for row in as_sets(offset_groups))
-    alone = groups.acoustic_similarity_groups(CODES[:5], 0.2)
-    jax.tree.map(np.testing.assert_array_equal, groups.offset_groups([alone], [0], 5), alone)
+    joined = groups.offset_groups([part] * 3, [2, 12, 22], 32)
+    assert len(as_sets(joined)) == 2 + 3 * len(as_sets(part))
+    assert all(len({(token - 2) // 10 for token in row}) == 1 for row in as_sets(joined))
+    whole = groups.acoustic_similarity_groups(CODES[:5], 0.2)
+    jax.tree.map(np.testing.assert_array_equal, groups.offset_groups([whole], [0], 5), whole)
 
 
 def test_save_and_load(tmp_path):
@@ -235,7 +235,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_swap_has_its_distribution():
-    """Chi-square, fixed seed; with fresh ones a false alarm once in 10,000 runs."""
+    """Chi-square with a fixed seed; with fresh ones a false alarm once in 10,000 runs."""
     table = groups.acoustic_similarity_groups(CODES[:12], 0.2)
     membership = (np.asarray(table.members)[:, :, None] == np.arange(12)).any(1)
     for token in (0, 5):

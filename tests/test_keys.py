@@ -15,10 +15,6 @@ from jaxspec.speculate import autoregressive
 from jaxspec.types import LanguageModel
 
 
-def _no_cache(batch, cells):
-    return jnp.zeros((batch, 0))
-
-
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("each", [False, True], ids=["one key", "a key for each row"])
 @pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
@@ -33,7 +29,10 @@ def test_draws_are_independent_whatever_the_keys(impl, each, raw):
         keys = jax.random.split(first, batch)
         others = jax.random.split(jax.random.key(12), batch).at[0].set(keys[0])
         first, keys, others = (jax.random.key_data(key) if raw else key for key in (first, keys, others))
-        uniform = LanguageModel(lambda params, tokens, cache, length: (jnp.zeros((*tokens.shape, vocab)), None, cache), _no_cache)
+        uniform = LanguageModel(
+            lambda params, tokens, cache, length: (jnp.zeros((*tokens.shape, vocab)), None, cache),
+            lambda batch, cells: jnp.zeros((batch, cells)),
+        )
         prompt = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
         limit = np.where(np.arange(batch) == 0, 1, 3)
         tokens = autoregressive(keys if each else first, uniform, (), *prompt, max_new_tokens=3, limit=limit).tokens[1:]

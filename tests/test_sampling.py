@@ -73,7 +73,7 @@ def test_equals_transformers(sampling):
     np.testing.assert_allclose(probs, transformers_probs(sampling, LOGITS, TOKENS), atol=2e-6)
 
 
-def test_penalty_sees_the_prompt_and_nothing_beyond_the_length():
+def test_penalty_covers_the_prompt_and_nothing_beyond_the_length():
     tokens = np.concatenate([TOKENS, np.full((16, 3), VOCAB + 5), np.full((16, 2), -1), TOKENS[::-1]], axis=1)
     history = History(jnp.asarray(tokens), jnp.full(16, 4), jnp.full(16, 17))
     probs = probabilities(jnp.asarray(LOGITS), Sampling(repetition_penalty=1.5), history)
@@ -220,7 +220,7 @@ def test_repetition_aware_sampling_at_its_limits():
     only = jnp.array([-jnp.inf, 3.0, -jnp.inf])
     for sampling in (greedy, Sampling(repetition_window=10)):
         np.testing.assert_array_equal(probabilities(only, sampling, history), [0, 1, 0])
-    # So sure that 1 - f(best) is 0 in float32: the others still share the redraw in their true proportion.
+    # 1 - f(best) is 0 in float32: the others still share the redraw in their true proportion.
     probs = probabilities(jnp.array([0.0, 60.0, jnp.log(3.0)]), Sampling(repetition_window=10), history)
     np.testing.assert_allclose(probs, [0.25, 0, 0.75], rtol=1e-5)
     assert jnp.isnan(probabilities(jnp.array([1.0, jnp.nan, 2.0]), Sampling(repetition_window=10), history)).all()
@@ -247,8 +247,8 @@ def test_withholding_equals_transformers(emitted):
         Sampling(top_p=0.8, repetition_window=10, repetition_redraw_all=True),
     ],
 )
-def test_what_is_withheld_is_as_if_it_had_no_logit(sampling):
-    """At each position of a block and in each row, whatever comes after it; the id withheld is the best, and was said before."""
+def test_a_withheld_token_equals_a_forbidden_logit(sampling):
+    """At each position of a block and in each row, whatever follows; the withheld id is the best one, and was emitted before."""
     tokens, length = np.tile([3, 5, 0, 5, 1, 2, 5, 4], (4, 1)), 3 + np.arange(5) + np.zeros((4, 1), int)
     history = History(jnp.asarray(tokens), jnp.full(4, 2), jnp.asarray(length))
     logits = np.random.default_rng(8).normal(0, 2, (4, 5, 6)).astype(np.float32)
@@ -263,7 +263,7 @@ def test_what_is_withheld_is_as_if_it_had_no_logit(sampling):
     assert ((probs[:, :, 5] == 0) >= withheld).all()
 
 
-def test_no_history_is_never_ignored_in_silence():
+def test_a_missing_history_is_never_ignored_silently():
     for sampling in (
         Sampling(repetition_window=1),
         Sampling(repetition_penalty=1.1),

@@ -57,7 +57,7 @@ def drafted_probs(draft_tokens: Array, draft_probs: Array, target_probs: Array) 
 
 
 def accepted(uniforms: Array, drafted: Array, wanted: Array) -> Array:
-    """Whether u < q(x) / p(x), for each token alone; written without the division, so that p(x) = 0 gives no NaN.
+    """Whether u < q(x) / p(x), for each token by itself; written without the division, so p(x) = 0 gives no NaN.
 
     A token of probability 0 under the target is never accepted, not even at u = 0.
 
