@@ -140,15 +140,23 @@ def test_the_memory_guard_covers_the_peak(distinct):
     assert 0.4 * counted < peak + 4 * table.members.size < counted
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("exponent", [-140, -126, 120])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"), [(np.float32, -149), (np.float32, -126), (np.float32, 119), (np.float64, -1000), (np.float64, 1000)]
+)
 def test_rows_of_any_norm_have_their_direction(dtype, exponent):
-    """Far below float32's smallest normal number and near its largest, and mixed with ordinary rows."""
+    """Below float32's smallest normal number, near its largest, and beyond both; mixed with ordinary rows."""
     rows = np.round(CODES * 64)  # small whole numbers: exact at every scale
     scaled = rows.astype(dtype)
     scaled[::2] = np.ldexp(scaled[::2], exponent)
     expected = groups.acoustic_similarity_groups(rows, 0.4)
     jax.tree.map(np.testing.assert_array_equal, groups.acoustic_similarity_groups(scaled, 0.4), expected)
+
+
+def test_the_norm_of_the_smallest_numbers_is_not_rounded():
+    """In units of the smallest float32 the norm of (1, 1) would round from 1.41 to 1, and its cosine with (1, 0) to 1."""
+    smallest = np.finfo(np.float32).smallest_subnormal
+    table = np.array([[smallest, smallest], [1, 0], [smallest, 0]], np.float32)
+    assert as_sets(groups.acoustic_similarity_groups(table, 0.8)) == [{0}, {1, 2}]
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, np.float64])
