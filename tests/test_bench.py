@@ -1,7 +1,11 @@
 """The benchmark in small: its figures agree with each other, and what the loop costs is counted, not timed."""
 
+import functools
+import io
 import json
 
+import checkpoints
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +13,11 @@ import pytest
 
 from jaxspec import request as requests
 from jaxspec import speculate, verify
-from jaxspec.bench import measure, presets, roofline
-from jaxspec.bench.measure import Case
-from jaxspec.commands import main as cli
+from jaxspec.bench import cases, measure, picture, presets, roofline, suite
+from jaxspec.bench.cases import Case
+from jaxspec.bench.settings import Settings as BenchSettings
 from jaxspec.common.stopwatch import compilations
-from jaxspec.draft import model_draft
+from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
@@ -24,57 +28,146 @@ from jaxspec.synthesis.pipeline import speak
 TINY = Config((64, 8), 64, 16, 2, 2, 1, 8, 32)
 
 
+NEEDED = ("--preset", "small", "--synthetic-acceptance", "0.5")
+SMALL = (*NEEDED, "--new-tokens", "16", "--turns", "2", "--prompts", "4")
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+own_cache, run = commands.own_cache, commands.run
+
+
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    """A preset that compiles quickly."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def tiny(monkeypatch):
+    """A preset that compiles quickly, on a device of known rates."""
     monkeypatch.setitem(presets.PAIRS, "small", lambda: presets.Pair(TINY, TINY, 1))
-    monkeypatch.setattr(roofline, "meter", lambda dtype: lambda: roofline.Device(1e9, 1e10))
+    monkeypatch.setattr(roofline, "reading", lambda dtype, size: lambda: 1e9)
+    monkeypatch.setattr(roofline, "multiplying", lambda dtype: lambda: 1e10)
 
 
-def jaxspec(monkeypatch, capsys, *arguments):
-    """Runs the command; (exit code, stdout, stderr)."""
-    monkeypatch.setattr("sys.argv", ["jaxspec", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_bench_tells_a_table_json_and_a_picture(monkeypatch, capsys, tmp_path):
+def test_bench_prints_json_alone_and_writes_table_and_picture(tmp_path):
     out = tmp_path / "bench"
-    sizes = ["--new-tokens", "16", "--turns", "2", "--prompts", "4", "--batches", "2", "--auto", "--out-dir", out]
-    code, printed, err = jaxspec(monkeypatch, capsys, "bench", "--preset", "small", "--synthetic-acceptance", "0.5", *sizes)
+    code, printed, err = run("bench", *SMALL, "--batches", "2", "--auto", "--out-dir", out, "--json")
     assert code == 0, err
-    assert "synthetic acceptance" in printed
-    result = json.loads(printed.splitlines()[-1])
+    assert "synthetic acceptance" in err
+    result = json.loads(printed)
     assert result == json.loads((out / "bench.json").read_text())
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert [row["rule"] for row in result["rows"]] == ["autoregressive", "exact", "coarse-grained", "auto"]
-    assert result["rows"][3]["taken"] in ("autoregressive", "exact K=3", "coarse-grained K=3")
+    assert result["rows"][3]["chosen"] in ("autoregressive", "exact K=3", "coarse-grained K=3")
     plain = result["rows"][0]
     for row in result["rows"]:
         assert row["compilations_after_warm_up"] == 0
         assert row["codes_per_s_spread"][0] <= row["codes_per_s"] <= row["codes_per_s_spread"][1]
         assert (row["compile_s"] > 0) == (row["rule"] != "auto")  # which has nothing of its own to compile
         assert row["speed_up"] == pytest.approx(row["codes_per_s"] / plain["codes_per_s"])
+        assert row["context"] == 4 + 16 / 2
         if row["draft_length"]:
-            assert min(row["draft_s"], row["target_s"], row["settle_s"], row["prefill_s"]) > 0
+            assert min(row["draft_s"], row["target_s"], row["verify_and_commit_s"], row["prefill_s"]) > 0
             assert 1 <= row["tokens_per_round"] <= 4
 
 
-def test_synthetic_acceptance_is_of_each_position():
+def test_bench_without_json_prints_the_table_alone():
+    code, printed, err = run("bench", *SMALL, "--verify", "exact")
+    assert code == 0, err
+    assert "synthetic acceptance" in printed
+    assert not any(line.startswith("{") for line in printed.splitlines())
+    assert "turn 2 of 2" in err
+
+
+def test_bench_takes_the_ngram_draft():
+    code, printed, err = run("bench", *SMALL, "--draft", "ngram", "--verify", "exact", "--json")
+    assert code == 0, err
+    _, row = json.loads(printed)["rows"]
+    assert json.loads(printed)["draft"] == "ngram"
+    assert row["draft_s"] > 0
+    assert "roofline_target" in row
+    assert "roofline_draft" not in row
+
+
+@pytest.mark.parametrize(("draft", "bound"), [("ngram", False), ("folder", True)])
+def test_a_converted_model_is_benchmarked_with_any_draft(draft, bound, tmp_path):
+    target = checkpoints.converted(tmp_path, "llasa")
+    draft = checkpoints.converted(tmp_path, "llasa", layers=(0,)) if draft == "folder" else draft
+    arguments = ["--preset", target, "--draft", draft, "--verify", "exact", "--new-tokens", "8", "--turns", "1"]
+    code, printed, err = run("bench", *arguments, "--json")
+    assert code == 0, err
+    _, row = json.loads(printed)["rows"]
+    assert row["prompt"] == 0  # as long as the texts make it
+    assert row["context"] > 8
+    assert ("roofline_draft" in row) == bound
+
+
+def models(drafter, acceptance):
+    """The tiny target with a draft."""
     keys = jax.random.split(jax.random.key(0), 2)
     params = [presets.random_params(key, TINY) for key in keys]
-    ask = measure.random_asks(TINY, 1, 400, Sampling())
-    models = measure.Models("tiny", TINY, TINY, *params, presets.neighbours(64, 63, 5), ask, acceptance=0.7)
+    requests = cases.random_requests(TINY, 1, 400, Sampling())
+    return cases.Models(
+        "tiny", TINY, params[0], TINY, drafter, params[1], presets.neighbours(64, 63, 5), requests, acceptance=acceptance
+    )
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [functools.partial(model_draft, transformer.language_model(TINY)), functools.partial(ngram_draft, vocab=64)],
+    ids=["model", "ngram"],
+)
+def test_synthetic_acceptance_is_of_each_position(drafter):
     plain = Case("autoregressive", 0, 8, 4)
-    _, row = measure.run(models, [plain, Case("coarse-grained", 3, 8, 4)], turns=1, say=lambda line: None)
+    _, row = measure.run(models(drafter, 0.7), [plain, Case("coarse-grained", 3, 8, 4)], turns=1, progress=lambda line: None)
     # About 1,260 rounds, whose counts of tokens have a deviation of 1.2: the mean is within four standard errors, 6e-5 of alarms.
     assert row["tokens_per_round"] == pytest.approx(roofline.expected_tokens(0.7, 3), abs=0.15)
+
+
+def result_of(batches, auto=True):
+    """A result with made-up figures: one row for each case of the given batches."""
+    rows = []
+    for batch in batches:
+        for rule, k in (("autoregressive", 0), ("exact", 3), ("coarse-grained", 3), *[("auto", 0)] * auto):
+            row = {"rule": rule, "draft_length": k, "batch": batch, "prompt": 64, "dtype": "float32"}
+            row |= {"round_s": 0.01 + 0.01 * k, "codes_per_s": 100.0 * batch + k, "codes_per_s_spread": [90.0, 110.0 * batch]}
+            row |= {"tokens_per_round": 1 + k / 2, "speed_up": 1.1}
+            if k:
+                row |= {"draft_s": 0.01, "target_s": 0.02, "verify_and_commit_s": 0.001, "roofline_target": 0.8}
+            elif rule != "auto":
+                row |= {"roofline_step": 0.9}
+            else:
+                row |= {"chosen": "exact K=3"}
+            rows.append(row)
+    return {"rows": rows}
+
+
+@pytest.mark.parametrize("batches", [[1], [1, 4, 64]])
+def test_no_legend_of_the_picture_covers_its_panel_and_none_is_empty(batches):
+    figure = picture.draw(result_of(batches), "title")
+    figure.savefig(io.BytesIO(), format="png")  # lays it out
+    for axes in figure.axes:
+        assert axes.get_title()
+        assert axes.patches or len(axes.lines) > 1
+        if legend := axes.get_legend():
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+        if len(batches) == 1 and not axes.patches:
+            assert any(len(line.get_xdata()) > 1 for line in axes.lines)
+
+
+def test_the_rate_of_reading_is_that_of_the_models_size(monkeypatch):
+    """What fits in a cache is read faster than memory, so that memory's rate would not bound it."""
+    asked = []
+    monkeypatch.setattr(roofline, "reading", lambda dtype, size: asked.append((dtype, size)) or (lambda: 1e9 * len(asked)))
+    settings = BenchSettings("small", synthetic_acceptance=0.5, verify=("exact",), new_tokens=4, turns=1, prompts=(4,))
+    result = suite.bench(settings, progress=lambda line: None)
+    assert asked == [("float32", roofline.model_pass(TINY, 1, 1, 0).bytes)] * 2
+    plain, _ = result["rows"]
+    assert result["device"]["float32"]["target_bytes_per_s"] == 2e9
+    assert plain["roofline_step"] == pytest.approx(
+        roofline.model_pass(TINY, 1, 1, plain["context"]).bytes / 2e9 / plain["round_s"]
+    )
+
+
+def test_the_best_of_the_measured_rates_bounds(monkeypatch):
+    rates = iter([1e9, 4e9, 2e9])
+    monkeypatch.setattr(roofline, "multiplying", lambda dtype: lambda: next(rates))
+    settings = BenchSettings("small", synthetic_acceptance=0.5, verify=("exact",), new_tokens=4, turns=3, prompts=(4,))
+    assert suite.bench(settings, progress=lambda line: None)["device"]["float32"]["flops_per_s"] == 4e9
 
 
 def test_groups_of_neighbours_have_their_size():
@@ -96,23 +189,29 @@ def test_a_pass_reads_the_weights_that_it_multiplies():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge", "--synthetic-acceptance", "0.5"], "small, llasa-1b"),
-        (["--preset", "small"], "--synthetic-acceptance"),
+        (["--preset", "nope"], "expected a preset among builtin, small, llasa-1b, llasa-8b, cosyvoice2, or a folder"),
+        (["--preset", "nope", "--synthetic-acceptance", "0.5"], "got 'nope': choose one of these"),
+        (["--preset", "small"], "expected --synthetic-acceptance from 0 to 1 for small, whose weights are random, got None"),
         (["--preset", "builtin", "--synthetic-acceptance", "0.5"], "weights are real"),
-        (["--preset", "small", "--synthetic-acceptance", "1.5"], "1.5"),
-        (["--preset", "small", "--synthetic-acceptance", "0.5", "--batches", "0"], "batches"),
+        (["--preset", "small", "--synthetic-acceptance", "1.5"], "got 1.5"),
+        ([*NEEDED, "--batches", "0"], "batches"),
         (["--preset", "llasa-8b", "--synthetic-acceptance", "0.5", "--batches", "4096"], "weights 39.0 GB"),
         (["--preset", "builtin", "--peer", "transformers"], "--peer"),
+        (["--draft", "folder"], "expected --draft ngram, or none, with the preset builtin, got 'folder'"),
+        ([*NEEDED, "--draft", "3"], "expected --draft ngram, or none, with the preset small, got '3'"),
+        (["--preset", "."], "expected --draft with ., got none: give ngram, or a folder"),
     ],
 )
-def test_what_cannot_be_benchmarked_is_one_clear_sentence(monkeypatch, capsys, arguments, message):
-    code, _, err = jaxspec(monkeypatch, capsys, "bench", *arguments)
+def test_what_cannot_be_benchmarked_is_one_clear_sentence(arguments, message):
+    code, printed, err = run("bench", *arguments)
     assert code == 2
+    assert not printed
+    assert err.startswith("jaxspec: expected ")
     assert message in err
-    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
 
 
-def test_requests_of_mixed_lengths_compile_nothing_after_the_first():
+def test_requests_of_mixed_lengths_do_not_recompile():
     texts = ["Yes.", "The rain has stopped, so we can go.", "One day we met, and it was late in the year when we did."]
     speak(texts[:1], Settings())
     for codes in (40, 80, 120, 160):  # the lengths that waves are rounded up to

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.bench import chips, hlo, plan, presets, roofline
+from jaxspec.bench import chips, hlo, plan, plan_report, plan_shapes, presets, roofline
+from jaxspec.bench.plan_shapes import Settings
 from jaxspec.checkpoint import descriptions, store
 from jaxspec.models import card
+from jaxspec.models.placement import one_device
+from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 
 V, CACHE = 4096, (1, 512, 8, 128)
@@ -21,6 +23,15 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_compilation_cache():
+    """It cannot read programs that were compiled for another machine."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -28,95 +39,149 @@ needs_libtpu = pytest.mark.skipif(
         ({"topology": "v9:2x2"}, "expected a topology such as v4:2x2x1, .*'v9:2x2'"),
         ({"topology": "v5e:2x"}, "expected a topology such as"),
         ({"batch": 0}, "expected batch of 1 or more, got 0"),
-        ({"cells": 260}, "expected at least 261 cells, for a prompt of 256"),
+        ({"cells": 260}, "expected a cache length of at least 261, for a prompt of 256"),
         ({"draft": "13"}, "expected 1 to 12 of the target's layers, got 13"),
-        ({"batch": 5000}, r"a batch of at most 565 .*target 202.2 MB \+ draft 76.29 MB .* = 147.1 GB, but it has 16.91 GB"),
-        ({"model": "llasa-8b"}, r"expected a smaller model, or fewer cells .*target 16.08 GB"),
+        ({"batch": 5000}, r"a batch of at most 565 .*target 202.2 MB \+ draft 76.29 MB .* = 147.1 GB, got 16.91 GB"),
+        ({"model": "llasa-8b"}, r"expected a smaller model, or a shorter cache, .*target 16.08 GB"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_compiled(changes, said, monkeypatch):
     monkeypatch.setattr(plan, "_compile", lambda lowered: pytest.fail("compiled"))
     monkeypatch.setattr(chips, "devices", lambda topology: pytest.fail("asked for the chip"))
     with pytest.raises(ValueError, match=said):
-        plan.plan(plan.Settings(**{"model": "small", "topology": "v5e:2x2"} | changes))
+        plan.plan(Settings(**{"model": "small", "topology": "v5e:2x2"} | changes))
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch):
+def test_without_libtpu_the_error_names_the_package(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"libtpu, which is not installed: pip install 'jaxspec\[tpu-aot\]'"):
-        plan.plan(plan.Settings("small", "v5e:2x2"))
+    with pytest.raises(ImportError, match=r"libtpu, got none: pip install 'jaxspec\[tpu-aot\]'"):
+        plan.plan(Settings("small", "v5e:2x2"))
 
 
+@pytest.fixture
+def no_global_settings():
+    """Undoes what the command sets for its process."""
+    names = "jax_platforms", "jax_compilation_cache_dir"
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def checked(fits=True, **holds):
+    """A result of these checks, with made-up figures."""
+    figures = {"operations": 1e9, "compute_bound_s": 1e-3, "bytes": 1e6, "optimal_s": 1e-3, "cycles": 10, "cycles_s": None}
+    read = {"bytes_needed": 1e6, "bandwidth_bound_s": 1e-3}
+    parts = "target draft shared groups target_cache draft_cache arguments outputs code temporaries caches_as_laid_out total room"
+    memory = dict.fromkeys([*parts.split(), "parameters_laid_out_anew"], 1000) | {"fits": fits}
+    settings = dataclasses.asdict(Settings("small", "v5e:2x2")) | {"target_layers": 12, "draft_layers": None, "compile_s": 1.0}
+    return settings | {
+        "device": "TPU v5 lite",
+        "devices": 4,
+        "devices_per_chip": 1,
+        "memory": memory,
+        "prefill": figures,
+        "step": figures | read,
+        "round": figures | read | {"cycles_of_draft_steps": None},
+        "checks": {name: {"holds": held, "what": name, "count": 1, "found": ["an op"]} for name, held in holds.items()},
+    }
+
+
+@pytest.mark.usefixtures("no_global_settings")
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [(checked(host=True), 0), (checked(host=True, shapes=False), 1), (checked(fits=False, host=True), 1)],
+    ids=["holds", "fails", "does not fit"],
+)
+def test_the_exit_code_tells_whether_the_checks_hold(result, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plan, "plan", lambda settings: seen.append(settings) or result)
+    arguments = ["plan", "--model", "small", "--topology", "v5e:2x2", "--cache-length", "512", "--draft", "ngram"]
+    code, printed, err = commands.run(*arguments, "--json")
+    assert code == expected
+    assert json.loads(printed) == result
+    assert ("FAILS" in err or "DOES NOT FIT" in err) == bool(expected)
+    assert seen[0].cells == 512
+    code, printed, err = commands.run(*arguments)
+    assert code == expected
+    assert printed == plan_report.card(result) + "\n"
+    assert not err
+
+
+@pytest.mark.usefixtures("no_global_settings")
 def test_the_command_ends_with_2_on_bad_input():
-    arguments = ["plan", "--model", "small", "--topology", "v5e:2x2", "--batch", "5000"]
-    done = subprocess.run([sys.executable, "-m", "jaxspec.commands.main", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("jaxspec: expected a batch of at most 565")
+    code, printed, err = commands.run("plan", "--model", "small", "--topology", "v5e:2x2", "--batch", 5000)
+    assert code == 2
+    assert not printed
+    assert err.startswith("jaxspec: expected a batch of at most 565")
 
 
 def test_a_converted_folder_gives_the_shape(tmp_path):
     shape = presets.pair("small", "float32").target
     model = card.Model("llasa", shape, 0, shape.vocab - 1, (shape.vocab - 1,), 0, (), Sampling(), "", "")
     store.write_description(tmp_path, descriptions.to_json(model))
-    pair = plan.pair_of(plan.Settings(str(tmp_path), "v5e:2x2", draft="2"))
+    pair = plan_shapes.pair_of(Settings(str(tmp_path), "v5e:2x2", draft="2"))
     assert pair == presets.pair("small", "bfloat16")
-    assert plan.pair_of(plan.Settings("small", "v5e:2x2", draft=str(tmp_path))).draft == pair.target
+    assert plan_shapes.pair_of(Settings("small", "v5e:2x2", draft=str(tmp_path))).draft == pair.target
+    assert plan_shapes.pair_of(Settings(str(tmp_path), "v5e:2x2", draft="ngram")).draft is None
     with pytest.raises(ValueError, match="expected a draft of the target's 65537 ids"):
-        plan.pair_of(plan.Settings("llasa-1b", "v5e:2x2", draft=str(tmp_path)))
-    with pytest.raises(ValueError, match="expected --draft with a folder"):
-        plan.pair_of(plan.Settings(str(tmp_path), "v5e:2x2"))
+        plan_shapes.pair_of(Settings("llasa-1b", "v5e:2x2", draft=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"expected --draft with .*, got none: give ngram, a folder, or a number"):
+        plan_shapes.pair_of(Settings(str(tmp_path), "v5e:2x2"))
 
 
-def put(cache, i, law):
-    return jax.lax.dynamic_update_slice(cache, law[:1024].reshape(1, 1, 8, 128).astype(cache.dtype), (0, i, 0, 0))
+def put(cache, i, probs):
+    return jax.lax.dynamic_update_slice(cache, probs[:1024].reshape(1, 1, 8, 128).astype(cache.dtype), (0, i, 0, 0))
 
 
-def sound(i, cache, law):
-    cache = put(cache, i, law)
-    return cache, law * cache.astype(jnp.float32).sum()
+def writes_in_place(i, cache, probs):
+    cache = put(cache, i, probs)
+    return cache, probs * cache.astype(jnp.float32).sum()
 
 
-def keeps_the_old_cache(i, caches, law):
-    return (put(caches[0], i, law), caches[0]), law * 2
+def keeps_the_old_cache(i, caches, probs):
+    return (put(caches[0], i, probs), caches[0]), probs * 2
 
 
-def makes_the_cache_anew(i, cache, law):
-    return cache[:, ::-1] * 2, law * 2
+def makes_the_cache_anew(i, cache, probs):
+    return cache[:, ::-1] * 2, probs * 2
 
 
-def scatters_into_the_cache(i, cache, law):
-    place = (law[:4] * 512).astype(jnp.int32)
-    return cache.at[0, place].set(law[:1024].reshape(8, 128).astype(cache.dtype)), law * 2
+def scatters_into_the_cache(i, cache, probs):
+    place = (probs[:4] * 512).astype(jnp.int32)
+    return cache.at[0, place].set(probs[:1024].reshape(8, 128).astype(cache.dtype)), probs * 2
 
 
-def sorts_the_vocabulary(i, cache, law):
-    return put(cache, i, law), jnp.sort(law)
+def sorts_the_vocabulary(i, cache, probs):
+    return put(cache, i, probs), jnp.sort(probs)
 
 
-def gathers_the_vocabulary(i, cache, law):
-    return put(cache, i, law), law[(law * V).astype(jnp.int32)]
+def gathers_the_vocabulary(i, cache, probs):
+    return put(cache, i, probs), probs[(probs * V).astype(jnp.int32)]
 
 
-def multiplies_term_by_term(i, cache, law):
-    cache = put(cache, i, law)
-    return cache, law * (law.astype(cache.dtype) @ cache.reshape(V, 128)).sum()
+def multiplies_term_by_term(i, cache, probs):
+    cache = put(cache, i, probs)
+    return cache, probs * (probs.astype(cache.dtype) @ cache.reshape(V, 128)).sum()
 
 
-def tells_the_host(i, cache, law):
-    jax.debug.callback(lambda first: None, law[0])
-    return put(cache, i, law), law * 2
+def tells_the_host(i, cache, probs):
+    jax.debug.callback(lambda first: None, probs[0])
+    return put(cache, i, probs), probs * 2
 
 
 def compiled(function, *shapes):
-    sharding = jax.sharding.SingleDeviceSharding(chips.devices("v5e:2x2")[0])
-    return hlo.parse(jax.jit(function).lower(*plan._placed(shapes, sharding)).compile().as_text())
+    device = one_device(chips.devices("v5e:2x2")[0])
+    return hlo.parse(
+        jax.jit(function).lower(*plan.placed(shapes, jax.tree.map(lambda leaf: device.sharding(), shapes))).compile().as_text()
+    )
 
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("turn", "broken"),
+    ("body", "broken"),
     [
-        (sound, None),
+        (writes_in_place, None),
         (keeps_the_old_cache, "caches"),
         (makes_the_cache_anew, "caches"),
         (scatters_into_the_cache, "caches"),
@@ -126,12 +191,12 @@ def compiled(function, *shapes):
         (tells_the_host, "host"),
     ],
 )
-def test_a_flaw_of_the_loop_is_found_and_named(turn, broken):
-    def loop(cache, law):
-        return jax.lax.while_loop(lambda s: s[2][0] < s[0], lambda s: (s[0] + 1, *turn(*s)), (jnp.int32(0), cache, law))
+def test_a_flaw_of_the_loop_is_found_and_named(body, broken):
+    def loop(cache, probs):
+        return jax.lax.while_loop(lambda s: s[2][0] < s[0], lambda s: (s[0] + 1, *body(*s)), (jnp.int32(0), cache, probs))
 
     cache = jax.ShapeDtypeStruct(CACHE, jnp.bfloat16)
-    program = compiled(loop, (cache, cache) if turn is keeps_the_old_cache else cache, jax.ShapeDtypeStruct((V,), jnp.float32))
+    program = compiled(loop, (cache, cache) if body is keeps_the_old_cache else cache, jax.ShapeDtypeStruct((V,), jnp.float32))
     made = hlo.checks(program, 1, V, {hlo.identity("bf16", CACHE)}, MATRICES)
     assert [name for name, check in made.items() if not check["holds"]] == ([broken] if broken else [])
     assert all(check["found"] for check in made.values() if not check["holds"])
@@ -140,9 +205,9 @@ def test_a_flaw_of_the_loop_is_found_and_named(turn, broken):
 def test_a_dynamic_shape_and_a_cache_read_after_it_was_written_are_found():
     text = """
 ENTRY %main (p: f32[<=8]) -> f32[<=8] {
-  %loop = (f32[<=8]{0}, bf16[1,512,8,128]{3,2,1,0}) while(%p), condition=%ends, body=%turn
+  %loop = (f32[<=8]{0}, bf16[1,512,8,128]{3,2,1,0}) while(%p), condition=%ends, body=%body
 }
-%turn (q: bf16[1,512,8,128]) -> bf16[1,512,8,128] {
+%body (q: bf16[1,512,8,128]) -> bf16[1,512,8,128] {
   %old = bf16[1,512,8,128]{3,2,1,0} parameter(0)
   %new = bf16[1,512,8,128]{3,2,1,0} dynamic-update-slice(%old, %block, %i)
   ROOT %sum = bf16[8]{0} fusion(%old, %new), kind=kLoop, calls=%add
@@ -163,9 +228,9 @@ ENTRY %main (p: f32[<=8]) -> f32[<=8] {
 
 @needs_libtpu
 def test_a_loop_of_known_length_costs_its_length():
-    def repeat(turns):
+    def repeat(times):
         program = compiled(
-            lambda x: jax.lax.fori_loop(0, turns, lambda _, x: jnp.tanh(x @ x), x),
+            lambda x: jax.lax.fori_loop(0, times, lambda _, x: jnp.tanh(x @ x), x),
             jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16),
         )
         return hlo.scheduled_cycles(program, program.entry)
@@ -191,27 +256,46 @@ def smaller(monkeypatch):
 
 @needs_libtpu
 def test_each_row_of_a_batch_is_written_in_place(smaller):
-    result = plan.plan(plan.Settings("smaller", "v5e:2x2", batch=3, cells=512, prompt_length=64))
+    result = plan.plan(Settings("smaller", "v5e:2x2", batch=3, cells=512, prompt_length=64))
     assert "in 30 writes" in result["checks"]["caches"]["what"]
     assert all(check["holds"] for check in result["checks"].values()), result["checks"]
 
 
 @needs_libtpu
 def test_the_real_loop_of_a_small_model_on_a_v5e(smaller):
-    result = plan.plan(plan.Settings("smaller", "v5e:2x2", cells=512, prompt_length=64))
-    memory, turn = result["memory"], result["round"]
+    result = plan.plan(Settings("smaller", "v5e:2x2", cells=512, prompt_length=64))
+    memory, figures = result["memory"], result["round"]
     assert json.loads(json.dumps(result)) == result
     assert memory["fits"]
     assert memory["arguments"] == pytest.approx(memory["target"] + memory["draft"] + memory["groups"], rel=0.05)
     assert memory["caches_as_laid_out"] <= memory["temporaries"]
     # Two operations for each parameter and row: four rows of the target, and two of the draft in its first step and the others.
     target, draft = (roofline.model_pass(shape, batch=1, block=1, cells=0).bytes for shape in smaller)
-    assert turn["operations"] == pytest.approx(4 * target + 4 * draft, rel=0.2)
-    for part in (result["step"], turn):
+    assert figures["operations"] == pytest.approx(4 * target + 4 * draft, rel=0.2)
+    for part in (result["step"], figures):
         assert part["cycles_s"] > part["bandwidth_bound_s"] / 2
-    assert turn["cycles"] > result["step"]["cycles"]
-    assert f"a round is {turn['cycles'] / result['step']['cycles']:.2f} steps" in plan.card(result)
+    assert figures["cycles"] > result["step"]["cycles"]
+    assert f"a round is {figures['cycles'] / result['step']['cycles']:.2f} plain steps" in plan_report.card(result)
     # Each layer's keys and values: the target's once, the draft's in its first step and in the others.
     assert "in 10 writes" in result["checks"]["caches"]["what"]
     assert all(check["holds"] for check in result["checks"].values()), result["checks"]
-    assert "FAILS" not in plan.card(result)
+    assert "FAILS" not in plan_report.card(result)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A model whose vocabulary is as small as the look-ups of the verifier's groups."""
+    target = Config((300, 8), 300, 64, 2, 4, 2, 16, 128)
+    monkeypatch.setitem(presets.PAIRS, "toy", lambda: presets.Pair(target, dataclasses.replace(target, layers=1), 1))
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(("draft", "writes"), [("1", 8), ("ngram", 4)])
+def test_float32_caches_and_lookups_of_groups_in_a_toy_are_no_flaws(draft, writes):
+    """XLA keeps the float32 caches as bfloat16, in which a TPU multiplies; and [3, 140] is more than 300, but no gather of V."""
+    result = plan.plan(Settings("toy", "v5e:2x2", draft=draft, cells=256, prompt_length=32, dtype="float32"))
+    assert f"in {writes} writes" in result["checks"]["caches"]["what"]
+    assert result["memory"]["caches_as_laid_out"] >= 0
+    assert plan_report.passes(result), result["checks"]
+    assert ("n-gram draft" in plan_report.card(result)) == (draft == "ngram")

@@ -1,8 +1,8 @@
-"""The TPU chips that ``jaxspec plan`` compiles for, and a device of one that is not there.
+"""The TPU chips that ``jaxspec plan`` compiles for, and devices of chips that are not attached.
 
 Bandwidth and bf16 peak are those of docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x, read in 2026). Memory is what
-the compiler (libtpu 0.0.42) lets the programs of a chip use, as it says when one is too large: of 32, 16, 95, 32 and 192 GiB.
-Clocks are published for v4 (Jouppi et al. 2023, arXiv 2304.01433), v5e and v5p (jax-ml.github.io/scaling-book, chapter 2) alone.
+the compiler (libtpu 0.0.42) lets a program use, of 32, 16, 95, 32 and 192 GiB; its error for a program that is too large has it.
+Clocks are published for v4 (Jouppi et al. 2023, arXiv 2304.01433), v5e and v5p (jax-ml.github.io/scaling-book, chapter 2) only.
 """
 
 import importlib.util
@@ -17,9 +17,9 @@ from jax.experimental import topologies
 
 _GIB = 2**30
 _ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes may compile at a time; where a TPU is, they may not run
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the cloud which machine this is,
-    "TPU_WORKER_HOSTNAMES": "localhost",  # and complains where there is no answer
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at a time
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries the cloud's metadata server,
+    "TPU_WORKER_HOSTNAMES": "localhost",  # and logs errors where there is none
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
 
@@ -27,8 +27,14 @@ _ENVIRONMENT = {
 class Chip(NamedTuple):
     """One chip, all its cores together.
 
-    devices: as how many JAX devices it appears; each has its share of the rest.
-    options: for the topology, so that a chip whose cores can work as one does.
+    Attributes:
+        memory_bytes: that programs may use.
+        bytes_per_s: of HBM.
+        bf16_per_s: peak operations per second.
+        smallest: the smallest topology.
+        devices: how many JAX devices it has; each has its share of memory, bandwidth and peak.
+        clock_hz: None where it is not published.
+        options: of the topology; megacore makes the two cores of a v4 one device.
     """
 
     memory_bytes: int
@@ -40,7 +46,7 @@ class Chip(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
     def device(self) -> "Chip":
-        """What one of its JAX devices has."""
+        """One of its JAX devices."""
         share = 1 / self.devices
         return self._replace(
             memory_bytes=int(self.memory_bytes * share),
@@ -60,20 +66,28 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as v5e:2x2.
+    """The chip of a topology.
+
+    Args:
+        topology: such as v5e:2x2.
 
     Raises:
-        ValueError: no such chip, or no layout of chips.
+        ValueError: there is no such chip, or the layout cannot be parsed.
     """
     name, _, layout = topology.partition(":")
     if name not in CHIPS or not re.fullmatch(r"[1-9]\d?(x[1-9]\d?){1,2}", layout):
         known = ", ".join(chip.smallest for chip in CHIPS.values())
-        raise ValueError(f"expected a topology such as {known}, or a larger layout of the same chips, got {topology!r}")
+        raise ValueError(
+            f"expected a topology such as {known}, or a larger layout of the same chips, got {topology!r}: choose one"
+        )
     return CHIPS[name]
 
 
 def devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology, to compile for and not to run on.
+    """The devices of a topology, to compile for only.
+
+    Args:
+        topology: such as v5e:2x2.
 
     Raises:
         ValueError: the chips are not built in that layout.
@@ -81,9 +95,7 @@ def devices(topology: str) -> list[jax.Device]:
     """
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            "compiling for a TPU needs its compiler, the package libtpu, which is not installed: pip install 'jaxspec[tpu-aot]'"
-        )
+        raise ImportError("expected the TPU's compiler, the package libtpu, got none: pip install 'jaxspec[tpu-aot]'")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:

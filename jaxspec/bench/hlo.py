@@ -1,4 +1,4 @@
-"""Reads a compiled program as XLA prints it: what it repeats, how long that is scheduled to take, and what must not be in it."""
+"""Reads a compiled program as XLA prints it: its loop, the cycles that it is scheduled for, and instructions to avoid in it."""
 
 import math
 import re
@@ -9,7 +9,15 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, 
 
 
 class Op(NamedTuple):
-    """One instruction of a compiled program: name, shape as XLA writes it, opcode, what stands in its brackets, attributes."""
+    """One instruction of a compiled program.
+
+    Attributes:
+        name: without the percent sign.
+        shape: as XLA writes it.
+        code: the opcode.
+        inside: the text in its parentheses: operands, or the value of a constant.
+        rest: the attributes after them.
+    """
 
     name: str
     shape: str
@@ -19,22 +27,28 @@ class Op(NamedTuple):
 
     def __str__(self) -> str:
         made = re.search(r'op_name="([^"]*)"', self.rest)
-        shape = re.sub(r":[^}]*?(S\(\d\))?}", r"\1}", self.shape)  # of the tiles only in which memory it lies
+        shape = re.sub(r":[^}]*?(S\(\d\))?}", r"\1}", self.shape)  # keeps the memory space of the tiling
         return f"{self.name} {shape[:90]}" + (f" ({made[1]})" if made else "")
 
     @property
     def operands(self) -> list[str]:
-        """The names of what it is applied to."""
+        """The names of its operands."""
         return re.findall(r"%([\w.\-]+)", self.inside)
 
     def calls(self, how: str = "") -> list[str]:
-        """The names of the computations that it calls, or of the one in the attribute ``how``."""
+        """The names of the computations that it calls, or of those in the attribute ``how``."""
         found = re.findall(rf"\b{how or _ANY}=\{{?((?:%[\w.\-]+(?:, )?)+)", self.rest)
         return re.findall(r"%([\w.\-]+)", " ".join(found))
 
 
 class Program(NamedTuple):
-    """A compiled program in the order of its schedule, and the ``while`` of its entry that carries the most: the loop."""
+    """A compiled program.
+
+    Attributes:
+        computations: instructions in the order of the schedule, by the name of their computation.
+        entry: the name of the computation that runs first.
+        loop: the ``while`` of the entry that carries the most arrays: the decode loop.
+    """
 
     computations: dict[str, list[Op]]
     entry: str
@@ -42,12 +56,18 @@ class Program(NamedTuple):
 
     @property
     def body(self) -> str:
-        """The computation that the loop repeats."""
+        """The name of the computation that the loop repeats.
+
+        Raises:
+            ValueError: the program has no loop.
+        """
+        if self.loop is None:
+            raise ValueError("expected a program with a while loop in its entry, got none")
         return self.loop.calls("body")[0]
 
 
 class Array(NamedTuple):
-    """An array in a shape, see ``identity``."""
+    """One array of a shape; see ``identity``."""
 
     kind: str
     sizes: tuple[int, ...]
@@ -56,7 +76,7 @@ class Array(NamedTuple):
 
     @property
     def on_chip(self) -> bool:
-        """Whether it lies in the chip's own memory, not in HBM: VMEM, or a v4's CMEM."""
+        """Whether it is in on-chip memory and not in HBM: VMEM, or CMEM of a v4."""
         return bool(re.search(r"S\([13]\)", self.layout))
 
 
@@ -66,7 +86,7 @@ _ANY = "(?:calls|body|condition|to_apply|branch_computations|called_computations
 
 
 def parse(text: str) -> Program:
-    """Reads a compiled program as XLA prints it."""
+    """Parses a compiled program, ``compiled.as_text()``."""
     computations: dict[str, list[Op]] = {}
     entry, ops = "", []
     for line in text.splitlines():
@@ -80,7 +100,7 @@ def parse(text: str) -> Program:
 
 
 def _within(program: Program, start: str, fusions: bool) -> Iterator[list[Op]]:
-    """The computations that one comes to, with or without those inside fusions, which keep what they make in registers."""
+    """The computations reachable from one, with or without the insides of fusions, whose intermediates stay in registers."""
     seen, todo = set(), [start]
     while todo:
         name = todo.pop()
@@ -91,19 +111,19 @@ def _within(program: Program, start: str, fusions: bool) -> Iterator[list[Op]]:
 
 
 def identity(kind: str, sizes: tuple[int, ...]) -> tuple:
-    """The type and the sizes of an array, in whatever order a layout or a reshape puts them."""
+    """The type and the sizes of an array, independent of the order that a layout or a reshape gives them."""
     return kind, *sorted(size for size in sizes if size > 1)
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of a shape; a size that is not static has been found before, see ``_dynamic``."""
+    """The arrays of a shape, or of a tuple of shapes; sizes that are not static are found by ``_dynamic``."""
     found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
     sizes = [tuple(int(size) for size in text.split(",") if size) for _, text, _ in found]
     return [Array(kind, size, layout, identity(kind, size)) for (kind, _, layout), size in zip(found, sizes, strict=True)]
 
 
 def laid_out_bytes(array: Array) -> int:
-    """The bytes of an array in its tiles, 0 where it does not lie in HBM.
+    """The bytes of an array with the padding of its tiles; 0 where it is not in HBM.
 
     >>> laid_out_bytes(arrays("bf16[1,2048,8,64]{3,1,2,0:T(8,128)(2,1)}")[0]) == 2 * 2048 * 8 * 128
     True
@@ -116,7 +136,7 @@ def laid_out_bytes(array: Array) -> int:
 
 
 def laid_out_anew(program: Program, caches: set[tuple]) -> list[Array]:
-    """What is copied once, from a megabyte on, because the loop wants another layout than it came in; caches apart."""
+    """The arrays of a megabyte or more, other than caches, that are copied before the loop because it needs another layout."""
     ops = {op.name: op for op in program.computations[program.entry]}
     carried = [ops[name] for name in ops[program.loop.operands[0]].operands]
     copies = [arrays(op.shape)[0] for op in carried if op.code == "copy"]
@@ -124,7 +144,7 @@ def laid_out_anew(program: Program, caches: set[tuple]) -> list[Array]:
 
 
 def scheduled_cycles(program: Program, name: str) -> int:
-    """The cycles that the compiler gave to the instructions of a computation and of what it calls."""
+    """The cycles that the compiler estimates for a computation and for those that it calls."""
     return sum(_cycles(program, op) for op in program.computations[name])
 
 
@@ -139,7 +159,7 @@ def _cycles(program: Program, op: Op) -> int:
 
 
 def _trips(program: Program, loop: Op) -> int:
-    """How often a loop that counts up to a constant runs; 1 for another."""
+    """How often a loop that counts up to a constant runs; 1 for any other loop."""
     condition = program.computations[loop.calls("condition")[0]]
     constants = [op.inside for op in condition if op.code == "constant"]
     counts = {op.code for op in condition} <= {"constant", "parameter", "get-tuple-element", "compare"}
@@ -147,7 +167,7 @@ def _trips(program: Program, loop: Op) -> int:
 
 
 def longest_loop_cycles(program: Program) -> int:
-    """The cycles a round of the longest loop in it: the draft's steps after its first."""
+    """The cycles of the longest loop within the decode loop: of a draft model, its steps after the first."""
     return max((_cycles(program, op) for op in program.computations[program.body] if op.code == "while"), default=0)
 
 
@@ -159,10 +179,21 @@ _WRITES = {"dynamic-update-slice", "scatter"}
 _HOST = re.compile(r"infeed|outfeed|send|recv|callback|host", re.IGNORECASE)
 
 
-def checks(program: Program, rows: int, vocab: int, caches: set[tuple], matrices: set[tuple]) -> dict[str, dict[str, Any]]:
-    """What must hold of the compiled loop for a batch of ``rows``, whether it does, and the first instructions that break it.
+def checks(
+    program: Program, rows: int, vocab: int, caches: set[tuple], matrices: set[tuple], group_size: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Checks the compiled loop.
 
-    caches, matrices: each one's ``identity``; of a matrix of parameters that of its float32 terms.
+    Args:
+        program: with the loop.
+        rows: the batch size.
+        vocab: V.
+        caches: the ``identity`` of each KV cache, in every type that the compiler may keep it in.
+        matrices: the ``identity`` of each matrix of parameters, of its float32 products.
+        group_size: the most tokens of a group; gathers of that many tokens are the verifier's look-ups.
+
+    Returns:
+        For each check whether it holds, what it checks, and how many instructions break it, with the first five.
     """
     everything = [op for ops in _within(program, program.body, fusions=True) for op in ops]
     writes, copies = _cache_traffic(program, caches)
@@ -177,7 +208,7 @@ def checks(program: Program, rows: int, vocab: int, caches: set[tuple], matrices
         "matrices": ("no matrix of parameters multiplied term by term, on the vector unit", by_terms),
         "vocabulary": (
             f"no sort or gather over the {vocab} ids in the loop",
-            [op for op in everything if _over(op, rows, vocab)],
+            [op for op in everything if _over_vocabulary(op, rows, vocab, group_size)],
         ),
         "shapes": ("no dynamic shape", [op for ops in program.computations.values() for op in ops if _dynamic(op)]),
     }
@@ -188,7 +219,7 @@ def checks(program: Program, rows: int, vocab: int, caches: set[tuple], matrices
 
 
 def _target(op: Op) -> str:
-    """The opcode, and of a custom call what it calls."""
+    """The opcode, and the target of a custom call."""
     called = re.search(r'custom_call_target="([^"]*)"', op.rest)
     return f"{op.code} {called[1]}" if called else op.code
 
@@ -197,14 +228,20 @@ def _to_host(op: Op) -> bool:
     return bool(_HOST.search(_target(op))) or "S(5)" in op.shape  # memory space 5 is the host's
 
 
-def _over(op: Op, rows: int, vocab: int) -> bool:
-    """Whether an instruction sorts as many numbers as there are ids for each row, or takes as many pieces from somewhere."""
+def _over_vocabulary(op: Op, rows: int, vocab: int, group_size: int) -> bool:
+    """Whether an instruction sorts the ids of each row, or gathers as many slices as a row has ids.
+
+    A vocabulary of a few hundred ids is as small as the look-ups of the verifier's groups, [... G], which are left out.
+    """
     if "TopK" in _target(op) or op.code == "sort":
         return math.prod(arrays(op.shape)[0].sizes) >= rows * vocab
     piece = re.search(r"slice_sizes=\{([\d,]*)\}", op.rest)
     if op.code != "gather" or not piece:
         return False
-    return math.prod(arrays(op.shape)[0].sizes) >= rows * vocab * math.prod(int(size) for size in piece[1].split(",") if size)
+    sizes = arrays(op.shape)[0].sizes
+    if sizes[-1:] == (group_size,):
+        return False
+    return math.prod(sizes) >= rows * vocab * math.prod(int(size) for size in piece[1].split(",") if size)
 
 
 def _dynamic(op: Op) -> bool:
@@ -212,10 +249,10 @@ def _dynamic(op: Op) -> bool:
 
 
 def _cache_traffic(program: Program, caches: set[tuple]) -> tuple[list[Op], list[Op]]:
-    """The instructions of the loop that write into a cache in place, and those that make a cache anew.
+    """The instructions of the loop that write into a cache in place, and those that copy a cache.
 
-    Moving one into the chip's memory ahead of its use is a read, and moving one back that was written there belongs to the
-    write, though the whole of it moves. What is written in place must not be read later as it was.
+    Moving a cache to on-chip memory before it is used counts as a read, and moving it back after a write there as part of the
+    write. An instruction that reads the old value of a cache after it was written in place needs a copy.
     """
     writes, copies = [], []
     for ops in _within(program, program.body, fusions=False):

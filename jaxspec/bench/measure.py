@@ -1,118 +1,66 @@
-"""Times the real loops against our own autoregressive one: prefill, a round and its parts, codes a second; cases take turns."""
+"""Times the real loops against the autoregressive one in interleaved turns: prefill, a round and its parts, tokens per second."""
 
-import dataclasses
-import functools
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import request as requests
-from jaxspec import rounds, speculate, verify
+from jaxspec import rounds, speculate
+from jaxspec.bench.cases import Case, Models
 from jaxspec.common.stopwatch import Stopwatch, compilations
-from jaxspec.draft import model_draft
-from jaxspec.groups import Groups
-from jaxspec.models import transformer
-from jaxspec.models.transformer import Config
-from jaxspec.sampling import Sampling
-from jaxspec.state import Generation, State
+from jaxspec.state import Generation
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Requests
-from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
+from jaxspec.types import Draft, Verify
 
-RULES = ("exact", "tolerance", "coarse-grained")
+PARTS = ("draft", "target", "verify_and_commit")
 _PART_ROUNDS = 5  # of each part, in each turn
-_ACCEPT_STREAM = 77
 
-
-class Case(NamedTuple):
-    """One row of the table: one of ``RULES``; or, with a draft length of 0, "autoregressive" or "auto", the quickest of all."""
-
-    rule: str
-    draft_length: int
-    batch: int
-    prompt: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Models:
-    """A pair of models to be timed.
-
-    ask(case, turn): the prompts of a turn; real models get other texts in each.
-    acceptance: of each position, drawn in place of the rule's own verdict, whose work is done all the same; None: the real one.
-    """
-
-    name: str
-    target: Config
-    draft: Config
-    target_params: Params
-    draft_params: Params
-    groups: Groups
-    ask: Callable[[Case, int], Requests]
-    beta: float = 0.2
-    acceptance: float | None = None
-
-    def lm(self) -> LanguageModel:
-        """The target's functions."""
-        return transformer.language_model(self.target)
-
-    def drafter(self, draft_length: int) -> Draft:
-        """The draft's."""
-        return model_draft(transformer.language_model(self.draft), draft_length)
-
-    def rule(self, name: str) -> Verify:
-        """A verifier, with the synthetic acceptance on it where one is asked for."""
-        made = {
-            "exact": verify.exact,
-            "tolerance": functools.partial(verify.tolerance, self.beta),
-            "coarse-grained": functools.partial(verify.coarse_grained, self.groups),
-        }[name]()
-        return made if self.acceptance is None else jax.tree_util.Partial(_synthetic, jnp.float32(self.acceptance), made)
-
-
-def _synthetic(
-    acceptance: Array, rule: Verify, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array
-) -> Verdict:
-    """A rule's work, and in place of its verdict one in which each position stands with a given probability."""
-    verdict = rule(key, draft_tokens, draft_probs, target_probs)
-    stands = jax.random.uniform(jax.random.fold_in(key, _ACCEPT_STREAM), draft_tokens.shape) < acceptance
-    return verdict._replace(num_accepted=jnp.cumprod(stands.astype(jnp.int32)).sum(), num_exact=None)
+_T = TypeVar("_T")
 
 
 def run(
     models: Models,
     cases: Sequence[Case],
     turns: int,
-    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = print,
     before_turn: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Times every case, all of them once in each turn, after each has run once; see ``_row`` for what is told.
+    """Times every case once in each turn, after one run of each that compiles.
 
-    ``cases`` must hold the autoregressive case of each batch and prompt length, which the others are compared with, and "auto"
-    after those that it chooses from.
+    Args:
+        models: to time.
+        cases: with the autoregressive case of each batch and prompt length, which the others are compared with, and "auto" after
+            the cases that it chooses from.
+        turns: how often each case is timed.
+        progress: receives a line for each step.
+        before_turn: called before each turn.
+
+    Returns:
+        A row of figures for each case, see ``_row``.
     """
-    timed, compile_s = {}, {}
+    timed: dict[Case, _Timed | _Autotuned] = {}
+    compile_s: dict[Case, float] = {}
     for case in cases:
         watch = Stopwatch()
         with watch("run"):
-            candidates = [candidate for candidate in timed if candidate[2:] == case[2:]]
-            timed[case] = _Auto(models, case, candidates) if case.rule == "auto" else _Timed(models, case)
+            timed[case] = _autotuned(models, case, timed) if case.rule == "auto" else _Timed(models, case)
             timed[case].turn(0)
         timed[case].clear()
         compile_s[case] = watch.seconds["compile"]
-        say(f"{models.name}: {_name(case)} compiled in {compile_s[case]:.1f} s")
+        progress(f"{models.name}: {case} compiled in {compile_s[case]:.1f} s")
     before = compilations()
     for turn in range(1, turns + 1):
         before_turn()
         for case in cases:
             timed[case].turn(turn)
-        say(f"{models.name}: turn {turn} of {turns}")
+        progress(f"{models.name}: turn {turn} of {turns}")
     after = compilations() - before
     rows = {case: _row(case, timed[case]) | {"compile_s": compile_s[case], "compilations_after_warm_up": after} for case in cases}
     for case, row in rows.items():
@@ -121,97 +69,93 @@ def run(
     return list(rows.values())
 
 
-def _name(case: Case) -> str:
-    return f"{_way(case)} batch={case.batch} prompt={case.prompt}"
-
-
-def _way(case: Case) -> str:
-    return f"{case.rule} K={case.draft_length}" if case.draft_length else case.rule
-
-
 class _Timed:
     """The programs of one case, and what they took in each turn."""
 
     def __init__(self, models: Models, case: Case):
-        self.models, self.case = models, case
-        self.lm, self.draft = models.lm(), models.drafter(case.draft_length)
-        self.rule = None if case.rule == "autoregressive" else models.rule(case.rule)
-        self._init = jax.jit(speculate.init, static_argnums=(0, 2, 5))
-        self._parts = {
-            "draft": jax.jit(functools.partial(_propose, self.draft), donate_argnums=1),
-            "target": jax.jit(functools.partial(_score, self.lm), donate_argnums=1),
-            "settle": jax.jit(_settle, donate_argnums=1),
-        }
+        self.models, self.case, self.lm = models, case, models.lm()
+        plain = case.rule == "autoregressive"
+        self.method = None if plain else (models.drafter(case.draft_length), models.verifier(case.rule))
+        self._propose = jax.jit(rounds.propose, static_argnums=0, donate_argnums=2)
+        self._score = jax.jit(rounds.score, static_argnums=0, donate_argnums=3)
+        self._verify_and_commit = jax.jit(rounds.verify_and_commit, donate_argnums=1)
         self.clear()
 
     def clear(self) -> None:
-        """Forgets the times."""
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("prefill", "loop", "draft", "target", "settle")}
+        """Discards the times."""
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("prefill", "loop", *PARTS)}
         self.tokens: list[int] = []
         self.rounds: list[int] = []
+        self.context: list[float] = []  # mean number of tokens that a row attends to
         self.counts = np.zeros(3, np.int64)  # accepted, drafted, rounds of all rows
 
     def turn(self, number: int) -> None:
-        """Runs prefill, the whole loop and the parts of a round once."""
-        state = self.loop(number)
-        if self.rule is not None:
-            self._time_parts(state)
+        """Runs the prefill, the whole loop, and the parts of a round."""
+        self.loop(number)
+        if self.method is not None:
+            self._time_parts(number, *self.method)
 
-    def loop(self, number: int) -> State:
-        """Runs prefill and the whole loop once; returns the state between them."""
-        asked = self.models.ask(self.case, number)
-        key = jax.random.key(number)
-        fields = asked._asdict()
-        prompt, length = fields.pop("prompt"), fields.pop("prompt_length")
-        request = requests.check(
-            key, prompt, length, *(fields[name] for name in ("max_new_tokens", "limit", "stop_ids", "sampling"))
-        )
-        models = (self.lm, self.models.target_params, self.draft, self.models.draft_params)
-        cells = prompt.shape[1] + asked.max_new_tokens + self.draft.length + 1
-        state = self._clock("prefill", lambda: self._init(*models, request, cells))
-        if self.rule is None:
-            loop = functools.partial(speculate.autoregressive, key, self.lm, self.models.target_params, prompt, length, **fields)
-        else:
-            loop = functools.partial(speculate.generate, key, *models, self.rule, prompt, length, **fields)
-        self._count(self._clock("loop", loop))
-        return state
+    def loop(self, number: int) -> None:
+        """Times the loop, and without any round, which leaves the prefill."""
+        asked = self.models.requests(self.case, number)
+        self._time("prefill", lambda: self._generate(number, asked._replace(limit=np.zeros_like(asked.limit))))
+        generation = self._time("loop", lambda: self._generate(number, asked))
+        info = generation.info
+        self.tokens.append(int(generation.length.sum()))
+        self.rounds.append(int(info.rounds.max()))
+        self.context.append(float(np.mean(asked.prompt_length)) + float(generation.length.mean()) / 2)
+        self.counts += np.array([int(info.accepted.sum()), int(info.drafted.sum()), int(info.rounds.sum())])
 
-    def _time_parts(self, state: State) -> None:
+    def _generate(self, number: int, asked: Requests) -> Generation:
+        target = jax.random.key(number), self.lm, self.models.target_params
+        if self.method is None:
+            return speculate.autoregressive(*target, **asked._asdict())
+        draft, verify = self.method
+        return speculate.generate(*target, draft, self.models.draft_params, verify, **asked._asdict())
+
+    def _time_parts(self, number: int, draft: Draft, verify: Verify) -> None:
+        asked = self.models.requests(self.case, number)
         target_params, draft_params = self.models.target_params, self.models.draft_params
+        request = requests.check(jax.random.key(number), **asked._asdict())
+        cells = asked.prompt.shape[1] + asked.max_new_tokens + draft.length + 1
+        state = speculate.init(self.lm, target_params, draft, draft_params, request, cells)
         for _ in range(_PART_ROUNDS):
-            proposal, state = self._clock("draft", lambda s=state: self._parts["draft"](draft_params, s))
-            probs, features, state = self._clock("target", lambda p=proposal, s=state: self._parts["target"](target_params, s, p))
+            proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s))
+            probs, features, state = self._time("target", lambda s=state, p=proposal: self._score(self.lm, target_params, p, s))
             parts = proposal, probs, features
-            state = self._clock("settle", lambda p=parts, s=state: self._parts["settle"](self.rule, s, *p))
+            state = self._time("verify_and_commit", lambda s=state, p=parts: self._verify_and_commit(verify, s, *p))
 
-    def _clock(self, name: str, call: Callable[[], Any]) -> Any:
+    def _time(self, name: str, call: Callable[[], _T]) -> _T:
         start = time.perf_counter()
         result = jax.block_until_ready(call())
         self.seconds[name].append(time.perf_counter() - start)
         return result
 
-    def _count(self, generation: Generation) -> None:
-        info = generation.info
-        self.tokens.append(int(generation.length.sum()))
-        self.rounds.append(int(info.rounds.max()))
-        self.counts += np.array([int(info.accepted.sum()), int(info.drafted.sum()), int(info.rounds.sum())])
+
+def _autotuned(models: Models, case: Case, timed: dict[Case, Any]) -> "_Autotuned":
+    """The "auto" case that chooses among the timed cases of its batch and prompt length."""
+    return _Autotuned(case.batch, {other: _Timed(models, other) for other in timed if other[2:] == case[2:]})
 
 
-class _Auto:
-    """The quickest so far of the other cases of a batch and prompt length, each of which it tries before the first turn."""
+class _Autotuned:
+    """Runs the fastest so far of the other cases of a batch and prompt length; each is tried once before the first turn."""
 
-    def __init__(self, models: Models, case: Case, candidates: Sequence[Case]):
-        self.batch, self.candidates = case.batch, {candidate: _Timed(models, candidate) for candidate in candidates}
-        self.autotuner = Autotuner(candidates)
+    def __init__(self, batch: int, candidates: dict[Case, _Timed]):
+        self.batch, self.candidates = batch, candidates
+        self.autotuner = Autotuner(tuple(candidates))
         self.clear()
 
     def clear(self) -> None:
-        """Forgets the times, but not which way is the quickest."""
-        self.seconds, self.tokens, self.rounds, self.counts = {"prefill": [], "loop": []}, [], [], np.zeros(3, np.int64)
-        self.taken: list[str] = []
+        """Discards the times; what the autotuner recorded stays."""
+        self.seconds: dict[str, list[float]] = {"prefill": [], "loop": []}
+        self.tokens: list[int] = []
+        self.rounds: list[int] = []
+        self.context: list[float] = []
+        self.counts = np.zeros(3, np.int64)
+        self.chosen: list[str] = []
 
     def turn(self, number: int) -> None:
-        """Runs the quickest loop once."""
+        """Runs the fastest loop once; in turn 0, every loop."""
         for candidate in self.candidates if number == 0 else [self.autotuner.choose(self.batch)]:
             timed = self.candidates[candidate]
             timed.clear()
@@ -220,38 +164,21 @@ class _Auto:
                 some += timed.seconds[name]
             self.tokens += timed.tokens
             self.rounds += timed.rounds
+            self.context += timed.context
             self.counts += timed.counts
-            self.taken.append(_way(candidate))
+            self.chosen.append(candidate.method)
             self.autotuner.record(self.batch, candidate, self.tokens[-1], self.seconds["loop"][-1] - self.seconds["prefill"][-1])
 
 
-def _peak_bytes() -> int:
-    """The most that the device held since the process began; of a CPU, the process."""
-    stats = jax.devices()[0].memory_stats()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return stats["peak_bytes_in_use"] if stats else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _propose(draft: Draft, params: Params, state: State) -> Any:
-    return rounds.propose(draft, params, state)
-
-
-def _score(lm: LanguageModel, params: Params, state: State, proposal: Any) -> Any:
-    return rounds.score(lm, params, proposal, state)
-
-
-def _settle(rule: Verify, state: State, proposal: Any, target_probs: Array, features: Array | None) -> State:
-    return rounds.verify_and_commit(rule, state, proposal, target_probs, features)
-
-
-def _row(case: Case, timed: _Timed | _Auto) -> dict[str, Any]:
-    """A case's figures: seconds are medians of the turns; codes_per_s counts all rows, and the prefill apart."""
+def _row(case: Case, timed: _Timed | _Autotuned) -> dict[str, Any]:
+    """The figures of a case: medians over the turns, in seconds; codes_per_s counts all rows, and excludes the prefill."""
     prefill, loop = np.array(timed.seconds["prefill"]), np.array(timed.seconds["loop"])
     decode = np.maximum(loop - prefill, 1e-9)
     rates = np.array(timed.tokens) / decode
     accepted, drafted, rounds = (int(n) for n in timed.counts)
     row = {
         **case._asdict(),
+        "context": statistics.mean(timed.context),
         "prefill_s": float(np.median(prefill)),
         "round_s": float(np.median(decode / np.array(timed.rounds))),
         "codes_per_s": float(np.median(rates)),
@@ -259,20 +186,17 @@ def _row(case: Case, timed: _Timed | _Auto) -> dict[str, Any]:
         "tokens_per_round": sum(timed.tokens) / max(rounds, 1),
         "peak_bytes": _peak_bytes(),
     }
-    if isinstance(timed, _Auto):
-        return row | {"taken": statistics.mode(timed.taken)}
-    if timed.rule is None:
+    if drafted:
+        row["acceptance_rate"] = accepted / drafted
+    if isinstance(timed, _Autotuned):
+        return row | {"chosen": statistics.mode(timed.chosen)}
+    if timed.method is None:
         return row
-    parts = {f"{name}_s": float(np.median(timed.seconds[name])) for name in ("draft", "target", "settle")}
-    return row | parts | {"acceptance_rate": accepted / max(drafted, 1)}
+    return row | {f"{name}_s": float(np.median(timed.seconds[name])) for name in PARTS}
 
 
-def random_asks(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:
-    """Prompts of random codes, each row emitting ``new_tokens``; no id stops it."""
-
-    def ask(case: Case, turn: int) -> Requests:
-        ids = np.random.default_rng(turn).integers(0, target.vocab - stops, (case.batch, case.prompt)).astype(np.int32)
-        length, limit = np.full(case.batch, case.prompt, np.int32), np.full(case.batch, new_tokens, np.int32)
-        return Requests(ids, length, new_tokens, limit, (), sampling)
-
-    return ask
+def _peak_bytes() -> int:
+    """The most memory that the device held since the process began; on a CPU, the process."""
+    stats = jax.devices()[0].memory_stats()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return stats["peak_bytes_in_use"] if stats else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,6 @@
-"""transformers on the same weights, in the same run: plain generation, static cache with torch.compile, and assisted generation.
+"""Times transformers on the same weights in the same run: plain generation, static cache with torch.compile, assisted generation.
 
-The one file of the library that imports torch, and only when it is asked to.
+The only file of the library that imports torch, and only when it is called.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxspec import speculate
-from jaxspec.bench.measure import Case, Models
+from jaxspec.bench.cases import Case, Models
 from jaxspec.models.transformer import Config
 from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Params
@@ -30,28 +30,36 @@ _KERNELS = {
 
 
 def time_transformers(
-    models: Models, batch: int, prompt: int, draft_length: int, turns: int, say: Callable[[str], None]
+    models: Models, batch: int, prompt: int, draft_length: int, turns: int, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Codes a second of transformers and of jaxspec, decoding alone, taking turns; acceptance is that of the weights themselves.
+    """Tokens per second of decoding with transformers and with jaxspec, in interleaved turns, without synthetic acceptance.
+
+    Args:
+        models: random weights that transformers has a class for; assisted generation needs a draft that is a transformer.
+        batch: rows.
+        prompt: tokens of each prompt.
+        draft_length: K, of both.
+        turns: timed turns, after one that compiles.
+        progress: receives a line for each turn.
 
     Returns:
-        A dict for each of transformers' ways: its name, what of jaxspec it is held against, both rates, and their ratio.
+        A dict for each method of transformers: its name, what of jaxspec it is compared with, both rates, and their ratio.
 
     Raises:
         ImportError: torch or transformers is missing.
-        ValueError: weights that transformers has no class for.
+        ValueError: transformers has no class for the weights.
     """
     models = dataclasses.replace(models, acceptance=None)
     case = Case("exact", draft_length, batch, prompt)
-    theirs, failed = _theirs(models, batch, draft_length)
+    theirs, failed = _theirs(models, batch, draft_length), dict[str, str]()
     ours = {"autoregressive": _autoregressive(models), "exact": _speculative(models, draft_length)}
     times: dict[str, list[float]] = {name: [] for name in (*ours, *theirs)}
     for turn in range(turns + 1):
-        asked = models.ask(case, turn)
+        asked = models.requests(case, turn)
         for name, generate in (ours | theirs).items():
             try:
                 rate = _rate(generate, asked)
-            except Exception as error:  # of torch.compile, which does not work everywhere
+            except Exception as error:  # torch.compile does not work everywhere
                 if name in ours or turn:
                     raise
                 failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
@@ -59,9 +67,9 @@ def time_transformers(
             if turn:
                 times[name].append(rate)
         theirs = {name: generate for name, generate in theirs.items() if name not in failed}
-        say(f"peers: turn {turn} of {turns}" if turn else "peers: warmed up")
+        progress(f"peers: turn {turn} of {turns}" if turn else "peers: warmed up")
     for name, why in failed.items():
-        say(f"peers: {name} was not run ({why})")
+        progress(f"peers: {name} was not run ({why})")
     rates = {name: statistics.median(some) for name, some in times.items() if some}
     against = {name: "exact" if "assisted" in name else "autoregressive" for name in theirs}
     return [
@@ -78,7 +86,7 @@ def time_transformers(
 
 
 def _rate(generate: Callable[[Requests, int], int], asked: Requests) -> float:
-    """Codes a second of decoding: all of them less the first, whose time is mostly the prefill's."""
+    """Tokens per second of decoding, without the first one, whose time is mostly the prefill's."""
     start = time.perf_counter()
     first = generate(asked, 1)
     middle = time.perf_counter()
@@ -89,69 +97,67 @@ def _rate(generate: Callable[[Requests, int], int], asked: Requests) -> float:
 def _autoregressive(models: Models) -> Callable[[Requests, int], int]:
     def generate(asked: Requests, count: int) -> int:
         fields = asked._replace(limit=np.full_like(asked.limit, count))._asdict()
-        prompt, length = fields.pop("prompt"), fields.pop("prompt_length")
-        made = speculate.autoregressive(jax.random.key(0), models.lm(), models.target_params, prompt, length, **fields)
-        return int(made.length.sum())
+        return int(speculate.autoregressive(jax.random.key(0), models.lm(), models.target_params, **fields).length.sum())
 
     return generate
 
 
 def _speculative(models: Models, draft_length: int) -> Callable[[Requests, int], int]:
+    arguments = models.lm(), models.target_params, models.drafter(draft_length), models.draft_params
+    verify = models.verifier("exact")
+
     def generate(asked: Requests, count: int) -> int:
         fields = asked._replace(limit=np.full_like(asked.limit, count))._asdict()
-        prompt, length = fields.pop("prompt"), fields.pop("prompt_length")
-        draft, rule = models.drafter(draft_length), models.rule("exact")
-        arguments = (models.lm(), models.target_params, draft, models.draft_params, rule, prompt, length)
-        return int(speculate.generate(jax.random.key(0), *arguments, **fields).length.sum())
+        return int(speculate.generate(jax.random.key(0), *arguments, verify, **fields).length.sum())
 
     return generate
 
 
-def _theirs(models: Models, batch: int, draft_length: int) -> tuple[dict[str, Callable[[Requests, int], int]], dict[str, str]]:
-    """transformers' ways to generate, by name, and those that failed."""
+def _theirs(models: Models, batch: int, draft_length: int) -> dict[str, Callable[[Requests, int], int]]:
+    """The methods of transformers by name."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    target, draft = (
-        _torch_model(*pair, device) for pair in ((models.target, models.target_params), (models.draft, models.draft_params))
-    )
-    draft.generation_config.num_assistant_tokens = draft_length
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
+    target = _torch_model(models.target, models.target_params, device)
 
-    def way(**more: Any) -> Callable[[Requests, int], int]:
+    def method(**options: Any) -> Callable[[Requests, int], int]:
         def generate(asked: Requests, count: int) -> int:
             prompt = torch.tensor(asked.prompt, dtype=torch.long, device=device)
-            law = {"do_sample": True, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p, "top_k": 0}
+            sampling = {"do_sample": True, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p, "top_k": 0}
+            lengths = {"max_new_tokens": count, "min_new_tokens": count}
             with torch.no_grad():
-                made = target.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, **law, **more
-                )
+                made = target.generate(prompt, attention_mask=torch.ones_like(prompt), **lengths, **sampling, **options)
             if device == "cuda":
                 torch.cuda.synchronize()
             return made.shape[0] * (made.shape[1] - prompt.shape[1])
 
         return generate
 
-    ways = {
-        "transformers generate": way(),
-        "transformers generate, static cache, torch.compile": way(cache_implementation="static"),
+    methods = {
+        "transformers generate": method(),
+        "transformers generate, static cache, torch.compile": method(cache_implementation="static"),
     }
-    if batch == 1:
-        ways["transformers assisted generation"] = way(assistant_model=draft)
-    return ways, {}
+    if batch == 1 and models.draft is not None:
+        draft = _torch_model(models.draft, models.draft_params, device)
+        draft.generation_config.num_assistant_tokens = draft_length
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        methods["transformers assisted generation"] = method(assistant_model=draft)
+    return methods
 
 
 def _torch_model(config: Config, params: Params, device: str) -> Any:
-    """The same weights in transformers' class."""
+    """The same weights in the class of transformers."""
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise ImportError(f"the peer transformers needs {error.name}: pip install torch transformers") from error
+        raise ImportError(
+            f"expected torch and transformers for --peer, got no {error.name}: pip install torch transformers"
+        ) from error
     if config.head_bias or config.qk_norm or config.rope_scaling:
         raise ValueError(
-            "expected weights without head bias, query norm or scaled rope for the peer, got others: use preset small"
+            "expected weights without head bias, query norm or scaled rope for --peer, got some with: use --preset small"
         )
     kind, settings = (
         (transformers.Qwen2ForCausalLM, transformers.Qwen2Config)
@@ -180,7 +186,7 @@ def _torch_model(config: Config, params: Params, device: str) -> Any:
     state = {name: torch.tensor(np.asarray(value, np.float32)) for name, value in _state(config, params).items()}
     model.load_state_dict(state, strict=not config.tied)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(shape).to(device)  # its buffers are no weights, and are empty yet
+    model.model.rotary_emb = type(model.model.rotary_emb)(shape).to(device)  # its buffers are not in the state dict
     return model
 
 

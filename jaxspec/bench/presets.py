@@ -1,4 +1,4 @@
-"""The shapes that are benchmarked: pairs of target and draft by name, random weights of them, and groups of a given size."""
+"""Benchmarked shapes: pairs of target and draft by name, random weights of these shapes, and groups of a given size."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,10 +20,16 @@ _LLASA = {"input_tables": (65_537, 128_264), "vocab": 65_537}  # the head of ``c
 
 
 class Pair(NamedTuple):
-    """A target and its draft, and how many ids at the end of the head's vocabulary are stop ids."""
+    """The shapes of a target and its draft.
+
+    Attributes:
+        target: the target's.
+        draft: the draft's; None where the draft is not a transformer.
+        stops: how many ids at the end of the head's vocabulary are stop ids.
+    """
 
     target: Config
-    draft: Config
+    draft: Config | None
     stops: int
 
 
@@ -63,19 +69,22 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 def pair(name: str, dtype: str) -> Pair:
     """The shapes of a preset.
 
+    Args:
+        name: a key of ``PAIRS``.
+        dtype: of weights and caches.
+
     Raises:
-        ValueError: a name that is no preset.
+        ValueError: there is no such preset.
     """
     if name not in PAIRS:
-        raise ValueError(f"expected a preset among {', '.join(('builtin', *PAIRS))}, got {name!r}")
+        raise ValueError(f"expected a preset among {', '.join(PAIRS)}, got {name!r}: choose one of these")
     shapes = PAIRS[name]()
-    return shapes._replace(
-        target=dataclasses.replace(shapes.target, dtype=dtype), draft=dataclasses.replace(shapes.draft, dtype=dtype)
-    )
+    target, draft = (config and dataclasses.replace(config, dtype=dtype) for config in shapes[:2])
+    return shapes._replace(target=target, draft=draft)
 
 
 def random_params(key: Array, config: Config) -> Params:
-    """Parameters of a shape in its own type, small normal numbers, made on the device; norms are ones."""
+    """Random parameters of a shape in its own dtype, made on the device: normal of deviation 0.02; norms are ones."""
     leaves, tree = jax.tree.flatten(transformer.abstract_params(config))
     dtype = jnp.dtype(config.dtype)
 
@@ -89,7 +98,13 @@ def random_params(key: Array, config: Config) -> Params:
 
 
 def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
-    """Overlapping groups of about ``size`` codes each, as many as there are codes; the ids beyond are alone."""
+    """Overlapping groups of about ``size`` codes each, one for each code; other ids have singleton groups.
+
+    Args:
+        vocab: V.
+        codes: the first so many ids are codes.
+        size: mean number of codes of a group.
+    """
     angle = 2 * np.pi * np.arange(codes) / codes
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     rows = np.concatenate([circle, np.zeros((vocab - codes, 2))])
@@ -98,11 +113,11 @@ def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
 
 
 def parameter_bytes(config: Config) -> int:
-    """The bytes of a shape's parameters in its own type."""
+    """The bytes of the parameters of a shape, in its own dtype."""
     size = jnp.dtype(config.dtype).itemsize
     return sum(leaf.size * size for leaf in jax.tree.leaves(transformer.abstract_params(config)))
 
 
 def cache_bytes(config: Config, batch: int, cells: int) -> int:
-    """The bytes of the caches of a batch, in the shape's own type."""
+    """The bytes of the KV caches of a batch with ``cells`` cells for each row, in the dtype of the shape."""
     return 2 * config.layers * config.kv_heads * config.head_dim * cells * batch * jnp.dtype(config.dtype).itemsize

@@ -1,8 +1,8 @@
-"""What this device can do, measured, and what a step must move and compute: the bound that its time is held against."""
+"""What this device can do, measured, and what a step must read and compute: the roofline that its time is compared with."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,75 +12,117 @@ from jaxspec.bench import presets
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 
+_MOVED = 2**28  # bytes that one timed read moves at least, so that calling it costs little beside it
 
-class Device(NamedTuple):
-    """Rates of the device."""
 
-    bytes_per_s: float  # reading
-    flops_per_s: float  # matrix products in the type that is benchmarked
+class Rates(NamedTuple):
+    """The best measured rates of the device.
+
+    Attributes:
+        bytes_per_s: of reading the weights of a model again and again. A model that fits in the processor's cache is read from
+            there, several times as fast as from memory, so the rate belongs to the size of the model.
+        flops_per_s: of matrix products in the benchmarked dtype.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
 
 
 class Work(NamedTuple):
-    """What a pass of a model over a block must do at least."""
+    """What a pass of a model over a block must read and compute at least."""
 
     bytes: float
     flops: float
 
-    def bound_s(self, device: Device) -> float:
-        """The least time."""
-        return max(self.bytes / device.bytes_per_s, self.flops / device.flops_per_s)
+    def bound_s(self, rates: Rates) -> float:
+        """The least time, in seconds.
+
+        >>> Work(bytes=2e9, flops=1e9).bound_s(Rates(bytes_per_s=1e9, flops_per_s=1e12))
+        2.0
+        """
+        return max(self.bytes / rates.bytes_per_s, self.flops / rates.flops_per_s)
 
 
-def seconds(call: Callable[[], Any], times: int = 5) -> float:
-    """The median time of a call that has run before."""
+def seconds(call: Callable[[], Any], times: int = 3) -> float:
+    """The median time of a call, after one that compiles."""
     jax.block_until_ready(call())
-    taken = []
+    durations = []
     for _ in range(times):
         start = time.perf_counter()
         jax.block_until_ready(call())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
 
 
-def meter(dtype: str) -> Callable[[], Device]:
-    """What measures this device, each time that it is called: half a GB is read (on a GPU or TPU 4 GB) in the two ways that XLA
-    is quickest at, and square matrices are multiplied."""
-    small = jax.default_backend() == "cpu"
-    size = jnp.dtype(dtype).itemsize
-    rows, side = (1 << 29 if small else 1 << 32) // (4096 * size), 2048 if small else 8192
-    matrix, vector, square = jnp.ones((rows, 4096), dtype), jnp.ones(4096, dtype), jnp.ones((side, side), dtype)
-    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
-    largest = jax.jit(jnp.max)
+def reading(dtype: str, size: int) -> Callable[[], float]:
+    """Prepares to measure how fast an array is read, as a decode loop reads its weights: again and again, in one program.
 
-    def measure() -> Device:
-        read_s = min(seconds(lambda: product(matrix, vector)), seconds(lambda: largest(matrix)))
-        return Device(rows * 4096 * size / read_s, 2 * side**3 / seconds(lambda: product(square, square)))
+    Args:
+        dtype: of the array.
+        size: its bytes; of more than half a GB on a CPU, and 4 GB elsewhere, so much is read.
+
+    Returns:
+        A function that gives bytes per second, by the faster of two programs: a chain of matrix-vector products, and of maxima.
+    """
+    item = jnp.dtype(dtype).itemsize
+    side = max(int((min(size, 2**29 if _on_cpu() else 2**32) / item) ** 0.5), 64)
+    nbytes = side * side * item
+    times = max(_MOVED // nbytes, 1)
+    matrix, vector = jnp.full((side, side), 1 / side, dtype), jnp.ones(side, dtype)
+
+    def repeat(body: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return jax.jit(lambda matrix, start: jax.lax.fori_loop(0, times, lambda _, x: body(matrix, x), start))
+
+    product, largest = repeat(lambda matrix, x: matrix @ x), repeat(lambda matrix, x: jnp.max(matrix + x))
+
+    def measure() -> float:
+        read_s = min(seconds(lambda: product(matrix, vector)), seconds(lambda: largest(matrix, vector[0])))
+        return times * nbytes / read_s
 
     return measure
 
 
-def middle(devices: Sequence[Device]) -> Device:
-    """The median of each rate."""
-    return Device(*map(statistics.median, zip(*devices, strict=True)))
+def multiplying(dtype: str) -> Callable[[], float]:
+    """Prepares to measure matrix products; the function that it returns gives operations per second."""
+    side = 2048 if _on_cpu() else 8192
+    square = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    return lambda: 2 * side**3 / seconds(lambda: product(square, square))
 
 
-def model_pass(config: Config, batch: int, block: int, cells: int) -> Work:
-    """A pass over ``block`` tokens a row: every weight but the input tables is read once, and the cache up to ``cells``."""
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def model_pass(config: Config, batch: int, block: int, cells: float) -> Work:
+    """The work of one pass: every weight but the input tables is read once, and the cache up to ``cells``.
+
+    Args:
+        config: the shape of the model.
+        batch: rows.
+        block: tokens of each row.
+        cells: tokens that each row attends to.
+
+    Returns:
+        The least bytes and operations.
+    """
     size = jnp.dtype(config.dtype).itemsize
     leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(config))
     weights = sum(leaf.size for path, leaf in leaves if not path[0].key.startswith("table_"))
     if config.tied:
         weights += config.vocab * config.width
     attention = 2 * 2 * config.layers * config.heads * config.head_dim * cells * batch * block
-    return Work(weights * size + presets.cache_bytes(config, batch, cells), 2 * weights * batch * block + attention)
+    return Work(weights * size + presets.cache_bytes(config, batch, 1) * cells, 2 * weights * batch * block + attention)
 
 
 def expected_tokens(acceptance: float, draft_length: int) -> float:
-    """Codes a round at an acceptance by position: (1 - a^(K+1)) / (1 - a), arXiv 2211.17192, equation 1.
+    """Expected tokens of a round when each position is accepted with the same probability (arXiv 2211.17192, equation 1).
+
+    (1 - a^(K+1)) / (1 - a)
 
     >>> expected_tokens(0.5, 3)
     1.875
     >>> expected_tokens(1.0, 3)
     4.0
     """
-    return sum(acceptance**i for i in range(draft_length + 1)) * 1.0
+    return float(sum(acceptance**i for i in range(draft_length + 1)))

@@ -1,0 +1,119 @@
+"""What is benchmarked: the cases, and the models, requests and verifiers that they run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import verify
+from jaxspec.groups import Groups
+from jaxspec.models import transformer
+from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
+from jaxspec.synthesis.contract import Requests
+from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
+
+VERIFIERS = ("exact", "tolerance", "coarse-grained")
+_ACCEPT_STREAM = 77
+
+
+class Case(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        rule: one of ``VERIFIERS``; or, with a draft length of 0, "autoregressive", or "auto", the fastest of the other cases.
+        draft_length: K.
+        batch: B.
+        prompt: tokens of each prompt; 0 where texts determine the prompts.
+    """
+
+    rule: str
+    draft_length: int
+    batch: int
+    prompt: int
+
+    @property
+    def method(self) -> str:
+        """The rule with its draft length."""
+        return f"{self.rule} K={self.draft_length}" if self.draft_length else self.rule
+
+    def __str__(self) -> str:
+        return f"{self.method} batch={self.batch}" + (f" prompt={self.prompt}" if self.prompt else "")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Models:
+    """A target and a draft to be timed.
+
+    Attributes:
+        name: of the preset.
+        target: the shape of the target.
+        target_params: its parameters.
+        draft: the shape of the draft, for its roofline; None where the draft is not a transformer.
+        drafter: K -> the draft; the same K gives the same object.
+        draft_params: its parameters.
+        groups: for the coarse-grained verifier.
+        requests: (case, turn) -> the requests of a turn; real models get other texts in each.
+        beta: of the tolerance verifier.
+        acceptance: the probability that a drafted token is accepted, drawn in place of the verdict, which is computed all the
+            same; None: the verifier decides.
+    """
+
+    name: str
+    target: Config
+    target_params: Params
+    draft: Config | None
+    drafter: Callable[[int], Draft]
+    draft_params: Params
+    groups: Groups
+    requests: Callable[[Case, int], Requests]
+    beta: float = 0.2
+    acceptance: float | None = None
+
+    def lm(self) -> LanguageModel:
+        """The target's functions."""
+        return transformer.language_model(self.target)
+
+    def verifier(self, rule: str) -> Verify:
+        """A verifier by name, with the synthetic acceptance where one is given."""
+        made = {
+            "exact": verify.exact,
+            "tolerance": functools.partial(verify.tolerance, self.beta),
+            "coarse-grained": functools.partial(verify.coarse_grained, self.groups),
+        }[rule]()
+        return made if self.acceptance is None else jax.tree_util.Partial(_synthetic, jnp.float32(self.acceptance), made)
+
+
+def _synthetic(
+    acceptance: Array, rule: Verify, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array
+) -> Verdict:
+    """Computes a rule's verdict, and replaces it by one that accepts each position with a given probability."""
+    verdict = rule(key, draft_tokens, draft_probs, target_probs)
+    uniforms = jax.random.uniform(jax.random.fold_in(key, _ACCEPT_STREAM), draft_tokens.shape, jnp.float32)
+    num_accepted = jnp.cumprod((uniforms < acceptance).astype(jnp.int32)).sum(dtype=jnp.int32)
+    return verdict._replace(num_accepted=num_accepted, num_exact=None)
+
+
+def random_requests(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:
+    """Prompts of random codes, each row emitting ``new_tokens``; no id stops it.
+
+    Args:
+        target: the shape of the target.
+        stops: how many ids at the end of its head's vocabulary are stop ids.
+        new_tokens: of each row.
+        sampling: of every row.
+
+    Returns:
+        (case, turn) -> its requests.
+    """
+
+    def requests(case: Case, turn: int) -> Requests:
+        ids = np.random.default_rng(turn).integers(0, target.vocab - stops, (case.batch, case.prompt)).astype(np.int32)
+        length, limit = np.full(case.batch, case.prompt, np.int32), np.full(case.batch, new_tokens, np.int32)
+        return Requests(ids, length, new_tokens, limit, (), sampling)
+
+    return requests

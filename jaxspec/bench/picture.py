@@ -1,0 +1,142 @@
+"""The picture of a benchmark: speedup, parts of a round, throughput, and the share of the roofline."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxspec.bench.roofline import expected_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+_PARTS = {"draft_s": "draft", "target_s": "target", "verify_and_commit_s": "verify and commit"}
+
+
+def draw(result: Mapping[str, Any], title: str) -> "Figure":
+    """Draws the four panels.
+
+    Args:
+        result: of ``suite.bench``.
+        title: above them.
+    """
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    names = _Names(rows)
+    drafted = [row for row in rows if row["draft_length"]]
+    figure = Figure(figsize=(14, max(8.0, 0.42 * len(rows) + 5)), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _speedups(axes[0, 0], rows, drafted, names)
+    _parts(axes[0, 1], drafted, names)
+    if len({row["batch"] for row in rows}) > 1:
+        _throughput_by_batch(axes[1, 0], rows, names)
+    else:
+        _throughput(axes[1, 0], rows, names)
+    _roofline(axes[1, 1], rows, names)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+class _Names:
+    """Names of rows, with only those of their fields that differ between the rows."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.differing = {name for name in ("batch", "prompt", "dtype") if len({row[name] for row in rows}) > 1}
+
+    def method(self, row: Row) -> str:
+        """The rule with K, and the dtype where it differs."""
+        name = f"{row['rule']} K={row['draft_length']}" if row["draft_length"] else row["rule"]
+        name += f" P={row['prompt']}" if "prompt" in self.differing else ""
+        return name + (f" {row['dtype']}" if "dtype" in self.differing else "")
+
+    def case(self, row: Row) -> str:
+        """The method, and the batch where it differs."""
+        return self.method(row) + (f" B={row['batch']}" if "batch" in self.differing else "")
+
+
+def _below(axes: "Axes", columns: int) -> None:
+    """Puts the legend below the axes and their label, where it hides nothing."""
+    from matplotlib.transforms import ScaledTranslation
+
+    points = axes.transAxes + ScaledTranslation(0, -36 / 72, axes.get_figure().dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": points}
+    axes.legend(**place, ncols=columns, fontsize=7, frameon=False)
+
+
+def _speedups(axes: "Axes", rows: Sequence[Row], drafted: Sequence[Row], names: _Names) -> None:
+    """Measured points, and for each the curve that its measured times give at other acceptance rates."""
+    from matplotlib import colormaps
+
+    a = np.linspace(0, 1, 101)
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    for row in drafted:
+        shape = ("autoregressive", row["batch"], row["prompt"], row["dtype"])
+        plain = next(r for r in rows if (r["rule"], r["batch"], r["prompt"], r["dtype"]) == shape)
+        expected = [expected_tokens(x, row["draft_length"]) for x in a]
+        (line,) = axes.plot(a, [tokens * plain["round_s"] / row["round_s"] for tokens in expected], linewidth=1)
+        at = np.interp(row["tokens_per_round"], expected, a)
+        axes.plot(at, row["speed_up"], "o", color=line.get_color(), label=names.case(row))
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(title="speedup over autoregressive", xlabel="acceptance rate of each position", ylabel="speedup")
+    _below(axes, 3)
+
+
+def _parts(axes: "Axes", drafted: Sequence[Row], names: _Names) -> None:
+    left = np.zeros(len(drafted))
+    for part, label in _PARTS.items():
+        width = np.array([1e3 * row[part] for row in drafted])
+        axes.barh(range(len(drafted)), width, left=left, label=label)
+        left = left + width
+    rounds = [1e3 * row["round_s"] for row in drafted]
+    axes.plot(rounds, range(len(drafted)), "k|", markersize=12, label="round in the loop")
+    axes.set(title="a round and its parts", xlabel="ms")
+    _name_rows(axes, drafted, names)
+    _below(axes, 4)
+
+
+def _throughput(axes: "Axes", rows: Sequence[Row], names: _Names) -> None:
+    """A bar for each row, with the spread over the turns."""
+    rates = np.array([row["codes_per_s"] for row in rows])
+    low, high = np.array([row["codes_per_s_spread"] for row in rows]).T
+    axes.barh(range(len(rows)), rates, xerr=[rates - low, high - rates], color="tab:cyan", capsize=3)
+    axes.set(title=f"throughput at batch {rows[0]['batch']}, with the spread over the turns", xlabel="codes/s")
+    _name_rows(axes, rows, names)
+
+
+def _throughput_by_batch(axes: "Axes", rows: Sequence[Row], names: _Names) -> None:
+    batches = sorted({row["batch"] for row in rows})
+    for method in dict.fromkeys(map(names.method, rows)):
+        points = sorted((row["batch"], row["codes_per_s"]) for row in rows if names.method(row) == method)
+        axes.plot(*zip(*points, strict=True), "x--" if method.startswith("auto ") or method == "auto" else "o-", label=method)
+    axes.set(title="throughput", xlabel="batch", ylabel="codes/s", xscale="log", yscale="log")
+    axes.set_xticks(batches, map(str, batches))
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (m * 10.0**e for e in range(-1, 7) for m in (1, 2, 5)) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    _below(axes, 3)
+
+
+def _roofline(axes: "Axes", rows: Sequence[Row], names: _Names) -> None:
+    """Removes the panel where no row has a share."""
+    kinds = {"roofline_step": ("a plain step", "tab:grey"), "roofline_target": ("the target's pass of a round", "tab:blue")}
+    rows = [row for row in rows if kinds.keys() & row.keys()]
+    if not rows:
+        axes.remove()
+        return
+    for name, (label, color) in kinds.items():
+        axes.barh(range(len(rows)), [row.get(name, 0.0) for row in rows], color=color, label=label)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(title="share of the roofline", xlabel="least time at the best measured rates / measured time")
+    axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
+    _name_rows(axes, rows, names)
+    _below(axes, 2)
+
+
+def _name_rows(axes: "Axes", rows: Sequence[Row], names: _Names) -> None:
+    axes.set_yticks(range(len(rows)), map(names.case, rows), fontsize=7)
+    axes.invert_yaxis()

@@ -1,0 +1,80 @@
+"""What a benchmark times: its settings, and the cases that follow from them."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Literal
+
+from jaxspec.bench import presets
+from jaxspec.bench.cases import VERIFIERS, Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to benchmark."""
+
+    preset: str = "builtin"
+    """builtin (the voice, real acceptance), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a folder that `jaxspec
+    convert` made."""
+    draft: str | None = None
+    """ngram, or for a converted model the folder of a draft; by default the preset's own draft."""
+    verify: tuple[Literal["exact", "tolerance", "coarse-grained"], ...] = ("exact", "coarse-grained")
+    """Verifiers to time."""
+    draft_lengths: tuple[int, ...] = (3,)
+    """Codes to draft in a round (K)."""
+    batches: tuple[int, ...] = (1,)
+    """Batch sizes."""
+    prompts: tuple[int, ...] = (64,)
+    """Lengths of the prompts, for random weights."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Types of weights and caches."""
+    synthetic_acceptance: float | None = None
+    """Probability that a drafted code is accepted, for random weights. The verifier's work is done all the same."""
+    new_tokens: int = 64
+    """Codes that each row emits, at most."""
+    turns: int = 5
+    """How often each case is timed; the cases are interleaved."""
+    auto: bool = False
+    """Add a row for each batch that uses the fastest of the other cases."""
+    peer: Literal["transformers"] | None = None
+    """Time transformers on the same weights in the same run (preset small)."""
+
+    @property
+    def real(self) -> bool:
+        """Whether the weights are real: the built-in voice's, or a folder's."""
+        return self.preset == "builtin" or Path(self.preset).is_dir()
+
+    def check(self) -> None:
+        """Checks every value.
+
+        Raises:
+            ValueError: a value is out of its range, or does not go with another.
+        """
+        known = ("builtin", *presets.PAIRS)
+        if not self.real and self.preset not in known:
+            raise ValueError(
+                f"expected a preset among {', '.join(known)}, or a folder that `jaxspec convert` made, got {self.preset!r}: "
+                "choose one of these"
+            )
+        for name, values, known in (("verifiers", self.verify, VERIFIERS), ("dtypes", self.dtypes, ("float32", "bfloat16"))):
+            if unknown := [value for value in values if value not in known]:
+                raise ValueError(f"expected {name} among {', '.join(known)}, got {unknown[0]!r}: choose one of these")
+        counts = (*self.draft_lengths, *self.batches, *self.prompts, self.new_tokens, self.turns)
+        if min(counts) < 1:
+            raise ValueError(f"expected draft lengths, batches, prompts, new tokens and turns of 1 or more, got {min(counts)}")
+        if self.real and self.synthetic_acceptance is not None:
+            raise ValueError(f"expected no synthetic acceptance for {self.preset}, whose weights are real: leave it out")
+        if self.real and self.peer:
+            raise ValueError(f"expected a preset of random weights for --peer, got {self.preset}: use small")
+        if not self.real and not 0 <= (-1 if self.synthetic_acceptance is None else self.synthetic_acceptance) <= 1:
+            raise ValueError(
+                f"expected --synthetic-acceptance from 0 to 1 for {self.preset}, whose weights are random, got "
+                f"{self.synthetic_acceptance}: give one"
+            )
+
+    def cases(self) -> list[Case]:
+        """Every case of one dtype, the autoregressive ones first."""
+        shapes = list(itertools.product(self.batches, (0,) if self.real else self.prompts))
+        plain = [Case("autoregressive", 0, *shape) for shape in shapes]
+        drafted = [Case(rule, k, *shape) for shape in shapes for rule in self.verify for k in self.draft_lengths]
+        return plain + drafted + [Case("auto", 0, *shape) for shape in shapes if self.auto]
