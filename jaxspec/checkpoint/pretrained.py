@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 from blake3 import blake3
-from flax import traverse_util
 
 from jaxspec.checkpoint import descriptions, store, tensors
 from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec import snac, xcodec2
 from jaxspec.common import records
+from jaxspec.common.trees import flatten
 from jaxspec.draft import model_draft
 from jaxspec.models import card, transformer
 from jaxspec.models.card import Model
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac}
 
-_Description = TypeVar("_Description", Model, DraftDescription, CodecDescription)
+_Description = TypeVar("_Description", bound=Model | DraftDescription | CodecDescription)
 
 
 class Pretrained(NamedTuple):
@@ -97,8 +97,7 @@ def save(
         OSError: the folder cannot be written.
     """
     flat = {
-        path: value if isinstance(value, Tensor) else tensors.of_array(path, value)
-        for path, value in traverse_util.flatten_dict(params, sep="/").items()
+        path: value if isinstance(value, Tensor) else tensors.of_array(path, value) for path, value in flatten(params).items()
     }
     if isinstance(description, DraftDescription):
         flat = {path: tensor for path, tensor in flat.items() if path not in description.shared}
@@ -129,7 +128,7 @@ def _check(description: Model | DraftDescription | CodecDescription, flat: Mappi
         if not description.target:
             raise ValueError("expected the digest of the draft's target, got none: pass target=pretrained.model.digest")
     if isinstance(description, Model):
-        abstract = traverse_util.flatten_dict(transformer.abstract_params(description.shape), sep="/")
+        abstract = flatten(transformer.abstract_params(description.shape))
         for path in sorted(abstract.keys() | flat.keys()):
             wanted, got = (tuple(some[path].shape) if path in some else None for some in (abstract, flat))
             if wanted != got:
@@ -214,7 +213,7 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
 
 def _arrays_of(target: Pretrained, shared: Mapping[str, str], folder: Path) -> dict[str, jax.Array]:
     """The target's arrays under the names that a draft gives them."""
-    theirs = traverse_util.flatten_dict(target.params, sep="/")
+    theirs = flatten(target.params)
     if missing := sorted(set(shared.values()) - theirs.keys()):
         raise ValueError(f"expected a target with {', '.join(missing)} for {folder}, got {target.folder}: save the draft again")
     return {path: theirs[name] for path, name in shared.items()}

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 from blake3 import blake3
-from flax import traverse_util
 
 from jaxspec.checkpoint.tensors import Tensor
+from jaxspec.common.trees import flatten, unflatten
 from jaxspec.types import Params
 
 DESCRIPTION = "jaxspec.json"
@@ -143,7 +143,7 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         (_Leaf, _handler(digests, errors)),
         (jax.Array, handlers.ArrayHandler()),  # without one, Orbax warns
     )
-    tree = traverse_util.unflatten_dict({path: _Leaf(tensor) for path, tensor in tensors.items()}, sep="/")
+    tree = unflatten({path: _Leaf(tensor) for path, tensor in tensors.items()})
     needed = sum(map(_bytes, tensors.values()))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -179,6 +179,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
     """A handler that writes leaves as Orbax's handler of numpy arrays does, but reads them a few rows at a time."""
     import orbax.checkpoint as ocp
     import tensorstore as ts
+    from orbax.checkpoint import future
 
     handlers = ocp.type_handlers
 
@@ -200,7 +201,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
         digests[info.name] = f"blake3:{digest.hexdigest()}"
 
     class Lazy(handlers.NumpyHandler):
-        async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
             budget = _Budget(_BYTES_AT_A_TIME)
 
             async def write_in_turn(leaf: _Leaf, info: Any) -> None:
@@ -213,7 +214,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
                 leaves = sorted(zip(values, infos, strict=True), key=lambda pair: -_bytes(pair[0]))
                 await asyncio.gather(*(write_in_turn(*pair) for pair in leaves))  # largest first
 
-            return [ocp.future.CommitFutureAwaitingContractedSignals(all_of_them(), name="lazy_tensors")]
+            return [future.CommitFutureAwaitingContractedSignals(all_of_them(), name="lazy_tensors")]
 
     return Lazy()
 
@@ -252,8 +253,8 @@ def _write(file: Path, tensor: Tensor, start: int, step: int, digest: blake3) ->
                 numbers = piece[first : first + count]
                 if not _finite(numbers):
                     raise ValueError(f"{tensor.name}: expected finite values, got NaN or infinity: download it again")
-                digest.update(numbers.view(np.uint8))
-                chunk.write(numbers.view(np.uint8))
+                digest.update(numbers.view(np.uint8).data)
+                chunk.write(numbers.view(np.uint8).data)
         chunk.truncate(math.prod((step, *tensor.shape[1:])) * tensor.dtype.itemsize)
         os.fsync(chunk.fileno())
 
@@ -313,7 +314,7 @@ def read_params(
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
-            flat = traverse_util.flatten_dict(metadata, sep="/")
+            flat = flatten(metadata)
             _check_complete(path, flat)
             placed = _shardings(sharding, flat)
             wanted = {
@@ -321,15 +322,13 @@ def read_params(
                 for name, leaf in flat.items()
                 if name not in shared
             }
-            item = traverse_util.unflatten_dict({name: flat[name] for name in wanted}, sep="/")
-            arguments = ocp.args.PyTreeRestore(
-                item=item, restore_args=traverse_util.unflatten_dict(wanted, sep="/"), partial_restore=True
-            )
-            restored = traverse_util.flatten_dict(checkpointer.restore(path, args=arguments), sep="/")
+            item = unflatten({name: flat[name] for name in wanted})
+            arguments = ocp.args.PyTreeRestore(item=item, restore_args=unflatten(wanted), partial_restore=True)
+            restored = flatten(checkpointer.restore(path, args=arguments))
     except Exception as error:  # orbax and tensorstore raise many kinds of errors
         got = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"expected complete parameters at {path}, got {got}: convert the checkpoint again") from error
-    return traverse_util.unflatten_dict({**restored, **shared}, sep="/")
+    return unflatten({**restored, **shared})
 
 
 def _check_complete(path: Path, flat: Mapping[str, Any]) -> None:
@@ -354,4 +353,4 @@ def _shardings(sharding: Any, flat: Mapping[str, Any]) -> Mapping[str, Any]:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         return dict.fromkeys(flat, sharding)
-    return traverse_util.flatten_dict(sharding, sep="/")
+    return flatten(sharding)

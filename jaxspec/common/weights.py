@@ -5,11 +5,11 @@ import os
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxspec.common.files import replacing
+from jaxspec.common.trees import flatten, unflatten
 
 
 def save(path: str | os.PathLike, tree: Any, description: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ def save(path: str | os.PathLike, tree: Any, description: dict[str, Any]) -> Non
     Raises:
         OSError: the file cannot be written.
     """
-    flat = traverse_util.flatten_dict(tree, sep="/")
+    flat = flatten(tree)
     arrays = {name: np.ascontiguousarray(_half(np.asarray(value))) for name, value in flat.items()}
     with replacing(path) as partial:
         save_file(arrays, partial, {"description": json.dumps(description)})
@@ -55,4 +55,4 @@ def load(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     for name, value in floats.items():
         if not np.isfinite(value).all():
             raise ValueError(f"expected finite weights in {path}, got NaN or infinity in {name}: install jaxspec again")
-    return traverse_util.unflatten_dict({**arrays, **floats}, sep="/"), description
+    return unflatten({**arrays, **floats}), description

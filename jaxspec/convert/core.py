@@ -100,12 +100,12 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
         ValueError: a line for each tensor that no rule or several rules match, and for each parameter that is filled twice, not
             filled, or filled with another shape.
     """
-    rules = [(re.compile(rule.source), rule) for rule in rules]
+    patterns = [(re.compile(rule.source), rule) for rule in rules]
     filled: dict[str, Tensor] = {}
     dropped: list[str] = []
     problems: list[str] = []
     for name, tensor in tensors.items():
-        matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(name))]
+        matches = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(name))]
         if len(matches) != 1:
             problems.append(f"{name}: expected one matching rule, got {len(matches)}: check the family and the files")
             continue

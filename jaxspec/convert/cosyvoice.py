@@ -67,6 +67,7 @@ def unmerge(
     """
     first, _ = card.code_ids(tokenizer, MERGED_CODES)
     embed, head = llama.tie(tensors, {"tie_word_embeddings": False}, notes)
+    assert head is not None  # as they are not tied
     bias = tensors.pop("lm_head.bias", None)
     last = first + version.rows + version.markers
     if embed.shape[0] < last or head.shape[0] < first + version.rows:

@@ -119,8 +119,8 @@ def _rope(settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return float(theta), None
     if kind != "llama3":
         raise ValueError(f"expected rotary positions of type default or llama3, got {kind}: other types are not supported")
-    factors = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    return float(theta), RopeScaling(*factors, int(rope["original_max_position_embeddings"]))
+    factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    return float(theta), RopeScaling(factor, low, high, int(rope["original_max_position_embeddings"]))
 
 
 def tie(tensors: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str]) -> tuple[Tensor, Tensor | None]:
@@ -140,13 +140,14 @@ def tie(tensors: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str
         ValueError: both are missing, or one is and config.json says that they are not tied.
     """
     embed, head, tied = tensors.pop(EMBED, None), tensors.pop(HEAD, None), settings.get("tie_word_embeddings", False)
-    if embed is None and head is None:
-        raise ValueError(f"expected {EMBED} or {HEAD}, got neither: give all files of the checkpoint")
     if embed is None or head is None:
+        only = head if embed is None else embed
+        if only is None:
+            raise ValueError(f"expected {EMBED} or {HEAD}, got neither: give all files of the checkpoint")
         if not tied:
             missing = EMBED if embed is None else HEAD
             raise ValueError(f"expected {missing}, as config.json does not tie embedding and head, got none: give all files")
-        return embed or head, None
+        return only, None
     if not tied:
         return embed, head
     if equal(embed, head):

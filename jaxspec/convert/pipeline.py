@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.checkpoint.tensors import Tensor, cast, joined, padded, rows
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec import xcodec2 as xcodec2_codec
+from jaxspec.common.trees import flatten
 from jaxspec.convert import cosyvoice, llama, snac, xcodec2
 from jaxspec.convert.core import Rule, fold_weight_norm, plan
 from jaxspec.convert.source import Source, open_source
@@ -63,7 +63,7 @@ class Vocabulary(Protocol):
         ...
 
 
-VOCABULARIES: dict[str, Vocabulary] = {module.NAME: module for module in (llasa, neutts, orpheus)}
+VOCABULARIES: dict[str, Vocabulary] = {llasa.NAME: llasa, neutts.NAME: neutts, orpheus.NAME: orpheus}
 CODECS = {
     "xcodec2": (xcodec2, xcodec2_codec, "CC-BY-NC-4.0"),
     "neucodec": (xcodec2, xcodec2_codec, "Apache-2.0"),
@@ -317,6 +317,6 @@ def _planned(
     dropped: list[str],
     notes: list[str],
 ) -> Layout:
-    expected = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
+    expected = {path: leaf.shape for path, leaf in flatten(abstract).items()}
     params, more = plan(tensors, rules, expected)
     return Layout({path: cast(tensor, dtype) for path, tensor in params.items()}, description, dropped + more, notes)

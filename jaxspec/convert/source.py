@@ -73,7 +73,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         tensors, files = _open_shards(problems, chosen)
     else:
         tensors, files = _attempt(problems, _open_file, chosen), (chosen,)
-    if problems:
+    if problems or tensors is None or config is None:
         raise ValueError(
             "\n".join([f"expected a complete checkpoint at {origin}, got one with problems (download it again):", *problems])
         )
@@ -145,7 +145,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: expected a complete safetensors file, got {error}: download it again") from error
     header.pop("__metadata__", None)
-    dtypes = {name: _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in header.items()}
+    dtypes = {name: str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])) for name, entry in header.items()}
     if problems := pickles.unsupported(dtypes):
         raise ValueError("\n".join(f"{path}: {line}" for line in problems))
     found = {}

@@ -9,10 +9,10 @@ from jaxspec.sampling import Sampling
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NAME = "llasa"
-MARK = "<|SPEECH_UNDERSTANDING_START|>"  # the token by which the family is recognised
-STOPS = ("<|SPEECH_GENERATION_END|>",)
-SLOTS = 1
+NAME: str = "llasa"
+MARK: str = "<|SPEECH_UNDERSTANDING_START|>"  # the token by which the family is recognised
+STOPS: tuple[str, ...] = ("<|SPEECH_GENERATION_END|>",)
+SLOTS: int = 1
 
 # The chat template of Llama 3 with a fixed date; that of Llama 3.2 inserts today's.
 _PROMPT = (

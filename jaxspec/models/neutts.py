@@ -9,10 +9,10 @@ from jaxspec.sampling import Sampling
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NAME = "neutts-air"
-MARK = "<|TEXT_PROMPT_START|>"
-STOPS = ("<|SPEECH_GENERATION_END|>",)
-SLOTS = 1
+NAME: str = "neutts-air"
+MARK: str = "<|TEXT_PROMPT_START|>"
+STOPS: tuple[str, ...] = ("<|SPEECH_GENERATION_END|>",)
+SLOTS: int = 1
 
 _PROMPT = "user: Convert the text to speech:<|TEXT_PROMPT_START|>{text}<|TEXT_PROMPT_END|>\nassistant:<|SPEECH_GENERATION_START|>"
 

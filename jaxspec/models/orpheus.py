@@ -9,10 +9,10 @@ from jaxspec.sampling import Sampling
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NAME = "orpheus"
-MARK = "<custom_token_10>"
-STOPS = ("<custom_token_2>",)
-SLOTS = 7
+NAME: str = "orpheus"
+MARK: str = "<custom_token_10>"
+STOPS: tuple[str, ...] = ("<custom_token_2>",)
+SLOTS: int = 7
 
 # Tokens 3 and 4 enclose the user's message; 5 begins the answer, 1 its speech.
 _PROMPT = "<custom_token_3><|begin_of_text|>{voice}: {text}<|eot_id|><custom_token_4><custom_token_5><custom_token_1>"
