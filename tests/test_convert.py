@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxspec import Sampling, autoregressive, draft, generate, sampling, verify
+from jaxspec import Sampling, autoregressive, generate, sampling, verify
 from jaxspec.checkpoint import descriptions, pretrained
 from jaxspec.convert import cosyvoice
 from jaxspec.convert.pipeline import Options, convert
@@ -117,8 +117,8 @@ def test_both_loops_emit_the_tokens_of_pytorch(made, load, tmp_path, name):
     for tokens, prompt, length in zip(plain, ids.tolist(), LENGTHS, strict=True):
         spoken = theirs([*prompt[:length], *tokens])[length - 1 : -1]
         assert spoken.argmax(-1).tolist() == tokens
-    own = draft.model_draft(pretrained.language_model(small), 3)
-    fast = generate(jax.random.key(0), lm, target.params, own, small.params, verify.exact(), ids, LENGTHS, **GREEDY)
+    models = (lm, target.params, small.drafter(3), small.params)
+    fast = generate(jax.random.key(0), *models, verify.exact(), ids, LENGTHS, **GREEDY)
     assert fast.tokens.tolist() == plain
     assert (fast.info.drafted > 0).all()
 
