@@ -4,12 +4,12 @@ import dataclasses
 import json
 import shutil
 
+import commands
 import jax
 import numpy as np
 import pytest
 import soundfile
 
-from jaxspec.commands import main as cli
 from jaxspec.models import builtin as voices
 from jaxspec.state import BONUS
 from jaxspec.synthesis import builtin
@@ -18,6 +18,9 @@ from jaxspec.synthesis.contract import Settings
 from jaxspec.synthesis.pipeline import speak
 from jaxspec.text.held_out import held_out
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+own_cache = commands.own_cache
+
 TEXT = "The rain has stopped, so we can go."
 KEYS = set(
     "audio_seconds lm_seconds codec_seconds compile_seconds rtf tokens rounds drafted accepted acceptance_rate tokens_per_round "
@@ -25,27 +28,9 @@ KEYS = set(
 )
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Compiled programs are kept for the tests of this run alone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def jaxspec(monkeypatch, capsys, *arguments):
-    """Runs the command; (exit code, stdout, stderr)."""
-    monkeypatch.setattr("sys.argv", ["jaxspec", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_say_writes_a_wave_a_picture_and_the_figures(tmp_path, monkeypatch, capsys):
+def test_say_writes_a_wave_a_picture_and_the_figures(tmp_path):
     out, plot = tmp_path / "a.wav", tmp_path / "a.png"
-    code, printed, _ = jaxspec(monkeypatch, capsys, "say", TEXT, "--out", out, "--plot", plot, "--json")
+    code, printed, _ = commands.run("say", TEXT, "--out", out, "--plot", plot, "--json")
     assert code == 0
     result = json.loads(printed.splitlines()[-1])
     assert set(result) >= KEYS
@@ -63,15 +48,15 @@ def test_say_writes_a_wave_a_picture_and_the_figures(tmp_path, monkeypatch, caps
     assert len(result["accepted_per_position"]) == 3
 
 
-def test_the_seed_decides_and_each_line_gets_a_file(tmp_path, monkeypatch, capsys):
+def test_the_seed_decides_and_each_line_gets_a_file(tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text(f"{TEXT}\n\n{TEXT}\n")
 
     def waves(folder, seed):
         arguments = ["say", "--file", texts, "--out-dir", tmp_path / folder, "--seed", seed, "--verify", "exact"]
-        code, _, _ = jaxspec(monkeypatch, capsys, *arguments)
+        code, _, _ = commands.run(*arguments)
         assert code == 0
-        return [path.read_bytes() for path in sorted((tmp_path / folder).iterdir())]
+        return [path.read_bytes() for path in sorted((tmp_path / folder).glob("*.wav"))]
 
     first, again, other = waves("a", 1), waves("b", 1), waves("c", 2)
     assert len(first) == 2
@@ -161,10 +146,10 @@ def test_coarse_graining_accepts_more_than_the_exact_rule():
         (["--file", "none.txt"], "--out-dir"),
     ],
 )
-def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").write_bytes(b"old")
-    code, _, err = jaxspec(monkeypatch, capsys, "say", *arguments)
+    code, _, err = commands.run("say", *arguments)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
@@ -173,8 +158,8 @@ def test_bad_input_is_one_clear_sentence_and_leaves_the_old_file(tmp_path, monke
 
 
 @pytest.mark.parametrize("arguments", [["--sentences", "0"], ["--sentences", "201"], ["--seeds", "0"]])
-def test_an_impossible_evaluation_is_refused(tmp_path, monkeypatch, capsys, arguments):
-    code, _, err = jaxspec(monkeypatch, capsys, "evaluate", "--out-dir", tmp_path / "out", *arguments)
+def test_an_impossible_evaluation_is_refused(tmp_path, monkeypatch, arguments):
+    code, _, err = commands.run("evaluate", "--out-dir", tmp_path / "out", *arguments)
     assert code == 2
     assert "sentences" in err
     assert not (tmp_path / "out").exists()

@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import checkpoints
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
-import test_say
 import torch
 
 from jaxspec import groups as asg
@@ -21,7 +21,8 @@ from jaxspec.synthesis.contract import Settings
 from jaxspec.synthesis.pipeline import speak
 
 TEXT = "The rain has stopped."
-own_cache = test_say.own_cache
+own_cache = commands.own_cache
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 FOLDERS = {
     "llasa": ("llasa", {}),
@@ -52,13 +53,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def say(tmp_path, monkeypatch, capsys, folder):
+def say(tmp_path, monkeypatch, folder):
     """Runs ``jaxspec say`` in a folder of its own, where a word that names a checkpoint stands for its path."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         words = [folder(word) if word in FOLDERS else word for word in map(str, arguments)]
-        return test_say.jaxspec(monkeypatch, capsys, "say", *words)
+        return commands.run("say", *words)
 
     return run
 
@@ -178,7 +179,7 @@ def test_cosyvoice_writes_codes_and_says_why_there_is_no_sound(spoken, say, tmp_
     (tmp_path / "texts.txt").write_text("Yes.\nNo.\n")
     code, _, err = say("--file", "texts.txt", "--model", name, "--out-dir", "out")
     assert code == 0, err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["001.npy", "002.npy"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["001.npy", "002.npy", "manifest.jsonl"]
 
 
 def test_cosyvoice_says_2_to_20_codes_for_each_token_of_the_text(folder):
@@ -325,16 +326,16 @@ def test_a_folder_that_cannot_be_written_to_does_not_matter(folder, tmp_path):
     assert len(converted.groups(target, 0.3).token_start) == target.model.shape.vocab
 
 
-def test_the_command_groups_reports_and_draws(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_groups_reports_and_draws(folder, tmp_path):
     arguments = ["groups", folder("target"), "--threshold", "0.25", "--plot", tmp_path / "a.png"]
-    code, printed, _ = test_say.jaxspec(monkeypatch, capsys, *arguments, "--json")
+    code, printed, _ = commands.run(*arguments, "--json")
     report = json.loads(printed.splitlines()[-1])
     assert code == 0
     assert (report["tokens"], report["threshold"]) == (97, 0.25)
     assert report["file"] == str(folder("target") / "groups-0.25.npz")
     assert len(group_files.load(report["file"]).sizes) == report["groups"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    code, printed, _ = test_say.jaxspec(monkeypatch, capsys, *arguments)
+    code, printed, _ = commands.run(*arguments)
     assert code == 0
     assert f"groups                  {report['groups']}\n" in printed
 
@@ -348,9 +349,9 @@ def test_the_command_groups_reports_and_draws(folder, tmp_path, monkeypatch, cap
         (["target", "--plot", "nowhere/a.png"], "nowhere/a.png"),
     ],
 )
-def test_the_command_groups_refuses_in_one_sentence(folder, monkeypatch, capsys, arguments, message):
+def test_the_command_groups_refuses_in_one_sentence(folder, arguments, message):
     words = [folder(word) if word in FOLDERS else word for word in arguments]
-    code, _, err = test_say.jaxspec(monkeypatch, capsys, "groups", *words)
+    code, _, err = commands.run("groups", *words)
     assert code == 2
     assert message in err
     assert "Traceback" not in err

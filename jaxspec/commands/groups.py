@@ -1,77 +1,83 @@
-"""The command `groups`: the acoustic similarity groups of a converted checkpoint, built, kept and reported."""
+"""The command `groups`: builds the acoustic similarity groups of a converted checkpoint, saves and reports them."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 
 from jaxspec import groups as asg
 from jaxspec.checkpoint import pretrained
-from jaxspec.commands.outputs import check_writable
+from jaxspec.commands.console import progress_bar, report
+from jaxspec.commands.outputs import check_picture
 from jaxspec.synthesis import converted
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Builds the acoustic similarity groups of a converted checkpoint, keeps them in its folder, and reports them."""
+    """Builds the acoustic similarity groups of a converted checkpoint, saves them in its folder, and reports them."""
 
     model: tyro.conf.Positional[Path]
     """A folder that `jaxspec convert` made."""
     threshold: float = 0.4
     """The cosine above which two codes share a group."""
     plot: Path | None = None
-    """A PNG of the histogram of their sizes."""
+    """A PNG with a histogram of the group sizes."""
     json: bool = False
-    """Print the report as one JSON object."""
+    """Print one JSON object on standard output, and the table on standard error."""
 
     def run(self) -> None:
         """Builds."""
-        print(build(self.model, self.threshold, self.plot, self.json))
+        result = build(self.model, self.threshold, self.plot)
+        report("\n".join(f"{name:24}{value}" for name, value in result.items()), result, self.json)
 
 
-def build(folder: Path, threshold: float, plot: Path | None, as_json: bool) -> str:
-    """Builds the groups of a model, or takes those that its folder holds, and says what they look like.
+def build(folder: Path, threshold: float, plot: Path | None) -> dict[str, Any]:
+    """Builds the groups of a model, or reads those that its folder holds, and summarizes them.
+
+    Args:
+        folder: of the model.
+        threshold: the cosine above which two codes share a group.
+        plot: a PNG of the histogram of their sizes.
+
+    Returns:
+        The figures of ``summarize``, the threshold, and the file that holds the groups.
 
     Raises:
-        ValueError: the folder holds no language model, or the threshold is no cosine.
+        ValueError: the folder holds no language model, or the threshold is not a cosine.
     """
-    from rich.progress import Progress
-
     if plot:
-        check_writable(plot)
+        check_picture(plot)
     target = pretrained.load(folder)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("groups")
-        made = converted.groups(target, threshold, lambda done, of: progress.update(task, completed=done, total=of))
-    report = summarize(made) | {"threshold": threshold, "file": str(converted.groups_path(target, threshold))}
+    with progress_bar("groups") as progress:
+        made = converted.groups(target, threshold, progress)
     if plot:
         plot_sizes(made, plot)
-    return json.dumps(report) if as_json else "\n".join(f"{name:24}{value}" for name, value in report.items())
+    return summarize(made) | {"threshold": threshold, "file": str(converted.groups_path(target, threshold))}
 
 
 def summarize(groups: asg.Groups) -> dict[str, float]:
-    """What the groups look like: how many, how large, how often tokens are shared, and what they cost in memory."""
+    """How many groups there are, how large, in how many of them a token is, and how much memory they take."""
     sizes, count = np.asarray(groups.sizes), np.asarray(groups.token_count)
-    alone = np.asarray(groups.members)[sizes == 1, 0]
+    singletons = np.asarray(groups.members)[sizes == 1, 0]
     return {
         "tokens": count.size,
         "groups": sizes.size,
         "size_mean": float(sizes.mean()),
         "size_median": float(np.median(sizes)),
         "size_max": int(sizes.max()),
-        "singletons": int((count[alone] == 1).sum()),
+        "singletons": int((count[singletons] == 1).sum()),
         "groups_per_token_mean": float(count.mean()),
         "groups_per_token_max": int(count.max()),
         "memory_bytes": sum(int(array.nbytes) for array in groups),
     }
 
 
-def plot_sizes(groups: asg.Groups, path: str | os.PathLike) -> None:
-    """Draws the histogram of the sizes of the groups as PNG."""
-    from matplotlib.figure import Figure  # slow to import, and needed here alone
+def plot_sizes(groups: asg.Groups, path: str | os.PathLike[str]) -> None:
+    """Draws a histogram of the group sizes as PNG."""
+    from matplotlib.figure import Figure  # slow to import
 
     sizes = np.asarray(groups.sizes)
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,29 +1,104 @@
 """The command line: `jaxspec COMMAND`; each command is a dataclass of arguments with a `run`."""
 
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
 import os
+import pkgutil
 import sys
+import types
+import typing
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
 
-from jaxspec.commands.bench import Bench
-from jaxspec.commands.convert import Convert
-from jaxspec.commands.evaluate import Evaluate
-from jaxspec.commands.groups import Groups
-from jaxspec.commands.info import Info
-from jaxspec.commands.plan import Plan
-from jaxspec.commands.say import Say
+import jaxspec
+from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.text import TextWarning
 
+COMMANDS = ("say", "convert", "info", "groups", "evaluate", "bench", "plan")  # each a module, whose class has the same name
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a second run starts quickly."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxspec"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+def main() -> None:
+    """The entry point of the command ``jaxspec``; exits with 2 when the input is at fault, with 130 when interrupted."""
+    try:
+        if "--version" in sys.argv[1:2]:
+            print(f"jaxspec {jaxspec.__version__}")
+            return
+        command = parse(sys.argv[1:])
+        leave_absent_tpu_alone()
+        use_compilation_cache()
+        show_text_warnings()
+        command.run()
+    except KeyboardInterrupt as interrupt:
+        print("jaxspec: interrupted" + "".join(f"; {part}" for part in interrupt.args), file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
+        print(f"jaxspec: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command that the arguments name, with its arguments; only its own module is imported."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    if arguments and arguments[0] in COMMANDS:
+        return tyro.cli(_command(arguments[0]), prog=f"jaxspec {arguments[0]}", args=arguments[1:], config=config)
+    commands = {name: _command(name) for name in COMMANDS}
+    about = "Speculative decoding for speech-token models. `jaxspec --version` prints the version."
+    return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxspec", description=about, args=arguments, config=config)
+
+
+@functools.cache
+def _command(name: str) -> type:
+    """The class of a command, its help without "None": an argument that may be left out says in its text what happens then."""
+    command = getattr(importlib.import_module(f"jaxspec.commands.{name}"), name.capitalize())
+    kinds = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        plain, *marks = typing.get_args(kinds[field.name]) if "Annotated" in str(kinds[field.name]) else (kinds[field.name],)
+        metavar = _metavar(plain)
+        if metavar and tyro.conf.Positional[int].__metadata__[0] in marks:
+            metavar = f"[{metavar}]"
+        hint = "" if field.default is None or field.default == "" or plain is bool else None
+        shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+        command.__annotations__[field.name] = typing.Annotated[(plain, shown, *marks)]
+    return command
+
+
+def _metavar(kind: Any) -> str | None:
+    """How help names the value of an argument that may be None: PATH, TEXT, INT, FLOAT, or its choices."""
+    choices = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    if not isinstance(kind, types.UnionType | typing._UnionGenericAlias) or len(choices) != 1:
+        return None
+    if typing.get_origin(choices[0]) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(choices[0]))) + "}"
+    return {Path: "PATH", str: "TEXT"}.get(choices[0], choices[0].__name__.upper())
+
+
+def leave_absent_tpu_alone() -> None:
+    """Chooses the CPU where libtpu is installed but neither a TPU nor another accelerator's plugin is: libtpu prints errors then.
+
+    Nothing is chosen where JAX_PLATFORMS is set, where a device node of a TPU exists, or where a plugin could find a GPU.
+    """
+    if "JAX_PLATFORMS" in os.environ or jax.config.jax_platforms or "TPU_NAME" in os.environ:
+        return
+    nodes = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio")]
+    if not nodes and not _accelerator_plugins():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _accelerator_plugins() -> list[str]:
+    """The names of JAX's installed plugins, which register GPUs and others."""
+    try:
+        import jax_plugins
+    except ImportError:
+        found = []
+    else:
+        found = [module.name for module in pkgutil.iter_modules(jax_plugins.__path__)]
+    return found + [point.name for point in importlib.metadata.entry_points(group="jax_plugins")]
 
 
 def show_text_warnings() -> None:
@@ -35,29 +110,6 @@ def show_text_warnings() -> None:
         return f"jaxspec: {message}\n" if issubclass(category, TextWarning) else as_usual(message, category, *place, **more)
 
     warnings.formatwarning = one_line
-
-
-def main() -> None:
-    """The entry point of the command ``jaxspec``; exits with 2 when the input is at fault."""
-    commands = {
-        "say": Say,
-        "convert": Convert,
-        "info": Info,
-        "groups": Groups,
-        "evaluate": Evaluate,
-        "bench": Bench,
-        "plan": Plan,
-    }
-    parsed = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="jaxspec", description="Speculative decoding for speech-token models."
-    )
-    use_compilation_cache()
-    show_text_warnings()
-    try:
-        parsed.run()
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        print(f"jaxspec: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,79 @@
-"""The files that commands write: sound in the format of the suffix, or codes."""
+"""The files that commands write: sound in the format of the suffix, codes, and pictures."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from jaxspec.common.files import replacing
-from jaxspec.synthesis.contract import Synthesizer
 from jaxspec.synthesis.pipeline import Utterance
 
-_FORMATS = (".wav", ".flac", ".ogg")
+SOUND = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG_LAYER_III"}  # suffix -> subtype of libsndfile
+CODES = ".npy"
 
 
-def check_kind(path: Path, synthesizer: Synthesizer) -> None:
-    """Raises ValueError where a speaker cannot fill a file of this kind."""
-    suffix = path.suffix.lower()
-    if suffix not in (*_FORMATS, ".npy"):
-        raise ValueError(f"expected a sound file that ends in {', '.join(_FORMATS)}, or .npy for codes, got {path}")
-    if suffix != ".npy" and synthesizer.decode is None:
-        raise ValueError(
-            f"expected a codec to make sound for {path}: give --codec DIR, or --out FILE.npy for the codes "
-            "(of CosyVoice they are all that comes out: its flow and vocoder are not here)"
-        )
+def check_output(path: Path) -> None:
+    """Refuses a file that is neither sound nor codes, or that cannot be written.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if path.suffix.lower() not in (*SOUND, CODES):
+        raise ValueError(f"expected a file that ends in {', '.join(SOUND)}, or {CODES} for codes, got {path}: choose one of them")
+    check_writable(path)
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a picture that is not a PNG, or that cannot be written.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"expected a picture that ends in .png, got {path}: pictures are PNG files")
+    check_writable(path)
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError where a file could not be put."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"expected a path that can be written to, got {path}: choose a file in a folder of yours that exists")
+    """Writes an empty file beside ``path`` and removes it.
+
+    Raises:
+        ValueError: that cannot be done.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".jaxspec-")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(
+            f"expected a path that can be written to, got {path} ({why}): choose a file in a folder of yours"
+        ) from None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder where there is none.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected a folder that can be made, got {path} ({error.strerror}): choose another") from None
 
 
 def write(path: Path, utterance: Utterance) -> None:
-    """Writes 16-bit samples in the format that the suffix names, or the codes; the file appears whole or not at all."""
-    import soundfile
-
+    """Writes the sound in the format that the suffix names, or the codes, atomically."""
     suffix = path.suffix.lower()
     with replacing(path) as partial:
-        if suffix == ".npy":
+        if suffix == CODES:
             with partial.open("wb") as file:  # to a path, numpy would add the suffix in small letters
                 np.save(file, utterance.codes)
             return
-        soundfile.write(partial, utterance.wave, utterance.sample_rate_hz, subtype="VORBIS" if suffix == ".ogg" else "PCM_16")
+        import soundfile
+
+        soundfile.write(partial, utterance.wave, utterance.sample_rate_hz, subtype=SOUND[suffix])

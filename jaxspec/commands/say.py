@@ -1,19 +1,40 @@
-"""The command `say`: texts to sound files, with a card for people, one line of JSON for machines, and a picture."""
+"""The command `say`: texts to sound files, with a card for people, JSON for machines, and a picture."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import tyro
 
-from jaxspec.commands.outputs import check_kind, check_writable, write
+import jaxspec
+from jaxspec.checkpoint.store import DESCRIPTION
+from jaxspec.commands import outputs
+from jaxspec.commands.console import progress_bar, report
+from jaxspec.commands.inputs import read_lines, read_reference, read_text
+from jaxspec.commands.manifest import Manifest, digest
 from jaxspec.commands.picture import draw
-from jaxspec.synthesis.contract import Reference, Settings, Synthesizer
+from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.synthesis.decoding import resolve
 from jaxspec.synthesis.load import load
-from jaxspec.synthesis.pipeline import SynthesisResult, speak
+from jaxspec.synthesis.pipeline import Tally, Utterance, speak_each
+
+
+class Job(NamedTuple):
+    """A text, the line that it comes from, and the file that it goes to."""
+
+    line: int
+    text: str
+    out: Path
+
+
+class Outcome(NamedTuple):
+    """What became of some jobs: seconds of sound, times and counts, and the lines that could not be spoken, with the reasons."""
+
+    audio_s: float
+    tally: Tally
+    written: int
+    failed: dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,158 +42,201 @@ class Say:
     """Speaks a text into a sound file, or each line of a file into a file of its own."""
 
     text: tyro.conf.Positional[str | None] = None
-    """What to say."""
+    """What to say; - or nothing reads standard input."""
     out: Path | None = None
-    """The sound file to write: .wav, .flac or .ogg; or .npy for the codes."""
+    """The sound file to write: .wav, .flac, .ogg or .mp3; or .npy for the codes."""
     file: Path | None = None
-    """A text file, one text a line, in place of TEXT."""
+    """A text file, one text on each line, in place of TEXT; - is standard input."""
     out_dir: Path | None = None
-    """The folder for 001.wav, 002.wav ... when --file is given; .npy of codes where there is no codec."""
+    """The folder for 001.wav, 002.wav ... of --file, and for manifest.jsonl, which lists them."""
+    format: Literal["wav", "flac", "ogg", "mp3", "npy"] | None = None
+    """Of the files in --out-dir; by default wav, and npy (codes) where the model has no codec."""
+    resume: bool = False
+    """Skip the files in --out-dir that were written for the same line, text and arguments."""
     model: Path | None = None
-    """A checkpoint that `jaxspec convert` made; without it, the built-in voice."""
+    """A checkpoint that `jaxspec convert` made; by default the built-in voice."""
     draft: str | None = None
-    """ngram, or the folder of a draft of the same vocabulary, such as `jaxspec convert --layers` makes."""
+    """ngram, or the folder of a draft for the model, such as `jaxspec convert --layers` makes; by default the built-in voice's
+    own, and none for a model."""
     codec: Path | None = None
-    """The codec of the model, converted; by default the folder codec in that of the model."""
+    """The folder of the model's codec; by default the folder codec in that of the model."""
     reference: Path | None = None
     """A .npy file with the codes of a reference recording, whose voice the model continues in."""
     reference_text: str = ""
     """What the reference recording says."""
     max_codes: int | None = Settings.max_codes
-    """The most tokens of each piece of the text."""
+    """The most tokens of each piece of a text; by default the model's own limit."""
     voice: str | None = Settings.voice
-    """Of the built-in voice slt (a woman) or rms (a man); of a model one that it knows."""
+    """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
     verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive", "auto"] | None = Settings.verify
-    """The rule by which drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. Of the batches
-    of many texts, auto tries both and goes on with the quicker."""
+    """How drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. auto tries both on the
+    batches of many texts and continues with the faster one."""
     beta: float = Settings.beta
-    """The tolerance of --verify tolerance."""
+    """The tolerance of --verify tolerance, 0 to 1."""
     threshold: float | None = Settings.threshold
     """The cosine above which two codes share a group, for --verify coarse-grained; by default 0.85, and 0.4 for a model."""
     draft_length: int = Settings.draft_length
-    """Codes that are drafted in a round; 0 is autoregressive."""
+    """How many codes are drafted in a round; 0 is autoregressive."""
     temperature: float | None = Settings.temperature
     """0 is greedy; by default 0.8, or the model's own."""
+    top_k: int | None = Settings.top_k
+    """Sample from the k most probable codes only; 0 is off; by default the model's own."""
+    top_p: float | None = Settings.top_p
+    """Sample from the most probable codes that together reach this probability; by default 0.95, or the model's own."""
+    min_p: float | None = Settings.min_p
+    """Sample from codes with at least this share of the best one's probability; 0 is off; by default the model's own."""
     seed: int = Settings.seed
-    """The same seed gives the same samples."""
+    """The same seed gives the same samples; any whole number from 0 up."""
     plot: Path | None = None
-    """A PNG of the waveform, the mel spectrogram and the fate of each code."""
+    """A PNG of the waveform, the mel spectrogram and the origin of each code, of the first text."""
     json: bool = False
-    """Print one JSON object as the last line."""
+    """Print one JSON object on standard output, and the card on standard error."""
 
     def run(self) -> None:
         """Speaks."""
-        names = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(
-            **{name: value for name, value in vars(self).items() if name in names - {"reference"}},
-            reference=read_reference(self.reference, self.reference_text),
-        )
-        texts = self._texts()
+        settings, texts = self._settings(), self._texts()
+        if self.file is None:
+            outputs.check_output(self.out)
+        else:
+            outputs.make_folder(self.out_dir)
+            outputs.check_writable(self.out_dir / "manifest")
+        if self.plot:
+            outputs.check_picture(self.plot)
         synthesizer = load(self.model, self.draft, self.codec)
-        outs = self._outs(len(texts), "wav" if synthesizer.decode else "npy")
-        result = say(texts, outs, settings, synthesizer, self.plot)
-        print(card(result, outs))
-        if self.json:
-            print(json.dumps(result))
-
-    def _texts(self) -> list[str]:
-        if self.file is None:
-            if self.text is None or self.out is None:
-                raise ValueError('expected a text and where to write it: jaxspec say "..." --out hello.wav')
-            return [self.text]
-        if self.out_dir is None or self.text is not None:
+        kind = self.format or ("wav" if synthesizer.decode else "npy")
+        names = {line: self.out or self.out_dir / f"{index:03d}.{kind}" for index, line in enumerate(texts, 1)}
+        jobs = [Job(line, text, names[line]) for line, text in texts.items()]
+        check_codec(synthesizer, jobs[0].out, self.plot)
+        outcome = say(jobs, settings, synthesizer, self._manifest(), self.resume, self._request(), self.plot)
+        result = figures(outcome, settings, resolve(synthesizer, settings).name)
+        where = str(self.out) if self.file is None else f"{outcome.written} of {len(jobs)} files in {self.out_dir}"
+        report(card(result, where), result, self.json)
+        if outcome.failed:
+            reasons = "".join(f"\n  line {line}: {reason}" for line, reason in outcome.failed.items())
             raise ValueError(
-                "expected --file together with --out-dir and without a text: jaxspec say --file texts.txt --out-dir out"
+                f"expected texts that can be spoken, got {len(outcome.failed)} of {len(jobs)} lines that cannot: "
+                f"correct them and run again with --resume{reasons}"
             )
-        try:
-            texts = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"expected a text file in UTF-8 at {self.file}: {error}") from error
-        if not texts:
-            raise ValueError(f"expected one text a line in {self.file}, but it is empty")
-        return texts
 
-    def _outs(self, count: int, kind: str) -> list[Path]:
+    def _settings(self) -> Settings:
+        names = {field.name for field in dataclasses.fields(Settings)} & set(vars(self)) - {"reference"}
+        reference = read_reference(self.reference, self.reference_text)
+        return Settings(**{name: getattr(self, name) for name in names}, reference=reference)
+
+    def _texts(self) -> dict[int, str]:
+        """The texts by their lines."""
         if self.file is None:
-            return [self.out]
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        return [self.out_dir / f"{number:03d}.{kind}" for number in range(1, count + 1)]
+            if self.out is None or self.out_dir is not None or self.resume or self.format:
+                raise ValueError(
+                    'expected --out for a text, and --file for --out-dir, --format and --resume: say "..." --out a.wav'
+                )
+            return {1: read_text(self.text)}
+        if self.out_dir is None or self.out is not None or self.text is not None:
+            raise ValueError("expected --file with --out-dir, and without a text or --out: say --file texts.txt --out-dir out")
+        return read_lines(self.file)
+
+    def _manifest(self) -> Manifest | None:
+        return Manifest(self.out_dir) if self.out_dir else None
+
+    def _request(self) -> dict[str, Any]:
+        """What the files depend on beside their texts: the arguments, and what the folders and files that they name hold."""
+        arguments = {name: value for name, value in vars(self).items() if name not in _NOT_HEARD}
+        folders = [self.model, Path(self.draft) if self.draft else None, self.codec]
+        held = digest({}, [*(folder / DESCRIPTION if folder else None for folder in folders), self.reference])
+        return arguments | {"held": held, "version": jaxspec.__version__}
 
 
-def read_reference(path: Path | None, text: str) -> Reference | None:
-    """A reference from a .npy file of codes and the text that the recording says.
+_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json"}  # arguments that no file depends on
+
+
+def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:
+    """Refuses sound and pictures where there is no codec.
 
     Raises:
-        ValueError: the file holds no codes, or there is a text without a file.
+        ValueError: with what to do.
     """
-    if path is None:
-        if text:
-            raise ValueError("expected --reference with --reference-text, got the text only: give both")
-        return None
-    try:
-        with path.open("rb") as file:
-            codes = np.lib.format.read_array(file, allow_pickle=False)
-        return Reference(text, codes)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected a .npy file of reference codes at {path}, but {error}") from error
+    if synthesizer.decode is None and out.suffix.lower() != outputs.CODES:
+        raise ValueError(
+            f"expected a codec to make sound for {out}, got none: give --codec DIR, or --out FILE.npy for the codes "
+            "(CosyVoice gives codes only: its flow and vocoder are not here)"
+        )
+    if synthesizer.decode is None and plot:
+        raise ValueError("expected a codec for --plot, which draws sound, got none: give --codec, or leave --plot out")
 
 
 def say(
-    texts: Sequence[str], outs: Sequence[Path], settings: Settings, synthesizer: Synthesizer, plot: Path | None = None
-) -> dict[str, Any]:
-    """Speaks each text into its file, and draws the first one where ``plot`` is given; returns the figures.
-
-    Nothing is written unless everything was spoken. A file that ends in .npy gets the codes in place of the sound.
+    jobs: Sequence[Job],
+    settings: Settings,
+    synthesizer: Synthesizer,
+    manifest: Manifest | None = None,
+    resume: bool = False,
+    request: dict[str, Any] | None = None,
+    plot: Path | None = None,
+) -> Outcome:
+    """Speaks each job and writes its file as soon as it is done.
 
     Raises:
-        ValueError: a text cannot be spoken, a file cannot be written, or its kind is unknown.
+        ValueError: none of the texts can be spoken, for one reason.
     """
-    for path in (*outs, *([plot] if plot else [])):
-        check_writable(path)
-    for path in outs:
-        check_kind(path, synthesizer)
-    if plot and synthesizer.decode is None:
-        raise ValueError("expected a codec for --plot, which draws sound: give --codec, or leave --plot out")
-    spoken = speak(texts, settings, synthesizer)
-    for utterance, path in zip(spoken.utterances, outs, strict=True):
-        write(path, utterance)
-    if plot:
-        draw(plot, spoken.utterances[0], texts[0])
-    return figures(spoken)
+    decoding, tally, failed, audio_s, written = resolve(synthesizer, settings), Tally(), {}, 0.0, 0
+    digests = [digest({**(request or {}), "line": i, "text": job.text}, []) for i, job in enumerate(jobs)]
+    skip = {i for i, job in enumerate(jobs) if resume and manifest and manifest.holds(job.out.name, digests[i])}
+    try:
+        with progress_bar("speaking") as progress:
+            texts = [job.text for job in jobs]
+            for i, utterance in speak_each(texts, settings, synthesizer, decoding, tally, skip=skip, progress=progress):
+                if isinstance(utterance, ValueError):
+                    failed[jobs[i].line] = str(utterance)
+                    if len(failed) == len(jobs) and len(set(failed.values())) == 1:
+                        raise utterance
+                    continue
+                outputs.write(jobs[i].out, utterance)
+                if manifest:
+                    manifest.add(jobs[i].out.name, jobs[i].line, jobs[i].text, digests[i])
+                if plot and i == 0:
+                    draw(plot, utterance, jobs[i].text)
+                audio_s, written = audio_s + seconds_of(utterance), written + 1
+    except KeyboardInterrupt:
+        if manifest is None:
+            raise
+        done = len(skip) + written
+        raise KeyboardInterrupt(f"{done} of {len(jobs)} files are written, --resume continues with the others") from None
+    return Outcome(audio_s, tally, written + len(skip), failed)
 
 
-def figures(spoken: SynthesisResult) -> dict[str, Any]:
-    """What was said and what it took; rtf is compute seconds (compiling apart) over audio seconds, None without audio."""
-    audio_s = sum(len(utterance.wave) / max(utterance.sample_rate_hz, 1) for utterance in spoken.utterances)
-    lm_s, codec_s = spoken.seconds["lm"], spoken.seconds["codec"]
+def seconds_of(utterance: Utterance) -> float:
+    """The duration of an utterance; 0 where it is codes only."""
+    return len(utterance.wave) / max(utterance.sample_rate_hz, 1)
+
+
+def figures(outcome: Outcome, settings: Settings, name: str) -> dict[str, Any]:
+    """What was said and what it took; rtf is compute seconds (compilation excluded) over audio seconds, None without audio."""
+    seconds = outcome.tally.watch.seconds
+    compute_s = seconds["lm"] + seconds["codec"]
     return {
-        "audio_seconds": round(audio_s, 3),
-        "lm_seconds": round(lm_s, 3),
-        "codec_seconds": round(codec_s, 3),
-        "compile_seconds": round(spoken.seconds["compile"], 3),
-        "rtf": round((lm_s + codec_s) / audio_s, 4) if audio_s else None,
-        **spoken.counts,
+        "audio_seconds": round(outcome.audio_s, 3),
+        "lm_seconds": round(seconds["lm"], 3),
+        "codec_seconds": round(seconds["codec"], 3),
+        "compile_seconds": round(seconds["compile"], 3),
+        "rtf": round(compute_s / outcome.audio_s, 4) if outcome.audio_s else None,
+        **outcome.tally.counts(name, settings.seed),
+        "failed": outcome.failed,
     }
 
 
-def card(result: dict[str, Any], outs: Sequence[Path]) -> str:
+def card(result: dict[str, Any], where: str) -> str:
     """The figures for people, a line each."""
-    files = str(outs[0]) if len(outs) == 1 else f"{len(outs)} files in {outs[0].parent}"
-    seconds, rtf = (
-        result["lm_seconds"] + result["codec_seconds"],
-        f" (rtf {result['rtf']:.3f})" if result["audio_seconds"] else "",
-    )
+    computed = f"computed in {result['lm_seconds'] + result['codec_seconds']:.2f} s"
+    rtf = f" (real-time factor {result['rtf']:.3f})" if result["rtf"] else ""
     lines = [
-        f"{result['audio_seconds']:.2f} s of speech in {files}"
-        if result["audio_seconds"]
-        else f"codes, and no sound, in {files}",
-        f"computed in {seconds:.2f} s{rtf}, compiled in {result['compile_seconds']:.2f} s",
+        f"{result['audio_seconds']:.2f} s of speech: {where}" if result["rtf"] else f"codes only, no sound: {where}",
+        f"{computed}{rtf}, after {result['compile_seconds']:.2f} s of compilation",
     ]
     if result["drafted"]:
         lines.append(
             f"{result['verify']}: {result['tokens']} codes in {result['rounds']} rounds of {result['tokens_per_round']:.2f}, "
-            f"{result['acceptance_rate']:.0%} of those drafted accepted"
+            f"{result['acceptance_rate']:.0%} of the drafted codes accepted"
         )
     else:
-        lines.append(f"{result['verify']}: {result['tokens']} codes, one at a time")
+        lines.append(f"{result['verify']}: {result['tokens']} codes, one per step")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Seconds of work apart from seconds of compilation, which JAX tells about through its monitoring events."""
+"""Seconds of work and seconds of compilation, told apart by JAX's monitoring events."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import jax
 
 @functools.cache
 def _compiled_s() -> list[float]:
-    """Two cells that grow from the first call on: seconds of tracing, lowering and compiling, and programs compiled."""
+    """Two sums from the first call on: seconds of tracing, lowering and compiling, and the number of compiled programs."""
     total = [0.0, 0]
 
     def add(event: str, duration_s: float, **_: object) -> None:
@@ -29,10 +29,14 @@ def compilations() -> int:
 
 
 class Stopwatch:
-    """Adds up seconds under names; what a block spends on compiling goes under "compile"."""
+    """Adds up seconds by name; what a block spends on tracing and compiling goes under "compile".
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"compile": 0.0}
+    Args:
+        names: that are 0 from the start.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(("compile", *names), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -1,13 +1,19 @@
 """The voice that comes with the package, as a synthesizer."""
 
+import contextlib
 import functools
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from jaxspec import groups
+from jaxspec.checkpoint import groups as group_files
 from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
+from jaxspec.common.compilation_cache import cache_folder, describe, keep
 from jaxspec.draft import model_draft
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
@@ -31,15 +37,19 @@ def synthesizer(voice: Voice) -> Synthesizer:
     """Any voice of its kind."""
     target_params, draft_params, codec_params = jax.device_put((voice.target_params, voice.draft_params, voice.codec_params))
 
+    model = codec(voice.codec)
+    kept_codec = model._replace(decode=keep(model.decode, f"decode {voice.codec}"))
+    drafter = functools.partial(model_draft, transformer.language_model(voice.draft))
+
     def decode(rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
         """Decodes a batch of rows, all in the voice of the settings."""
         condition = np.full(len(rows), voices.voice_index(settings.voice or VOICES[0]), np.int32)
-        return decode_rows(codec(voice.codec), codec_params, rows, condition)
+        return decode_rows(kept_codec, codec_params, rows, condition)
 
     return Synthesizer(
-        target=transformer.language_model(voice.target),
+        target=describe(transformer.language_model(voice.target), f"model {voice.target}"),
         target_params=target_params,
-        drafter=functools.partial(model_draft, transformer.language_model(voice.draft)),
+        drafter=describe(drafter, f"draft {voice.draft}"),
         draft_params=draft_params,
         threshold=THRESHOLD,
         max_batch=16,
@@ -62,9 +72,20 @@ def _requests(sentences: Sequence[str], settings: Settings) -> Requests:
 
 
 def _groups(voice: Voice, threshold: float, matrix: str) -> Groups:
-    """The groups of the codes that sound alike; codes that training never met, and the stop id, are alone."""
+    """The groups of codes that sound alike, kept in the cache in use; untrained codes and the stop id are singleton groups."""
     vectors, trained = voice.code_vectors(matrix), np.asarray(voice.trained, bool)
-    return acoustic_similarity_groups(vectors, threshold, num_codes=STOP, trained=trained)
+    folder = cache_folder("groups")
+    if folder is None:
+        return acoustic_similarity_groups(vectors, threshold, num_codes=STOP, trained=trained)
+    parts = vectors.tobytes(), trained.tobytes(), repr(float(threshold)).encode(), Path(groups.__file__).read_bytes()
+    path = folder / f"{hashlib.sha256(b''.join(parts)).hexdigest()}.npz"
+    with contextlib.suppress(OSError, ValueError):
+        return group_files.load(path)
+    made = acoustic_similarity_groups(vectors, threshold, num_codes=STOP, trained=trained)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        group_files.save(path, made)
+    return made
 
 
 def _codes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

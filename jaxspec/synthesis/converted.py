@@ -14,6 +14,7 @@ from jaxspec import groups as asg
 from jaxspec.checkpoint import groups as group_files
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, language_model
 from jaxspec.codec.padding import decode_rows
+from jaxspec.common.compilation_cache import describe
 from jaxspec.groups import Groups
 from jaxspec.models import card
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer, padded
@@ -40,7 +41,7 @@ def synthesizer(
     if codec is not None and codec.family != model.codec:
         raise ValueError(f"expected the codec {model.codec or 'of none'} for {model.family}, got {codec.family}")
     return Synthesizer(
-        target=language_model(target),
+        target=describe(language_model(target), f"model {model.shape}"),
         target_params=target.params,
         drafter=drafter and drafter[0],
         draft_params=drafter and drafter[1],

@@ -6,23 +6,26 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import verify
-from jaxspec.speculate import autoregressive, generate
-from jaxspec.state import NON_FINITE, Generation
+from jaxspec import speculate, verify
+from jaxspec.common.compilation_cache import call, describe, description_of
+from jaxspec.state import NON_FINITE, Generation, Info
 from jaxspec.synthesis.contract import Settings, Synthesizer
-from jaxspec.types import Draft, Verify
+from jaxspec.types import Draft
+
+describe(speculate._generate, "generate")
+describe(speculate._autoregressive, "autoregressive")
+for _kind in (Generation, Info):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxspec.{_kind.__name__}")
+
+PLAIN = "autoregressive"
 
 
 class Decoding(NamedTuple):
     """How tokens are decoded. Make it once with ``resolve`` and use it for every batch."""
 
     name: str  # one of VERIFIERS
-    draft: Draft | None  # None: one token a step
-    verify: Verify | None  # None where there is no draft
-
-    def plain(self) -> "Decoding":
-        """The same without its draft."""
-        return Decoding("autoregressive", None, None)
+    draft: Draft | None = None  # None: one token a step
+    verify: jax.tree_util.Partial | None = None  # a Verify with its arrays; None where there is no draft
 
 
 def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
@@ -32,20 +35,28 @@ def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
         ValueError: the settings need a draft, and there is none.
     """
     name = settings.verify or "coarse-grained"
-    if synthesizer.drafter is None and settings.verify not in (None, "autoregressive") and settings.draft_length:
-        raise ValueError(f"expected a draft for {name}, got none: give --draft, or --verify autoregressive")
-    if synthesizer.drafter is None or name == "autoregressive" or settings.draft_length == 0:
-        return Decoding("autoregressive", None, None)
-    return Decoding(name, synthesizer.drafter(settings.draft_length), _verifier(name, synthesizer, settings))
+    if settings.draft_length == 0 or name == PLAIN:
+        return Decoding(PLAIN)
+    if synthesizer.drafter is None:
+        if settings.verify is None:
+            return Decoding(PLAIN)
+        raise ValueError(f"expected a draft for {name}, got none: give --draft, or --verify {PLAIN}")
+    draft = synthesizer.drafter(settings.draft_length)
+    if description := description_of(synthesizer.drafter):
+        describe(draft, f"{description}, K = {settings.draft_length}")
+    return Decoding(name, draft, _verifier(name, synthesizer, settings))
 
 
-def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> Verify:
+def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> jax.tree_util.Partial:
     if name == "exact":
-        return verify.exact()
-    if name == "tolerance":
-        return verify.tolerance(settings.beta)
-    threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
-    return verify.coarse_grained(synthesizer.groups(threshold, settings.matrix))
+        made = jax.tree_util.Partial(verify.exact())
+    elif name == "tolerance":
+        made = verify.tolerance(settings.beta)
+    else:
+        threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
+        made = verify.coarse_grained(synthesizer.groups(threshold, settings.matrix))
+    describe(made.func, f"verify {made.func.__module__}")
+    return made
 
 
 def tokens_of(
@@ -55,7 +66,7 @@ def tokens_of(
 
     Args:
         pieces: n parts of texts, n of 1 or more.
-        keys: [n].
+        keys: [batch_size(n)], one for each row, those beyond n unused.
         synthesizer: whose target and prompts.
         settings: of the prompts and the sampling.
         decoding: what ``resolve`` made of the settings.
@@ -66,17 +77,18 @@ def tokens_of(
     Raises:
         ValueError: a prompt cannot be made, or the model's logits are not finite.
     """
-    batch = batch_size(len(pieces))
-    filled = [*pieces, *pieces[:1] * (batch - len(pieces))]  # rows that fill the batch up emit nothing
-    requests = synthesizer.requests(filled, settings)
-    requests = requests._replace(limit=np.where(np.arange(batch) < len(pieces), requests.limit, 0))._asdict()
-    keys = keys[np.arange(batch) % len(pieces)]
-    target = synthesizer.target, synthesizer.target_params
-    if decoding.draft is None or decoding.verify is None:
-        generation = autoregressive(keys, *target, **requests)
+    count, batch = len(pieces), batch_size(len(pieces))
+    requests = synthesizer.requests([*pieces, *pieces[:1] * (batch - count)], settings)  # the batch is filled up with rows that
+    limit = np.where(np.arange(batch) < count, requests.limit, 0)  # emit nothing
+    requests = requests._replace(limit=limit)
+    target, params, most = synthesizer.target, synthesizer.target_params, requests.max_new_tokens
+    checked = speculate._check(keys, target, params, *requests)
+    if decoding.draft is None:
+        generation = call(speculate._autoregressive, (target, most), params, checked)
     else:
-        generation = generate(keys, *target, decoding.draft, synthesizer.draft_params, decoding.verify, **requests)
-    generation = jax.tree.map(lambda array: np.asarray(array)[: len(pieces)], generation)
+        rule, static = speculate._as_pytree(decoding.verify), (target, decoding.draft, most)
+        generation = call(speculate._generate, static, params, synthesizer.draft_params, rule, checked)
+    generation = jax.tree.map(lambda array: array[:count], jax.device_get(generation))
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
     return generation

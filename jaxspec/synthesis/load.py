@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax
 
-from jaxspec.checkpoint import pretrained
-from jaxspec.checkpoint.pretrained import Pretrained
+from jaxspec.checkpoint import pretrained, store
+from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
+from jaxspec.common.compilation_cache import describe, keep
 from jaxspec.draft import ngram_draft
 from jaxspec.models import builtin as voices
 from jaxspec.models.card import Model
@@ -38,7 +39,14 @@ def load(model: str | Path | None = None, draft: str | Path | None = None, codec
     target = pretrained.load(model, dtype)
     codec = codec or (Path(model) / "codec" if (Path(model) / "codec").is_dir() else None)
     drafter = load_drafter(draft, target) if draft is not None else None
-    return converted.synthesizer(target, drafter, pretrained.load_codec(codec) if codec else None)
+    return converted.synthesizer(target, drafter, load_codec(codec) if codec else None)
+
+
+def load_codec(folder: str | Path) -> PretrainedCodec:
+    """A codec whose traced decoder is kept on disk, see ``jaxspec.common.compilation_cache``."""
+    loaded = pretrained.load_codec(folder)
+    kept = keep(loaded.codec.decode, f"decode {store.read_description(folder)}")
+    return loaded._replace(codec=loaded.codec._replace(decode=kept))
 
 
 def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:
@@ -74,6 +82,8 @@ def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
         ValueError: the folder holds no draft, or one that does not fit the target.
     """
     if str(draft) == NGRAM:
-        return functools.partial(ngram_draft, vocab=target.model.shape.vocab), ()
+        vocab = target.model.shape.vocab
+        return describe(functools.partial(ngram_draft, vocab=vocab), f"ngram {vocab}"), ()
     loaded = pretrained.load_draft(draft, target)
-    return loaded.drafter, loaded.params
+    description = f"draft {store.read_description(draft)} in {target.model.shape.dtype}"
+    return describe(loaded.drafter, description), loaded.params

@@ -1,8 +1,8 @@
 """The whole pipeline on one page: text -> prompts -> [draft, score, verify, commit]* -> codes -> waves."""
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,9 @@ from jaxspec.state import Generation
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.builtin import builtin
 from jaxspec.synthesis.contract import Settings, Synthesizer
-from jaxspec.synthesis.decoding import Decoding, batch_size, resolve, tokens_of
+from jaxspec.synthesis.decoding import PLAIN, Decoding, batch_size, resolve, tokens_of
+
+AUTO = (PLAIN, "coarse-grained")  # what "auto" chooses from; a single batch is autoregressive
 
 
 class Utterance(NamedTuple):
@@ -28,12 +30,24 @@ class SynthesisResult(NamedTuple):
     """The speech of a list of texts, and what it took: counts summed over all codes, and seconds by part."""
 
     utterances: list[Utterance]
-    counts: dict[str, Any]
+    counts: dict[str, object]
     seconds: dict[str, float]
 
 
+class Tally:
+    """What the batches of a synthesis took: seconds by part, and counts."""
+
+    def __init__(self) -> None:
+        self.watch = Stopwatch("lm", "codec")
+        self.generations: list[Generation] = []
+
+    def counts(self, name: str, seed: int) -> dict[str, object]:
+        """The counts of all batches, see ``count``."""
+        return count(self.generations, name, seed)
+
+
 def speak(
-    texts: Sequence[str],
+    texts: str | Sequence[str],
     settings: Settings | None = None,
     synthesizer: Synthesizer | None = None,
     decoding: Decoding | None = None,
@@ -41,33 +55,93 @@ def speak(
 ) -> SynthesisResult:
     """Speaks each text: long ones are cut into pieces, all pieces go through the models in batches, and are joined again.
 
-    The same texts, settings and seed give the same samples. ``synthesizer`` is by default the built-in voice. Callers that speak
-    often make ``decoding`` once, with ``resolve``, and for "auto" keep an ``autotuner``.
+    The same texts, settings and seed give the same samples.
+
+    Args:
+        texts: one text, or some.
+        settings: how to synthesize.
+        synthesizer: by default the built-in voice.
+        decoding: what ``resolve`` makes of the settings; callers that speak often make it once.
+        autotuner: what "auto" learned in earlier calls.
+
+    Returns:
+        An utterance for each text, counts and seconds.
 
     Raises:
         ValueError: a text is empty or cannot be spoken, or the model's logits are not finite.
     """
     settings, synthesizer = settings or Settings(), synthesizer or builtin()
-    pieces = [synthesizer.pieces(one) for one in texts]
-    flat = list(itertools.chain.from_iterable(pieces))
-    decoding = decoding or resolve(synthesizer, settings)
-    keys = jax.random.split(settings.key(), len(flat))
-    candidates = {"autoregressive": decoding.plain(), "coarse-grained": decoding} if decoding.name == "auto" else {"": decoding}
-    watch, autotuner = Stopwatch(), autotuner or Autotuner(tuple(candidates))
-    spoken, generations = [], []
-    for first in range(0, len(flat), synthesizer.max_batch):
-        some = slice(first, first + synthesizer.max_batch)
-        batch, began = batch_size(len(flat[some])), watch.seconds.get("lm", 0.0)
-        candidate = autotuner.choose(batch)
-        with watch("lm"):
-            generation = tokens_of(flat[some], keys[some], synthesizer, settings, candidates[candidate])
-        autotuner.record(batch, candidate, generation.length.sum(), watch.seconds["lm"] - began)
-        with watch("codec"):
-            spoken += decode(generation, synthesizer, settings)
-        generations.append(generation)
-    each = iter(spoken)
-    joined = [_join(list(itertools.islice(each, len(some)))) for some in pieces]
-    return SynthesisResult(joined, count(generations, decoding.name, settings.seed), watch.seconds)
+    decoding, tally = decoding or resolve(synthesizer, settings), Tally()
+    texts, utterances = [texts] if isinstance(texts, str) else texts, []
+    for _, utterance in speak_each(texts, settings, synthesizer, decoding, tally, autotuner):
+        if isinstance(utterance, ValueError):
+            raise utterance
+        utterances.append(utterance)
+    return SynthesisResult(utterances, tally.counts(decoding.name, settings.seed), tally.watch.seconds)
+
+
+def speak_each(
+    texts: Sequence[str],
+    settings: Settings,
+    synthesizer: Synthesizer,
+    decoding: Decoding,
+    tally: Tally,
+    autotuner: Autotuner | None = None,
+    skip: Collection[int] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[int, Utterance | ValueError]]:
+    """Speaks texts in batches and yields each as soon as it is done, after those that cannot be spoken.
+
+    Args:
+        texts: any number of them.
+        settings: how to synthesize.
+        synthesizer: the model and its codec.
+        decoding: what ``resolve`` makes of the settings.
+        tally: to which times and counts are added.
+        autotuner: what "auto" learned in earlier calls.
+        skip: indices of texts not to speak; the others have the samples that they have with these.
+        progress: called with the number of pieces that are done, and of all.
+
+    Yields:
+        (index of a text, its utterance, or why it cannot be spoken).
+    """
+    pieces = [_pieces(text, settings, synthesizer) for text in texts]
+    yield from ((i, some) for i, some in enumerate(pieces) if isinstance(some, ValueError) and i not in skip)
+    numbered = enumerate((i, piece) for i, some in enumerate(pieces) if not isinstance(some, ValueError) for piece in some)
+    queue = [(number, i, piece) for number, (i, piece) in numbered if i not in skip]
+    candidates = {PLAIN: Decoding(PLAIN), AUTO[1]: decoding} if decoding.name == "auto" else {decoding.name: decoding}
+    autotuner, key, waiting = autotuner or Autotuner(tuple(candidates)), settings.key(), {}
+    for first in range(0, len(queue), synthesizer.max_batch):
+        numbers, owners, batch = zip(*queue[first : first + synthesizer.max_batch], strict=True)
+        candidate, began = autotuner.choose(batch_size(len(batch))), tally.watch.seconds["lm"]
+        with tally.watch("lm"):
+            keys = _row_keys(key, np.resize(np.array(numbers, np.uint32), batch_size(len(batch))))
+            generation = tokens_of(batch, keys, synthesizer, settings, candidates[candidate])
+        tally.generations.append(generation)
+        autotuner.record(batch_size(len(batch)), candidate, int(generation.length.sum()), tally.watch.seconds["lm"] - began)
+        with tally.watch("codec"):
+            spoken = decode(generation, synthesizer, settings)
+        progress(first + len(batch), len(queue))
+        for i, utterance in zip(owners, spoken, strict=True):
+            waiting.setdefault(i, []).append(utterance)
+            if len(waiting[i]) == len(pieces[i]):
+                yield i, _join(waiting.pop(i))
+
+
+def _pieces(text: str, settings: Settings, synthesizer: Synthesizer) -> list[str] | ValueError:
+    """The pieces of a text whose prompts can be made, or why they cannot."""
+    try:
+        pieces = synthesizer.pieces(text)
+        synthesizer.requests(pieces, settings)
+    except ValueError as error:
+        return error
+    return pieces
+
+
+@jax.jit
+def _row_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """The key of each piece, which depends on its number among all pieces: keys [B]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 def decode(generation: Generation, synthesizer: Synthesizer, settings: Settings) -> list[Utterance]:
@@ -88,7 +162,7 @@ def _join(utterances: list[Utterance]) -> Utterance:
 def count(generations: Sequence[Generation], name: str, seed: int) -> dict[str, object]:
     """The counts of some batches together, under the names of the field; see ``jaxspec.state.Info``.
 
-    ``accepted_per_position`` is over the rounds that drafted, as "auto" may have batches without a draft.
+    ``accepted_per_position`` is the share of the drafting rounds that accepted each position: "auto" has batches without a draft.
     """
     infos = [generation.info for generation in generations]
     tokens = sum(int(generation.length.sum()) for generation in generations)
@@ -96,8 +170,8 @@ def count(generations: Sequence[Generation], name: str, seed: int) -> dict[str, 
         sum(int(getattr(info, name).sum()) for info in infos) for name in ("rounds", "drafted", "accepted", "exact_matches")
     )
     drafting = [info for info in infos if info.accepted_per_position.shape[1]]
-    positions = sum((info.accepted_per_position.sum(0) for info in drafting), np.zeros(0, int) if not drafting else 0)
     drafting_rounds = sum(int(info.rounds.sum()) for info in drafting)
+    positions = itertools.zip_longest(*(info.accepted_per_position.sum(0) for info in drafting), fillvalue=0)
     return {
         "tokens": tokens,
         "rounds": rounds,
@@ -105,7 +179,7 @@ def count(generations: Sequence[Generation], name: str, seed: int) -> dict[str, 
         "accepted": accepted,
         "acceptance_rate": accepted / drafted if drafted else 0.0,
         "tokens_per_round": tokens / max(rounds, 1),
-        "accepted_per_position": [float(n) / max(drafting_rounds, 1) for n in positions],
+        "accepted_per_position": [int(sum(counts)) / max(drafting_rounds, 1) for counts in positions],
         "exact_match_rate": exact / accepted if accepted else 0.0,
         "verify": name,
         "seed": int(seed),

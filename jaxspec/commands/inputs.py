@@ -1,0 +1,57 @@
+"""What `say` reads: texts from an argument, a file or standard input, and a reference recording's codes."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxspec.synthesis.contract import Reference
+
+STANDARD_INPUT = "-"
+
+
+def read_text(text: str | None) -> str:
+    """The text of an argument; that of standard input where it is "-", or missing and something is piped in.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if text == STANDARD_INPUT or (text is None and not sys.stdin.isatty()):
+        text = sys.stdin.read()
+    if text is None or not text.strip():
+        raise ValueError('expected a text, got none: jaxspec say "..." --out hello.wav, or pipe it in')
+    return text
+
+
+def read_lines(path: Path) -> dict[int, str]:
+    """The texts of a file by their line numbers, from 1; empty lines are left out. "-" is standard input.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no text.
+    """
+    try:
+        content = sys.stdin.read() if str(path) == STANDARD_INPUT else path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a text file in UTF-8, got {path}: {error}") from error
+    lines = {number: line for number, line in enumerate(content.splitlines(), 1) if line.strip()}
+    if not lines:
+        raise ValueError(f"expected a text on each line of {path}, got an empty file: write some")
+    return lines
+
+
+def read_reference(path: Path | None, text: str) -> Reference | None:
+    """A reference from a .npy file of codes and the text that the recording says.
+
+    Raises:
+        ValueError: the file holds no codes, or there is a text without a file.
+    """
+    if path is None:
+        if text:
+            raise ValueError("expected --reference with --reference-text, got the text only: give both")
+        return None
+    try:
+        with path.open("rb") as file:
+            codes = np.lib.format.read_array(file, allow_pickle=False)
+        return Reference(text, codes)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a .npy file of reference codes, got {path}: {error}") from error
