@@ -131,7 +131,6 @@ def test_coarse_graining_accepts_more_than_the_exact_rule():
     [
         (["", "--out", "a.wav"], "text"),
         (["?!", "--out", "a.wav"], "?!"),
-        (["x" * 300, "--out", "a.wav"], "symbols"),
         ([TEXT, "--out", "a.wav", "--voice", "nobody"], "slt, rms"),
         ([TEXT, "--out", "missing/a.wav"], "missing"),
         ([TEXT, "--out", "a.mp4"], ".wav"),
