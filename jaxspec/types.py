@@ -1,6 +1,7 @@
 """The contracts of jaxspec: what flows between target, draft, verifier and codec. No logic; read this file first.
 
 Axes, in every docstring and annotation:
+
     B batch   P prompt   K drafted tokens   T block (K + 1 when the target scores a proposal)   S cells of a cache or buffer
     V vocabulary of the head   D width   F width of the target's features   H heads   G group size   Q codebooks   N samples
 
