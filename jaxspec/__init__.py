@@ -1,6 +1,9 @@
 """Speculative decoding for speech-token language models: a draft proposes, a target verifies, the rule of acceptance is yours."""
 
+from typing import Any
+
 from jaxspec import draft, groups, sampling, types, verify
+from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.sampling import Sampling
@@ -30,6 +33,17 @@ __all__ = [
     "model_draft",
     "ngram_draft",
     "sampling",
+    "speak",
     "types",
+    "use_compilation_cache",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``speak``, whose models and text front end are imported when it is first used."""
+    if name == "speak":
+        from jaxspec.synthesis.pipeline import speak
+
+        return speak
+    raise AttributeError(f"module 'jaxspec' has no attribute {name!r}")

@@ -20,6 +20,7 @@ import jaxspec
 from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.text import TextWarning
 
+_DEVICES = Path("/dev")
 COMMANDS = ("say", "convert", "info", "groups", "evaluate", "bench", "plan")  # each a module, whose class has the same name
 
 
@@ -85,7 +86,7 @@ def leave_absent_tpu_alone() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or jax.config.jax_platforms or "TPU_NAME" in os.environ:
         return
-    nodes = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio")]
+    nodes = [*_DEVICES.glob("accel*"), *_DEVICES.glob("vfio")]
     if not nodes and not _accelerator_plugins():
         jax.config.update("jax_platforms", "cpu")
 
