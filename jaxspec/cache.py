@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int32
 
 from jaxspec.types import Array
 
@@ -28,7 +29,7 @@ def init(batch: int, cells: int, kv_heads: int, head_dim: int, dtype: jnp.dtype)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def write(cache: KVCache, key: Array, value: Array, length: Array) -> KVCache:
+def write(cache: KVCache, key: Float[Array, "B T H D"], value: Float[Array, "B T H D"], length: Int32[Array, " B"]) -> KVCache:
     """Writes a block [B T H_kv D_head] to the cells length .. length + T - 1 of each row, ``length`` int32 [B].
 
     Like ``dynamic_update_slice``, a block that would pass the last cell is moved back: callers keep K + 1 cells of slack.
@@ -57,7 +58,7 @@ def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
     return jax.tree.map(put, cache, blocks)
 
 
-def visible(length: Array, block: int, cells: int) -> Array:
+def visible(length: Int32[Array, " B"], block: int, cells: int) -> Bool[Array, "B {block} {cells}"]:
     """Which cells each query of a block sees: bool [B T S], true where s <= length + t."""
     position = length[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
     return jnp.arange(cells, dtype=jnp.int32)[None, None] <= position[:, :, None]

@@ -37,8 +37,10 @@ def _vocab_size(target: LanguageModel, tree: Any, leaves: tuple[jax.ShapeDtypeSt
 
 def check_cache(target: LanguageModel, cache: Cache, batch: int, cells: int) -> None:
     """Refuses a cache that the loop would write past the end of; its arrays must follow ``cells``."""
-    leaves = jax.tree.leaves(cache)
-    longer = jax.tree.leaves(jax.eval_shape(lambda: target.init_cache(batch, cells + 1)))
+    leaves, longer = (
+        [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+        for tree in (cache, jax.eval_shape(lambda: target.init_cache(batch, cells + 1)))
+    )
     sizes = [a for one, more in zip(leaves, longer, strict=True) for a, b in zip(one.shape, more.shape, strict=True) if a != b]
     fits = all(leaf.ndim and leaf.shape[0] == batch for leaf in leaves) and all(size >= cells for size in sizes)
     if leaves and not (fits and sizes):

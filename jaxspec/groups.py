@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxspec.keys import threefry_key
-from jaxspec.types import Array
+from jaxspec.types import Array, KeyLike
 
 _LIMIT_BYTES = 4 << 30  # of host memory beside the embeddings: the pairs of similar tokens, and the table made from them
 _BYTES_PER_PAIR = 32  # measured peak of grouping and indexing, an ordered pair of tokens in one group
@@ -223,7 +224,7 @@ def offset_groups(parts: Sequence[Groups], firsts: Sequence[int], vocab: int) ->
     return tabulate([*sets, *np.flatnonzero(single)[:, None].astype(np.int32)], vocab)
 
 
-def pick_group(uniform: Array, groups: Groups, tokens: Array) -> Array:
+def pick_group(uniform: Float[Array, "*N"], groups: Groups, tokens: Int[Array, "*N"]) -> Int[Array, "*N"]:
     """One of the groups of each token, uniformly: K ~ w[., t] with w[k, t] = 1 / |S(t)|, equation 3 of PCG (arXiv 2511.13732).
 
     Args:
@@ -240,7 +241,7 @@ def pick_group(uniform: Array, groups: Groups, tokens: Array) -> Array:
     return groups.token_groups[groups.token_start[tokens] + nth]
 
 
-def swap(key: Array, groups: Groups, tokens: Array) -> Array:
+def swap(key: KeyLike, groups: Groups, tokens: Int[Array, "*N"]) -> Int[Array, "*N"]:
     """Replaces each token by a random member of a random one of its groups: the test of PCG's Table 2.
 
     Token t becomes t' with probability sum over k in S(t) and S(t') of 1 / (|S(t)| |G_k|).

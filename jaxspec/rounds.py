@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Int32
+from jaxtyping import Key as KeyArray
 
 from jaxspec import checks
 from jaxspec import sampling as sampling_lib
@@ -48,7 +50,9 @@ def propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State
     return proposal, state._replace(draft=draft_state)
 
 
-def score(target: LanguageModel, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array | None, State]:
+def score(
+    target: LanguageModel, params: Params, proposal: Proposal, state: State
+) -> tuple[Float32[Array, "B T V"], Float[Array, "B T F"] | None, State]:
     """The target's distributions float32 [B K+1 V] after the last token and each drafted one, and its features [B K+1 F].
 
     Each distribution has the tokens drafted before it in its history, as if they had been emitted.
@@ -61,7 +65,13 @@ def score(target: LanguageModel, params: Params, proposal: Proposal, state: Stat
     return probs, features, state._replace(cache=cache)
 
 
-def verify_and_commit(verify: Verify, state: State, proposal: Proposal, target_probs: Array, features: Array | None) -> State:
+def verify_and_commit(
+    verify: Verify,
+    state: State,
+    proposal: Proposal,
+    target_probs: Float32[Array, "B T V"],
+    features: Float[Array, "B T F"] | None,
+) -> State:
     """Applies the rule of acceptance to every row, and commits the result."""
     proposal, target_probs, num_finite = _mask_non_finite(proposal, target_probs)
     verdict = jax.vmap(verify)(_fold(state.keys, state.length), proposal.tokens, proposal.probs, target_probs)
@@ -71,7 +81,13 @@ def verify_and_commit(verify: Verify, state: State, proposal: Proposal, target_p
     return after._replace(stop_reason=jnp.where(invalid, INVALID_VERDICT, after.stop_reason))
 
 
-def commit(state: State, proposal: Proposal, verdict: Verdict, num_finite: Array, features: Array | None) -> State:
+def commit(
+    state: State,
+    proposal: Proposal,
+    verdict: Verdict,
+    num_finite: Int32[Array, " B"],
+    features: Float[Array, "B T F"] | None,
+) -> State:
     """Appends the accepted tokens and the one that follows them, up to the end of the row, and counts.
 
     Args:
@@ -111,7 +127,7 @@ def commit(state: State, proposal: Proposal, verdict: Verdict, num_finite: Array
     )
 
 
-def _count(counts: Counts, verdict: Verdict, emitted: Array, drafted: Array) -> Counts:
+def _count(counts: Counts, verdict: Verdict, emitted: Int32[Array, " B"], drafted: Int32[Array, " B"]) -> Counts:
     """Adds a round that appended ``emitted`` tokens and drafted ``drafted`` before the row's end."""
     drafted = jnp.where(emitted > 0, drafted, 0)
     accepted = jnp.minimum(verdict.num_accepted, emitted)
@@ -121,7 +137,9 @@ def _count(counts: Counts, verdict: Verdict, emitted: Array, drafted: Array) -> 
     return jax.tree.map(jnp.add, counts, added)
 
 
-def _mask_non_finite(proposal: Proposal, target_probs: Array) -> tuple[Proposal, Array, Array]:
+def _mask_non_finite(
+    proposal: Proposal, target_probs: Float32[Array, "B T V"]
+) -> tuple[Proposal, Float32[Array, "B T V"], Int32[Array, " B"]]:
     """Replaces distributions that are not finite by uniform ones, and counts the leading tokens of each block that are finite.
 
     A verifier may loop until a draw succeeds, which it never does under NaN.
@@ -134,22 +152,24 @@ def _mask_non_finite(proposal: Proposal, target_probs: Array) -> tuple[Proposal,
     return proposal._replace(probs=draft_probs), target_probs, jnp.cumprod(both.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
 
 
-def _is_finite(probs: Array) -> Array:
+def _is_finite(probs: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
     """False where logits were not finite, which ``sampling.probabilities`` marks by NaN: bool [...] from [... V]."""
     return jnp.isfinite(probs).all(-1)
 
 
-def _fold(keys: Array, data: Array) -> Array:
+def _fold(keys: KeyArray[Array, " B"], data: Int32[Array, " B"]) -> KeyArray[Array, " B"]:
     """fold_in for each row: keys [B], data int32 [B]."""
     return jax.vmap(jax.random.fold_in)(keys, data)
 
 
-def _last(state: State) -> Array:
+def _last(state: State) -> Int32[Array, " B"]:
     """The last token of each row, int32 [B]."""
     return jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
 
 
-def _write(buffer: Array, block: Array, start: Array, count: Array) -> Array:
+def _write(
+    buffer: Int[Array, "B S"], block: Int[Array, "B T"], start: Int32[Array, " B"], count: Int32[Array, " B"]
+) -> Int[Array, "B S"]:
     """Writes the first ``count`` [B] of each row of ``block`` [B T] to ``buffer`` [B S] from ``start`` [B].
 
     As a select in each cell: T is small, and XLA for TPU makes a slow loop of a scatter.

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32
 
 from jaxspec.keys import threefry_key
-from jaxspec.types import Array, History, SamplingRows
+from jaxspec.types import Array, History, KeyLike, SamplingRows
 
 MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's window is 10
 _MAX_PENALTY = 1e6  # keeps penalized logits finite in float32
@@ -138,7 +139,9 @@ def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
     )
 
 
-def probabilities(logits: Array, sampling: Sampling | SamplingRows, history: History | None = None) -> Array:
+def probabilities(
+    logits: Float[Array, "*rows V"], sampling: Sampling | SamplingRows, history: History | None = None
+) -> Float32[Array, "*rows V"]:
     """The distribution that a row is sampled from.
 
     The fields of ``sampling`` and of ``history`` are aligned with the leading axes of ``logits`` from the left: settings [B] and
@@ -186,7 +189,7 @@ def probabilities(logits: Array, sampling: Sampling | SamplingRows, history: His
     )
 
 
-def sample(key: Array, probs: Array) -> Array:
+def sample(key: KeyLike, probs: Float[Array, "*rows V"]) -> Int32[Array, "*rows"]:
     """Draws one token from each distribution by inversion; the key is consumed.
 
     Never draws a token of probability 0. An empty or NaN distribution gives a valid id without meaning.
@@ -201,7 +204,7 @@ def sample(key: Array, probs: Array) -> Array:
     return invert(jax.random.uniform(threefry_key(key), (*probs.shape[:-1], 2), jnp.float32), probs)
 
 
-def invert(uniforms: Array, probs: Array) -> Array:
+def invert(uniforms: Float[Array, "*draws 2"], probs: Float[Array, "*rows V"]) -> Int32[Array, "*draws"]:
     """The token at two uniforms in [0, 1): the first chooses a block of the vocabulary, the second a token of the block.
 
     Two levels avoid a running sum over V, and the second uniform resolves probabilities that float32 loses beside the whole mass.
@@ -229,7 +232,7 @@ def invert(uniforms: Array, probs: Array) -> Array:
     return jnp.minimum(block * width + _locate(uniforms[:, 1], blocks[block]), vocab - 1)
 
 
-def _locate(uniform: Array, mass: Array) -> Array:
+def _locate(uniform: Float[Array, " N"], mass: Float[Array, "N L"]) -> Int32[Array, " N"]:
     """The first index with mass at which the running sum of ``mass`` [N L] exceeds uniform [N] times its total: int32 [N].
 
     If rounding leaves none, the last index with mass.
@@ -258,7 +261,7 @@ def _ids(array: Array) -> Array:
     return jnp.arange(array.shape[-1], dtype=jnp.int32).reshape((1,) * (array.ndim - 1) + (-1,))
 
 
-def _gap(logits: Array, temperature: Array) -> Array:
+def _gap(logits: Float32[Array, "*rows V"], temperature: Array) -> Float32[Array, "*rows V"]:
     """Distance below the best logit in units of the temperature, 0 to inf; at temperature 0, inf for all but the best."""
     best = logits.max(-1, keepdims=True)
     gap = (best - logits) / jnp.where(temperature > 0, temperature, 1.0)
@@ -274,7 +277,7 @@ def _first_zero(gap: Array) -> Array:
     return jnp.where(gap == 0, _ids(gap), gap.shape[-1]).min(-1, keepdims=True)
 
 
-def _keep(gap: Array, full: Array, settings: SamplingRows) -> Array:
+def _keep(gap: Float32[Array, "*rows V"], full: Float32[Array, "*rows V"], settings: SamplingRows) -> Bool[Array, "*rows V"]:
     """The tokens that top-k, top-p and min-p keep, bool [... V]. ``full`` is exp(-gap)."""
     everything = jnp.full((*gap.shape[:-1], 1), jnp.inf, jnp.float32)
 
@@ -293,7 +296,7 @@ def _keep(gap: Array, full: Array, settings: SamplingRows) -> Array:
     return (gap <= limit) & (full >= settings.min_p)
 
 
-def _limit(gap: Array, weight: Array, bound: Array) -> Array:
+def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bound: Array) -> Float32[Array, "*rows 1"]:
     """The largest limit [... 1] such that the weight of the gaps strictly below it is less than ``bound``.
 
     So the token that reaches the bound is kept, with all its equals. The best token is always kept.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 Array = jax.Array
+KeyLike = jax.Array  # a key, as jax.random.key gives, or its raw data
 Params = Any  # a tree of arrays
 Cache = Any  # a tree of arrays with B as the leading axis
 DraftState = Any  # a tree of arrays with B as the leading axis

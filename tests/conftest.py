@@ -1,7 +1,13 @@
-"""Compiles for the tests without the passes that take long and only make programs faster."""
+"""Settings of the test run: quick compilation, shapes of arrays checked at run time, and no implicit rank promotion."""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("jaxspec", "beartype.beartype")

@@ -29,9 +29,9 @@ def _apply(params, tokens, cache, length, trace=None):
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     cache = jax.vmap(put)(cache, tokens, length)
     weight = jnp.array([pow(5, place, HASHES) for place in range(cache.shape[1])])
-    position = length[:, None] + jnp.arange(tokens.shape[1])
-    seen = jnp.arange(cache.shape[1]) <= position[:, :, None]
-    hashed = (jnp.where(seen, (cache[:, None] + 1) % HASHES, 0) * weight % HASHES).sum(-1) % HASHES
+    position = length[:, None] + jnp.arange(tokens.shape[1])[None]
+    seen = jnp.arange(cache.shape[1])[None, None] <= position[:, :, None]
+    hashed = (jnp.where(seen, (cache[:, None] + 1) % HASHES, 0) * weight[None, None] % HASHES).sum(-1) % HASHES
     return params[hashed], jax.nn.one_hot(hashed, HASHES), cache
 
 

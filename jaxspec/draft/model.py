@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int32, Key
 
 from jaxspec import sampling as sampling_lib
 from jaxspec.types import Array, Cache, Context, Draft, History, LanguageModel, Params, Proposal
@@ -62,7 +63,7 @@ def _nothing(lm: LanguageModel, params: Params, context: Context, cache: Cache) 
     return Proposal(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab), jnp.float32))
 
 
-def _last_two(lm: LanguageModel, params: Params, context: Context, cache: Cache) -> tuple[Array, Cache]:
+def _last_two(lm: LanguageModel, params: Params, context: Context, cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
     """The logits [B V] after the last token, from a block of the last two; a row of one token adds a garbage cell."""
     first = jnp.maximum(context.length - 2, 0)
     block = jnp.take_along_axis(context.tokens, first[:, None] + jnp.arange(2, dtype=jnp.int32)[None], axis=1)
@@ -71,7 +72,9 @@ def _last_two(lm: LanguageModel, params: Params, context: Context, cache: Cache)
     return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache
 
 
-def _draw(keys: Array, logits: Array, tokens: Array, context: Context, i: Array) -> tuple[Array, Array, Array]:
+def _draw(
+    keys: Key[Array, " B"], logits: Float[Array, "B V"], tokens: Int32[Array, "B S"], context: Context, i: Int32[Array, ""]
+) -> tuple[Int32[Array, " B"], Float32[Array, "B V"], Int32[Array, "B S"]]:
     """Token i of every row's proposal, the distribution [B V] it is drawn from, and the buffer with the token in it."""
     probs = sampling_lib.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i))
     token = jax.vmap(lambda key, row: sampling_lib.sample(jax.random.fold_in(key, i), row))(keys, probs)

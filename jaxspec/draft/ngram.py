@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int32
 
 from jaxspec.types import Array, Context, Draft, Params, Proposal
 
@@ -39,7 +40,9 @@ def ngram_draft(draft_length: int, vocab: int, order: int = 2) -> Draft:
     return Draft(draft_length, init, propose)
 
 
-def _continuation(tokens: Array, length: Array, draft_length: int, order: int) -> Array:
+def _continuation(
+    tokens: Int32[Array, " S"], length: Int32[Array, ""], draft_length: int, order: int
+) -> Int32[Array, " {draft_length}"]:
     """The K tokens of one row that follow the latest earlier occurrence of its end: tokens int32 [S] -> int32 [K]."""
     position = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     # An occurrence is identified by the position after it, which lies before the end and has room for the n-gram before it.

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int32
 
 from jaxspec import cache as kv
 from jaxspec.models.placement import Placement
@@ -99,7 +100,9 @@ def rope_frequencies(config: Config) -> Array:
     return frequency * (smooth + (1 - smooth) / scaling.factor)
 
 
-def rotate(x: Array, position: Array, frequency: Array) -> Array:
+def rotate(
+    x: Float[Array, "B T H D"], position: Int32[Array, "B T"], frequency: Float32[Array, " half"]
+) -> Float[Array, "B T H D"]:
     """Rotary positions in the half-split layout: x [B T H D_head], position int32 [B T]."""
     angle = position[:, :, None, None].astype(jnp.float32) * jnp.expand_dims(frequency, (0, 1, 2))
     cos, sin = jnp.cos(angle), jnp.sin(angle)

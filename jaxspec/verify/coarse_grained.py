@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from jaxspec import sampling
 from jaxspec.groups import Groups, pick_group
 from jaxspec.keys import threefry_key
-from jaxspec.types import Array, Verdict, Verify
+from jaxspec.types import Array, KeyLike, Verdict, Verify
 from jaxspec.verify.exact import accepted, count_accepted, count_exact, drafted_probs, next_probs
 
 _CANDIDATES = 2  # thinning candidates per iteration; one iteration is enough for most rejections
@@ -41,7 +42,13 @@ def coarse_grained(groups: Groups) -> Verify:
     return jax.tree_util.Partial(_verify, groups)
 
 
-def _verify(groups: Groups, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
+def _verify(
+    groups: Groups,
+    key: KeyLike,
+    draft_tokens: Int[Array, " K"],
+    draft_probs: Float[Array, "K V"],
+    target_probs: Float[Array, "K+1 V"],
+) -> Verdict:
     length, vocab = draft_tokens.shape[0], target_probs.shape[-1]
     if vocab != groups.token_start.shape[0]:
         raise ValueError(
@@ -63,7 +70,7 @@ def _verify(groups: Groups, key: Array, draft_tokens: Array, draft_probs: Array,
     return Verdict(num_accepted, token, num_exact=count_exact(num_accepted, exactly))
 
 
-def _members(groups: Groups, group: Array) -> tuple[Array, Array]:
+def _members(groups: Groups, group: Int[Array, "*N"]) -> tuple[Int[Array, "*N G"], Float[Array, "*N G"]]:
     """The tokens of some groups [N] and their weights in them, each [N G]; the weights of the padding have no effect."""
     members = groups.members[group]
     return members, 1.0 / groups.token_count.at[members].get(mode="fill", fill_value=1).astype(jnp.float32)
@@ -74,7 +81,7 @@ def _at(probs: Array, index: Array | tuple[Array, Array]) -> Array:
     return probs.at[index].get(mode="fill", fill_value=0)
 
 
-def _correct(key: Array, groups: Groups, draft: Array, target: Array) -> Array:
+def _correct(key: KeyLike, groups: Groups, draft: Float[Array, " V"], target: Float[Array, " V"]) -> Int[Array, ""]:
     """The correction: int32 []. Where ``draft`` is 0, beyond the last drafted token, the first candidate's group is kept."""
     thin_key, token_key = jax.random.split(key)
     difference = target - draft

@@ -7,10 +7,11 @@ accepts with the same uniforms for the same key: so the limits of the others are
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from jaxspec import sampling
 from jaxspec.keys import threefry_key
-from jaxspec.types import Array, Verdict, Verify
+from jaxspec.types import Array, KeyLike, Verdict, Verify
 
 
 def exact() -> Verify:
@@ -33,7 +34,9 @@ def exact() -> Verify:
     return jax.tree_util.Partial(_verify)
 
 
-def _verify(key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
+def _verify(
+    key: KeyLike, draft_tokens: Int[Array, " K"], draft_probs: Float[Array, "K V"], target_probs: Float[Array, "K+1 V"]
+) -> Verdict:
     accept_key, token_key = jax.random.split(threefry_key(key))
     uniforms = jax.random.uniform(accept_key, draft_tokens.shape, jnp.float32)
     num_accepted = count_accepted(accepted(uniforms, *drafted_probs(draft_tokens, draft_probs, target_probs)))
@@ -41,7 +44,9 @@ def _verify(key: Array, draft_tokens: Array, draft_probs: Array, target_probs: A
     return Verdict(num_accepted, token, num_exact=num_accepted)
 
 
-def drafted_probs(draft_tokens: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
+def drafted_probs(
+    draft_tokens: Int[Array, " K"], draft_probs: Float[Array, "K V"], target_probs: Float[Array, "K+1 V"]
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     """p(x) and q(x) of the drafted tokens.
 
     Args:
@@ -56,7 +61,7 @@ def drafted_probs(draft_tokens: Array, draft_probs: Array, target_probs: Array) 
     return draft_probs[position, draft_tokens], target_probs[position, draft_tokens]
 
 
-def accepted(uniforms: Array, drafted: Array, wanted: Array) -> Array:
+def accepted(uniforms: Float[Array, "*K"], drafted: Float[Array, "*K"], wanted: Float[Array, "*K"]) -> Bool[Array, "*K"]:
     """Whether u < q(x) / p(x), for each token by itself; written without the division, so p(x) = 0 gives no NaN.
 
     A token of probability 0 under the target is never accepted, not even at u = 0.
@@ -75,7 +80,7 @@ def accepted(uniforms: Array, drafted: Array, wanted: Array) -> Array:
     return uniforms * drafted < wanted
 
 
-def count_accepted(accepted: Array) -> Array:
+def count_accepted(accepted: Bool[Array, " K"]) -> Int[Array, ""]:
     """The number of tokens before the first rejection: int32 [] from bool [K].
 
     >>> count_accepted(jnp.array([True, True, False, True])).item()
@@ -84,7 +89,7 @@ def count_accepted(accepted: Array) -> Array:
     return jnp.cumprod(accepted.astype(jnp.int32)).sum(dtype=jnp.int32)
 
 
-def count_exact(num_accepted: Array, accepted: Array) -> Array:
+def count_exact(num_accepted: Int[Array, ""], accepted: Bool[Array, " K"]) -> Int[Array, ""]:
     """The number of accepted tokens that the exact rule accepts too: int32 [] from its decisions ``accepted``, bool [K].
 
     >>> count_exact(jnp.int32(2), jnp.array([False, True, True])).item()
@@ -93,7 +98,9 @@ def count_exact(num_accepted: Array, accepted: Array) -> Array:
     return (accepted & (jnp.arange(accepted.size, dtype=jnp.int32) < num_accepted)).sum(dtype=jnp.int32)
 
 
-def next_probs(num_accepted: Array, draft_probs: Array, target_probs: Array) -> tuple[Array, Array]:
+def next_probs(
+    num_accepted: Int[Array, ""], draft_probs: Float[Array, "K V"], target_probs: Float[Array, "K+1 V"]
+) -> tuple[Float[Array, " V"], Float[Array, " V"]]:
     """p and q at the position after the accepted tokens.
 
     Args:
@@ -111,7 +118,9 @@ def next_probs(num_accepted: Array, draft_probs: Array, target_probs: Array) -> 
     return jnp.where(num_accepted < length, draft_probs[jnp.minimum(num_accepted, length - 1)], 0.0), target
 
 
-def correct(key: Array, num_accepted: Array, draft_probs: Array, target_probs: Array) -> Array:
+def correct(
+    key: KeyLike, num_accepted: Int[Array, ""], draft_probs: Float[Array, "K V"], target_probs: Float[Array, "K+1 V"]
+) -> Int[Array, ""]:
     """The correction, drawn from norm([q - p]_+), or from q if that is empty; after K accepted tokens the bonus token, from q.
 
     Args:

@@ -4,9 +4,10 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from jaxspec.keys import threefry_key
-from jaxspec.types import Array, Verdict, Verify
+from jaxspec.types import Array, KeyLike, Verdict, Verify
 from jaxspec.verify.exact import accepted, correct, count_accepted, count_exact, drafted_probs
 
 
@@ -32,7 +33,13 @@ def tolerance(beta: float) -> Verify:
     return jax.tree_util.Partial(_verify, jnp.float32(beta))
 
 
-def _verify(beta: Array, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
+def _verify(
+    beta: Float[Array, ""],
+    key: KeyLike,
+    draft_tokens: Int[Array, " K"],
+    draft_probs: Float[Array, "K V"],
+    target_probs: Float[Array, "K+1 V"],
+) -> Verdict:
     accept_key, token_key = jax.random.split(threefry_key(key))
     uniforms = jax.random.uniform(accept_key, draft_tokens.shape, jnp.float32)
     drafted, wanted = drafted_probs(draft_tokens, draft_probs, target_probs)
