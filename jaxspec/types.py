@@ -16,7 +16,7 @@ positions below L - 1 only, and rolling back means setting the length.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -28,6 +28,7 @@ DraftState = Any  # a tree of arrays with B as the leading axis
 Condition = Any  # a tree of arrays with B as the leading axis, or None
 
 
+@runtime_checkable
 class Apply(Protocol):
     """Scores a block of tokens whose first one has position ``length``, and writes cells length .. length + T - 1.
 
@@ -40,6 +41,7 @@ class Apply(Protocol):
         ...
 
 
+@runtime_checkable
 class InitCache(Protocol):
     """(batch, cells) -> a cache whose arrays have B as the leading axis and hold ``cells`` positions."""
 
@@ -114,6 +116,7 @@ class Proposal(NamedTuple):
     probs: Array  # float32 [B K V]
 
 
+@runtime_checkable
 class InitDraft(Protocol):
     """The prefill of a draft.
 
@@ -126,6 +129,7 @@ class InitDraft(Protocol):
         ...
 
 
+@runtime_checkable
 class Propose(Protocol):
     """(params, keys [B], context, state) -> (Proposal, state). Each row's key is consumed."""
 
@@ -156,6 +160,7 @@ class Verdict(NamedTuple):
     num_exact: Array | None = None  # int32 [], how many of the accepted tokens the exact rule accepts with the same uniforms
 
 
+@runtime_checkable
 class Verify(Protocol):
     """A rule of acceptance for ONE sequence; the loop maps it over the batch with a key for each row.
 

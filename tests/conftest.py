@@ -9,5 +9,8 @@ os.environ["XLA_FLAGS"] = (
 import jax
 from jaxtyping import install_import_hook
 
+# The modules whose annotations give the shapes of arrays.
+CHECKED = ("sampling", "cache", "groups", "rounds", "speculate", "verify", "draft", "models.transformer", "codec")
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("jaxspec", "beartype.beartype")
+install_import_hook([f"jaxspec.{name}" for name in CHECKED], "typecheck.checked")

@@ -89,7 +89,7 @@ def accept_all(key, draft_tokens, draft_probs, target_probs):
 
 
 def reject_all(key, draft_tokens, draft_probs, target_probs):
-    """Takes no drafted token, and draws from the target's first law with the key as it is, as the plain loop does."""
+    """Takes no drafted token, and draws from the target's first distribution with the key as it is, as the plain loop does."""
     return Verdict(jnp.int32(0), sampling.sample(key, target_probs[0]))
 
 

@@ -1,4 +1,4 @@
-"""The loop against its oracle, the oracle against numpy, the law of whole sequences, and the independence of rows."""
+"""The loop against its oracle, the oracle against numpy, the distribution of whole sequences, and the independence of rows."""
 
 import itertools
 import json
@@ -106,10 +106,10 @@ def test_a_self_draft_is_always_accepted(K, N):
     fakes.assert_counted(out)
 
 
-# --- the law of whole sequences -----------------------------------------------------------------------------------------
+# --- the distribution of whole sequences ---------------------------------------------------------------------------------
 
 
-LAWS = {
+SAMPLINGS = {
     "plain": Sampling(),
     "warped": Sampling(temperature=0.8, top_k=4, top_p=0.95, min_p=0.02, repetition_penalty=1.3),
     "repetition-aware": Sampling(top_p=0.8, top_k=4, repetition_window=2),
@@ -118,39 +118,39 @@ LAWS = {
 }
 
 
-def sequence_law(law, prompt, vocab, N, params):
+def sequence_probs(settings, prompt, vocab, N, params):
     """The probability of each of the V^N continuations of a prompt, by the chain rule."""
     sequences = np.array(list(itertools.product(range(vocab), repeat=N)), np.int32)
     tokens = np.concatenate([np.tile(np.int32(prompt), (len(sequences), 1)), sequences], axis=1)
     logits = np.asarray(params)[[[fakes.prefix_hash(row[: len(prompt) + n]) for n in range(N)] for row in tokens]]
     start = np.full(len(tokens), len(prompt), np.int32)
     history = History(jnp.asarray(tokens), start, start[:, None] + np.arange(N))
-    probs = jax.jit(sampling.probabilities)(logits, sampling.rows(law, len(tokens)), history)
+    probs = jax.jit(sampling.probabilities)(logits, sampling.rows(settings, len(tokens)), history)
     return np.take_along_axis(np.asarray(probs, np.float64), sequences[:, :, None], axis=2).prod(axis=(1, 2))
 
 
 @pytest.mark.parametrize("loop", ["autoregressive", "model", "ngram"])
-def test_law_of_the_emitted_sequence(loop):
-    """10,000 sequences of four tokens, so of two rounds and more, against each of the enumerated laws, which share a batch.
+def test_the_distribution_of_the_emitted_sequence(loop):
+    """10,000 sequences of four tokens, so of two rounds or more, for each of the enumerated distributions, which share a batch.
 
     Four tests of ``chi_square.FALSE_ALARM`` each.
     """
     vocab, N, each = 4, 4, 10_000
     params, prompt = fakes.table(3, vocab), [2, 0]
-    batch = each * len(LAWS)
+    batch = each * len(SAMPLINGS)
     prompts, lengths = np.tile(np.int32(prompt), (batch, 1)), np.full(batch, 2, np.int32)
-    mixed = [law for law in LAWS.values() for _ in range(each)]
-    key, settings = jax.random.key(11), {"max_new_tokens": N, "sampling": mixed}
+    mixed = [settings for settings in SAMPLINGS.values() for _ in range(each)]
+    key, shared = jax.random.key(11), {"max_new_tokens": N, "sampling": mixed}
     if loop == "autoregressive":
-        out = speculate.autoregressive(key, LM, params, prompts, lengths, **settings)
+        out = speculate.autoregressive(key, LM, params, prompts, lengths, **shared)
     else:
         draft = model_draft(LM, 2) if loop == "model" else ngram_draft(2, vocab, order=1)
         draft_params = params + fakes.table(4, vocab, scale=0.7)
-        out = speculate.generate(key, LM, params, draft, draft_params, exact(), prompts, lengths, **settings)
+        out = speculate.generate(key, LM, params, draft, draft_params, exact(), prompts, lengths, **shared)
         assert 0.1 < float(out.info.accepted.sum() / out.info.drafted.sum()) < 0.9
-    for i, law in enumerate(LAWS.values()):
+    for i, settings in enumerate(SAMPLINGS.values()):
         sequences = np.asarray(out.tokens[i * each : (i + 1) * each]) @ vocab ** np.arange(N)[::-1]
-        chi_square.assert_distribution(sequences, sequence_law(law, prompt, vocab, N, params))
+        chi_square.assert_distribution(sequences, sequence_probs(settings, prompt, vocab, N, params))
 
 
 # --- rows are independent -----------------------------------------------------------------------------------------------
@@ -235,36 +235,37 @@ def test_the_features_are_those_that_predicted_the_last_token():
     assert (state.features == 0).all()
     while bool(speculate.is_running(state)):
         state = advance(state)
-        for tokens, length, features in zip(state.tokens, state.length, state.features, strict=True):
+        newest = fakes.newest(state.features, state.num_fresh, state.features[:, 0])
+        for tokens, length, features in zip(state.tokens, state.length, newest, strict=True):
             assert int(features.argmax()) == fakes.prefix_hash(tokens[: length - 1].tolist())
 
 
-# --- laws that are not finite -------------------------------------------------------------------------------------------
+# --- distributions that are not finite ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("law", [GREEDY, Sampling()], ids=["greedy", "sampled"])
-def test_a_law_that_is_not_finite_ends_its_row_and_no_other(bad, law):
-    clean = plain(sampling=law)
+@pytest.mark.parametrize("how", [GREEDY, Sampling()], ids=["greedy", "sampled"])
+def test_a_distribution_that_is_not_finite_ends_its_row_and_no_other(bad, how):
+    clean = plain(sampling=how)
     row = int(clean.length.argmax())
     after = int(clean.length[row]) - 2
     assert after > 1
     prefix = PROMPT[row, : PROMPT_LENGTH[row]].tolist() + clean.tokens[row, :after].tolist()
     broken = TARGET.at[fakes.prefix_hash(prefix), 2].set(bad)
-    out = plain(sampling=law, params=broken)
+    out = plain(sampling=how, params=broken)
     assert int(out.info.stop_reason[row]) == state_lib.NON_FINITE
     assert out.tokens[row].tolist() == clean.tokens[row, :after].tolist() + [state_lib.PAD] * (N - after)
     fine = np.asarray(out.info.stop_reason != state_lib.NON_FINITE)
     np.testing.assert_array_equal(out.tokens[fine], clean.tokens[fine])
     assert fine.any()
-    drafted = speculative(params=broken, sampling=law)
+    drafted = speculative(params=broken, sampling=how)
     fakes.assert_counted(drafted)
-    if law is GREEDY:
+    if how is GREEDY:
         np.testing.assert_array_equal(drafted.tokens, out.tokens)
         np.testing.assert_array_equal(drafted.info.stop_reason, out.info.stop_reason)
 
 
-def test_a_draft_whose_law_is_not_finite_ends_its_row():
+def test_a_draft_whose_distribution_is_not_finite_ends_its_row():
     out = speculative(draft_params=jnp.full_like(DRAFT, jnp.nan))
     assert (out.info.stop_reason == state_lib.NON_FINITE).all()
     assert (out.length == 0).all()
@@ -278,9 +279,9 @@ def test_one_trace_for_many_calls():
     lm = fakes.counting_model(trace)
     draft = model_draft(lm, 2)
 
-    def call(seed, limit, law):
+    def call(seed, limit, how):
         prompt, length = fakes.prompts(seed, 4, 5, V)
-        settings = {"max_new_tokens": 6, "limit": limit, "stop_ids": (1,), "sampling": law}
+        settings = {"max_new_tokens": 6, "limit": limit, "stop_ids": (1,), "sampling": how}
         speculate.generate(jax.random.key(seed), lm, TARGET * seed, draft, DRAFT, exact(), prompt, length, **settings)
         speculate.autoregressive(jax.random.key(seed), lm, TARGET * seed, prompt, length, **settings)
 
@@ -307,10 +308,10 @@ def test_a_stop_id_that_cannot_be_drawn_is_named():
 
 
 def test_a_draft_of_another_vocabulary_is_named():
-    with pytest.raises(ValueError, match="propose tokens and laws of shapes"):
+    with pytest.raises(ValueError, match="propose tokens and probs of shapes"):
         speculative(draft_params=fakes.table(0, V + 1))
     lying = Draft(3, *model_draft(LM, 2)[1:])
-    with pytest.raises(ValueError, match="propose tokens and laws of shapes"):
+    with pytest.raises(ValueError, match="propose tokens and probs of shapes"):
         speculate.generate(jax.random.key(0), LM, TARGET, lying, DRAFT, exact(), PROMPT, PROMPT_LENGTH, max_new_tokens=8)
 
 

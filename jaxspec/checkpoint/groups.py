@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str]) -> Groups:
         OSError: it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             vocab, sizes, tokens = int(file["vocab"]), file["sizes"], file["tokens"]
     except OSError:
         raise
