@@ -16,8 +16,8 @@ def init_params(key: Array) -> Params:
     """Random parameters."""
     embed, head = jax.random.split(key)
     return {
-        "embed": jax.random.normal(embed, (WINDOW, VOCAB, WIDTH)),
-        "head": jax.random.normal(head, (WIDTH, VOCAB)),
+        "embed": jax.random.normal(embed, (WINDOW, VOCAB, WIDTH), jnp.float32),
+        "head": jax.random.normal(head, (WIDTH, VOCAB), jnp.float32),
     }
 
 
@@ -30,8 +30,8 @@ def apply(params: Params, tokens: Array, cache: Array, length: Array) -> tuple[A
     """Scores the block ``tokens`` [B T], whose first token has position ``length`` [B]: (logits [B T V], features, cache)."""
     write = jax.vmap(lambda row, block, first: jax.lax.dynamic_update_slice(row, block, (first,)))
     cache = write(cache, tokens, length)
-    position = length[:, None] + jnp.arange(tokens.shape[1])
-    hidden = jnp.zeros((*tokens.shape, WIDTH))
+    position = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    hidden = jnp.zeros((*tokens.shape, WIDTH), jnp.float32)
     for back in range(WINDOW):
         seen = jnp.take_along_axis(cache, jnp.maximum(position - back, 0), axis=1)
         hidden += jnp.where((position >= back)[..., None], params["embed"][back][seen], 0.0)

@@ -28,7 +28,7 @@ def bigram_draft(draft_length: int) -> Draft:
             tokens = jax.vmap(lambda row, at, one: row.at[at].set(one))(tokens, context.length + i, token)
             return (token, tokens), (token, probs)
 
-        _, drawn = jax.lax.scan(one, (context.last, context.tokens), jnp.arange(draft_length))
+        _, drawn = jax.lax.scan(one, (context.last, context.tokens), jnp.arange(draft_length, dtype=jnp.int32))
         return Proposal(*(x.swapaxes(0, 1) for x in drawn)), state
 
     return Draft(draft_length, init, propose)

@@ -23,11 +23,11 @@ def among_best(k: int) -> Verify:
 def _verify(k: Array, key: Array, draft_tokens: Array, draft_probs: Array, target_probs: Array) -> Verdict:
     accept_key, token_key = jax.random.split(key)
     drafted, wanted = drafted_probs(draft_tokens, draft_probs, target_probs)
-    better = (target_probs[:-1] > wanted[:, None]).sum(-1)
+    better = (target_probs[:-1] > wanted[:, None]).sum(-1, dtype=jnp.int32)
     num_accepted = count_accepted((better < k) & (wanted > 0))
     token = correct(token_key, num_accepted, draft_probs, target_probs)
     # Optional: how many of the accepted codes the exact rule accepts with the same random numbers.
-    exact = accepted(jax.random.uniform(accept_key, draft_tokens.shape), drafted, wanted)
+    exact = accepted(jax.random.uniform(accept_key, draft_tokens.shape, jnp.float32), drafted, wanted)
     return Verdict(num_accepted, token, count_exact(num_accepted, exact))
 
 
