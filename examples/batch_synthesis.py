@@ -5,8 +5,8 @@ from pathlib import Path
 
 import soundfile
 
+import jaxspec
 from jaxspec.synthesis.contract import Settings
-from jaxspec.synthesis.pipeline import speak
 
 TEXTS = ["The rain has stopped.", "We can go for a walk.", "Take the blue umbrella, just in case."]
 
@@ -14,7 +14,7 @@ TEXTS = ["The rain has stopped.", "We can go for a walk.", "Take the blue umbrel
 def main(folder: Path = Path("out")) -> None:
     """Speaks every text with the built-in voice, and writes a file for each."""
     folder.mkdir(parents=True, exist_ok=True)
-    result = speak(TEXTS, Settings(voice="slt", verify="coarse-grained", seed=7))
+    result = jaxspec.speak(TEXTS, Settings(voice="slt", verify="coarse-grained", seed=7))
     for number, utterance in enumerate(result.utterances, 1):
         path = folder / f"{number:03d}.wav"
         soundfile.write(path, utterance.wave, utterance.sample_rate_hz)
