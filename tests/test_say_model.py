@@ -292,6 +292,15 @@ def test_a_text_without_a_word_is_refused(say, text):
 # --- groups -------------------------------------------------------------------------------------------------------------
 
 
+def test_json_is_all_that_convert_prints_on_standard_output(tmp_path):
+    (tmp_path / "source").mkdir()
+    checkpoints.MAKERS["llasa"](tmp_path / "source")
+    code, printed, err = commands.run("convert", tmp_path / "source", tmp_path / "made", "--json")
+    assert code == 0, err
+    assert (json.loads(printed)["family"], json.loads(printed)["folder"]) == ("llasa", str(tmp_path / "made"))
+    assert "llasa: " in err
+
+
 def test_groups_are_made_once_and_kept(folder, tmp_path, monkeypatch):
     target = pretrained.load(folder("orpheus"))
     first, vocab = target.model.codes_first, target.model.shape.vocab
@@ -329,7 +338,7 @@ def test_a_folder_that_cannot_be_written_to_does_not_matter(folder, tmp_path):
 def test_the_command_groups_reports_and_draws(folder, tmp_path):
     arguments = ["groups", folder("target"), "--threshold", "0.25", "--plot", tmp_path / "a.png"]
     code, printed, _ = commands.run(*arguments, "--json")
-    report = json.loads(printed.splitlines()[-1])
+    report = json.loads(printed)
     assert code == 0
     assert (report["tokens"], report["threshold"]) == (97, 0.25)
     assert report["file"] == str(folder("target") / "groups-0.25.npz")

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import tyro
 
+from jaxspec.commands.console import report
 from jaxspec.convert.pipeline import Converted
 
 
@@ -31,6 +32,8 @@ class Convert:
     """speech: keep the head's rows for codes and stop ids only; smaller and faster, but their probs are renormalised."""
     pad_to: int = 1
     """Pad the rows of head and tables to a multiple of this, so that a mesh divides them."""
+    json: bool = False
+    """Print one JSON object on standard output, and the text on standard error."""
 
     def run(self) -> None:
         """Converts, and prints what was written."""
@@ -39,7 +42,8 @@ class Convert:
 
         layers = parse_layers(self.layers) if self.layers is not None else None
         options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to)
-        print(card(pipeline.convert(self.source, self.dest, options, self.revision), self.dest))
+        converted = pipeline.convert(self.source, self.dest, options, self.revision)
+        report(card(converted, self.dest), {"folder": str(self.dest), **converted._asdict()}, self.json)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from jaxspec.synthesis.pipeline import Utterance
 
 
 def draw(path: Path, utterance: Utterance, title: str) -> None:
-    """Draws the waveform, the mel spectrogram, and a strip that shows each code as accepted, correction or bonus, as PNG."""
+    """Draws as PNG the waveform, the mel spectrogram, and each code as accepted, correction or bonus token."""
     import librosa
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -21,7 +21,8 @@ def draw(path: Path, utterance: Utterance, title: str) -> None:
     wave, mel, strip = figure.subplots(3, 1, sharex=True, height_ratios=(2, 3, 0.5))
     wave.plot(np.arange(len(utterance.wave)) / utterance.sample_rate_hz, utterance.wave, linewidth=0.4, color="#335577")
     wave.set(title=title if len(title) < 100 else title[:97] + "...", ylabel="amplitude", xlim=(0, duration))
-    power = librosa.feature.melspectrogram(y=utterance.wave, sr=utterance.sample_rate_hz, n_fft=640, hop_length=160, n_mels=80)
+    padded = np.pad(utterance.wave, (0, max(640 - len(utterance.wave), 0)))  # at least one window
+    power = librosa.feature.melspectrogram(y=padded, sr=utterance.sample_rate_hz, n_fft=640, hop_length=160, n_mels=80)
     extent = (0, duration, 0, 80)
     mel.imshow(librosa.power_to_db(power, ref=np.max), origin="lower", aspect="auto", extent=extent, vmin=-70, cmap="magma")
     mel.set(ylabel="mel bin")
