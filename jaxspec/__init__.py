@@ -1,6 +1,6 @@
 """Speculative decoding for speech-token language models: a draft proposes, a target verifies, the rule of acceptance is yours."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxspec import draft, groups, sampling, types, verify
 from jaxspec.common.compilation_cache import use_compilation_cache
@@ -10,6 +10,9 @@ from jaxspec.sampling import Sampling
 from jaxspec.speculate import autoregressive, generate
 from jaxspec.state import Generation, Info, State
 from jaxspec.types import Codec, Draft, LanguageModel, Proposal, Verdict, Verify
+
+if TYPE_CHECKING:
+    from jaxspec.synthesis.pipeline import speak
 
 __version__ = "0.1.0"
 

@@ -82,6 +82,7 @@ def plot_sizes(groups: asg.Groups, path: str | os.PathLike[str]) -> None:
     sizes = np.asarray(groups.sizes)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.hist(sizes, bins=np.arange(0.5, sizes.max() + 1.5, max(1, sizes.max() // 60)), log=True)
+    edges = np.arange(0.5, sizes.max() + 1.5, max(1, sizes.max() // 60))
+    axes.hist(sizes, bins=edges.tolist(), log=True)
     axes.set(xlabel="tokens in the group", ylabel="groups", title=f"{sizes.size:,} groups, mean size {sizes.mean():.1f}")
     figure.savefig(path, format="png", dpi=120)

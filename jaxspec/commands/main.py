@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -21,6 +22,7 @@ from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.text import TextWarning
 
 _DEVICES = Path("/dev")
+_POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1:]
 COMMANDS = ("say", "convert", "info", "groups", "evaluate", "bench", "plan")  # each a module, whose class has the same name
 
 
@@ -61,7 +63,7 @@ def _command(name: str) -> type:
     for field in dataclasses.fields(command):
         plain, *marks = typing.get_args(kinds[field.name]) if "Annotated" in str(kinds[field.name]) else (kinds[field.name],)
         metavar = _metavar(plain)
-        if metavar and tyro.conf.Positional[int].__metadata__[0] in marks:
+        if metavar and any(mark in marks for mark in _POSITIONAL):
             metavar = f"[{metavar}]"
         hint = "" if field.default is None or field.default == "" or plain is bool else None
         shown = tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
@@ -72,7 +74,7 @@ def _command(name: str) -> type:
 def _metavar(kind: Any) -> str | None:
     """How help names the value of an argument that may be None: PATH, TEXT, INT, FLOAT, or its choices."""
     choices = [part for part in typing.get_args(kind) if part is not types.NoneType]
-    if not isinstance(kind, types.UnionType | typing._UnionGenericAlias) or len(choices) != 1:
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union) or len(choices) != 1:
         return None
     if typing.get_origin(choices[0]) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(choices[0]))) + "}"
@@ -84,7 +86,8 @@ def leave_absent_tpu_alone() -> None:
 
     Nothing is chosen where JAX_PLATFORMS is set, where a device node of a TPU exists, or where a plugin could find a GPU.
     """
-    if "JAX_PLATFORMS" in os.environ or jax.config.jax_platforms or "TPU_NAME" in os.environ:
+    chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen or "JAX_PLATFORMS" in os.environ or "TPU_NAME" in os.environ:
         return
     nodes = [*_DEVICES.glob("accel*"), *_DEVICES.glob("vfio")]
     if not nodes and not _accelerator_plugins():
@@ -93,12 +96,9 @@ def leave_absent_tpu_alone() -> None:
 
 def _accelerator_plugins() -> list[str]:
     """The names of JAX's installed plugins, which register GPUs and others."""
-    try:
-        import jax_plugins
-    except ImportError:
-        found = []
-    else:
-        found = [module.name for module in pkgutil.iter_modules(jax_plugins.__path__)]
+    package = importlib.util.find_spec("jax_plugins")
+    folders = package.submodule_search_locations if package else None
+    found = [module.name for module in pkgutil.iter_modules(folders or [])]
     return found + [point.name for point in importlib.metadata.entry_points(group="jax_plugins")]
 
 
@@ -107,8 +107,9 @@ def show_text_warnings() -> None:
     warnings.simplefilter("default", TextWarning)
     as_usual = warnings.formatwarning
 
-    def one_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
-        return f"jaxspec: {message}\n" if issubclass(category, TextWarning) else as_usual(message, category, *place, **more)
+    def one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        shown = f"jaxspec: {message}\n"
+        return shown if issubclass(category, TextWarning) else as_usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = one_line
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-NAME = "manifest.jsonl"
+MANIFEST = "manifest.jsonl"
 
 
 def digest(request: dict[str, Any], files: list[Path | None]) -> str:
@@ -18,7 +18,7 @@ class Manifest:
     """One line of JSON for each file: its name, the line and the text that it speaks, and the digest of its request."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / NAME
+        self.folder, self.path = folder, folder / MANIFEST
 
     def holds(self, name: str, request: str) -> bool:
         """Whether a file is there and was written for this request."""

@@ -12,7 +12,7 @@ from jaxspec.checkpoint.store import DESCRIPTION
 from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import read_lines, read_reference, read_text
-from jaxspec.commands.manifest import Manifest, digest
+from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.picture import draw
 from jaxspec.synthesis.contract import Settings, Synthesizer
 from jaxspec.synthesis.decoding import resolve
@@ -68,7 +68,7 @@ class Say:
     """The most tokens of each piece of a text; by default the model's own limit."""
     voice: str | None = Settings.voice
     """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
-    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive", "auto"] | None = Settings.verify
+    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive", "auto"] | None = None
     """How drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. auto tries both on the
     batches of many texts and continues with the faster one."""
     beta: float = Settings.beta
@@ -95,19 +95,18 @@ class Say:
     def run(self) -> None:
         """Speaks."""
         settings, texts = self._settings(), self._texts()
-        if self.file is None:
+        if self.out is not None:
             outputs.check_output(self.out)
-        else:
+        if self.out_dir is not None:
             outputs.make_folder(self.out_dir)
-            outputs.check_writable(self.out_dir / "manifest")
+            outputs.check_writable(self.out_dir / MANIFEST)
         if self.plot:
             outputs.check_picture(self.plot)
         synthesizer = load(self.model, self.draft, self.codec)
-        kind = self.format or ("wav" if synthesizer.decode else "npy")
-        names = {line: self.out or self.out_dir / f"{index:03d}.{kind}" for index, line in enumerate(texts, 1)}
-        jobs = [Job(line, text, names[line]) for line, text in texts.items()]
+        jobs = self._jobs(texts, self.format or ("wav" if synthesizer.decode else "npy"))
         check_codec(synthesizer, jobs[0].out, self.plot)
-        outcome = say(jobs, settings, synthesizer, self._manifest(), self.resume, self._request(), self.plot)
+        manifest = Manifest(self.out_dir) if self.out_dir else None
+        outcome = say(jobs, settings, synthesizer, manifest, self.resume, self._request(), self.plot)
         result = figures(outcome, settings, resolve(synthesizer, settings).name)
         where = str(self.out) if self.file is None else f"{outcome.written} of {len(jobs)} files in {self.out_dir}"
         report(card(result, where), result, self.json)
@@ -135,8 +134,12 @@ class Say:
             raise ValueError("expected --file with --out-dir, and without a text or --out: say --file texts.txt --out-dir out")
         return read_lines(self.file)
 
-    def _manifest(self) -> Manifest | None:
-        return Manifest(self.out_dir) if self.out_dir else None
+    def _jobs(self, texts: dict[int, str], kind: str) -> list[Job]:
+        """A text goes to --out, and the lines of a file to 001.wav, 002.wav ... in --out-dir."""
+        if self.out is not None:
+            return [Job(line, text, self.out) for line, text in texts.items()]
+        folder = self.out_dir or Path()
+        return [Job(line, text, folder / f"{index:03d}.{kind}") for index, (line, text) in enumerate(texts.items(), 1)]
 
     def _request(self) -> dict[str, Any]:
         """What the files depend on beside their texts: the arguments, and what the folders and files that they name hold."""

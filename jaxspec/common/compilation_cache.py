@@ -6,6 +6,7 @@ takes seconds for a loop around two models. ``call`` also keeps the traced progr
 
 import functools
 import hashlib
+import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 
 from jaxspec.common.files import replacing
 
@@ -34,8 +36,8 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     Returns:
         The folder.
     """
-    chosen = Path(folder or jax.config.jax_compilation_cache_dir or user_cache())
-    if jax.config.jax_compilation_cache_dir != str(chosen):
+    chosen = Path(folder or _option("jax_compilation_cache_dir") or user_cache())
+    if _option("jax_compilation_cache_dir") != str(chosen):
         from jax.experimental.compilation_cache import compilation_cache
 
         jax.config.update("jax_compilation_cache_dir", str(chosen))
@@ -46,6 +48,10 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     return chosen
 
 
+def _option(name: str) -> Any:
+    return getattr(jax.config, name)
+
+
 def user_cache() -> Path:
     """The folder of jaxspec in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxspec"
@@ -53,16 +59,17 @@ def user_cache() -> Path:
 
 def cache_folder(name: str) -> Path | None:
     """A folder for derived data beside the compiled programs; None where no cache is in use."""
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = _option("jax_compilation_cache_dir")
     return Path(chosen) / f"jaxspec-{name}" if chosen else None
 
 
 def describe(value: T, description: str) -> T:
     """Registers what a function (or a tuple of functions) computes, for ``call``; returns the value.
 
-    Values with equal descriptions must compute the same from the same arguments.
+    Values with equal descriptions must compute the same from the same arguments. Of a ``jax.tree_util.Partial`` the function is
+    registered, as its arrays are arguments.
     """
-    _descriptions[value] = description
+    _descriptions[value.func if isinstance(value, jax.tree_util.Partial) else value] = description
     return value
 
 
@@ -100,7 +107,7 @@ def _key(values: Sequence[Hashable], leaves: Sequence[Any], structure: str) -> s
         return None
     shapes = [str(jax.typeof(leaf)) for leaf in leaves]
     structure = re.sub(r" at 0x[0-9a-f]+", "", structure)
-    options = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision, jax.config.jax_threefry_partitionable]
+    options = [_option(f"jax_{name}") for name in ("enable_x64", "default_matmul_precision", "threefry_partitionable")]
     return _DIGEST(repr([_environment(), options, described, shapes, structure]).encode()).hexdigest()
 
 
@@ -130,7 +137,7 @@ def _environment() -> str:
     digest = _DIGEST()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
-    return f"{jax.__version__} {jax.lib.__version__} {jax.devices()[0].device_kind} {digest.hexdigest()}"
+    return f"{jax.__version__} {importlib.metadata.version('jaxlib')} {jax.devices()[0].device_kind} {digest.hexdigest()}"
 
 
 def _program(key: str, function: Callable[..., Any], leaves: Sequence[Any]) -> Callable[..., Any]:
@@ -140,7 +147,7 @@ def _program(key: str, function: Callable[..., Any], leaves: Sequence[Any]) -> C
     exported = _read(path)
     if exported is None:
         exported = jax.export.export(jax.jit(function))(*leaves)
-        _write(path, exported.serialize())
+        _write(path, bytes(exported.serialize()))
     return jax.jit(exported.call)
 
 

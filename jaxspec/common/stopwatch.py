@@ -13,9 +13,9 @@ def _compiled_s() -> list[float]:
     """Two sums from the first call on: seconds of tracing, lowering and compiling, and the number of compiled programs."""
     total = [0.0, 0]
 
-    def add(event: str, duration_s: float, **_: object) -> None:
+    def add(event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
-            total[0] += duration_s
+            total[0] += duration_secs
         if event == "/jax/core/compile/backend_compile_duration":
             total[1] += 1
 

@@ -3,11 +3,14 @@
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
 
 _KEPT = 5  # rates of each candidate; their median counts, so that one slow moment does not decide
 
 
-class Autotuner:
+class Autotuner(Generic[T]):
     """Chooses, for each batch size, the candidate that emits the most tokens per second; their order breaks ties.
 
     >>> autotuner = Autotuner(["plain", "speculative"])
@@ -18,16 +21,16 @@ class Autotuner:
     ('speculative', 'plain')
     """
 
-    def __init__(self, candidates: Sequence[Hashable]):
+    def __init__(self, candidates: Sequence[T]):
         self.candidates = tuple(candidates)
-        self._rates = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._rates: dict[tuple[int, T], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
-    def choose(self, batch: int) -> Hashable:
+    def choose(self, batch: int) -> T:
         """The first candidate not yet tried with a batch of this size, else the fastest."""
         rates = {candidate: self._rates[batch, candidate] for candidate in self.candidates}
         untried = [candidate for candidate, some in rates.items() if not some]
         return untried[0] if untried else max(self.candidates, key=lambda candidate: statistics.median(rates[candidate]))
 
-    def record(self, batch: int, candidate: Hashable, tokens: int, seconds: float) -> None:
+    def record(self, batch: int, candidate: T, tokens: int, seconds: float) -> None:
         """Records what a candidate took, compilation excluded."""
         self._rates[batch, candidate].append(tokens / max(seconds, 1e-9))

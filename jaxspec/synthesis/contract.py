@@ -97,7 +97,7 @@ class Settings:
     def key(self) -> jax.Array:
         """The seed as a key: its lowest 32 bits make the key, and each further 32 bits are folded in."""
         seed, mask = operator.index(self.seed), 2**32 - 1
-        key = jax.random.wrap_key_data(np.array([0, seed & mask], np.uint32), impl="threefry2x32")
+        key = jax.random.wrap_key_data(jax.device_put(np.array([0, seed & mask], np.uint32)), impl="threefry2x32")
         while seed := seed >> 32:
             key = jax.random.fold_in(key, np.uint32(seed & mask))
         return key
@@ -108,8 +108,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_whole(name: str, value: object, low: int, hint: str) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < low:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
         raise ValueError(f"expected {name} of {low} or more, a whole number, got {value!r}: {hint}")
 
 

@@ -10,7 +10,7 @@ from jaxspec import speculate, verify
 from jaxspec.common.compilation_cache import call, describe, description_of
 from jaxspec.state import NON_FINITE, Generation, Info
 from jaxspec.synthesis.contract import Settings, Synthesizer
-from jaxspec.types import Draft
+from jaxspec.types import Draft, Verify
 
 describe(speculate._generate, "generate")
 describe(speculate._autoregressive, "autoregressive")
@@ -25,7 +25,7 @@ class Decoding(NamedTuple):
 
     name: str  # one of VERIFIERS
     draft: Draft | None = None  # None: one token a step
-    verify: jax.tree_util.Partial | None = None  # a Verify with its arrays; None where there is no draft
+    verify: Verify | None = None  # None where there is no draft
 
 
 def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
@@ -47,16 +47,16 @@ def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
     return Decoding(name, draft, _verifier(name, synthesizer, settings))
 
 
-def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> jax.tree_util.Partial:
+def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> Verify:
+    """The verifier of a name, described for ``call``."""
     if name == "exact":
-        made = jax.tree_util.Partial(verify.exact())
+        made = verify.exact()
     elif name == "tolerance":
         made = verify.tolerance(settings.beta)
     else:
         threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
-        made = verify.coarse_grained(synthesizer.groups(threshold, settings.matrix))
-    describe(made.func, f"verify {made.func.__module__}")
-    return made
+        made, name = verify.coarse_grained(synthesizer.groups(threshold, settings.matrix)), "coarse-grained"
+    return describe(made, f"verify {name}")
 
 
 def tokens_of(
@@ -78,12 +78,12 @@ def tokens_of(
         ValueError: a prompt cannot be made, or the model's logits are not finite.
     """
     count, batch = len(pieces), batch_size(len(pieces))
-    requests = synthesizer.requests([*pieces, *pieces[:1] * (batch - count)], settings)  # the batch is filled up with rows that
-    limit = np.where(np.arange(batch) < count, requests.limit, 0)  # emit nothing
+    requests = synthesizer.requests([*pieces, *[pieces[0]] * (batch - count)], settings)
+    limit = np.where(np.arange(batch) < count, requests.limit, 0)  # rows that fill the batch up emit nothing
     requests = requests._replace(limit=limit)
     target, params, most = synthesizer.target, synthesizer.target_params, requests.max_new_tokens
     checked = speculate._check(keys, target, params, *requests)
-    if decoding.draft is None:
+    if decoding.draft is None or decoding.verify is None:
         generation = call(speculate._autoregressive, (target, most), params, checked)
     else:
         rule, static = speculate._as_pytree(decoding.verify), (target, decoding.draft, most)

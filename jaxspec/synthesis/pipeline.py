@@ -51,7 +51,7 @@ def speak(
     settings: Settings | None = None,
     synthesizer: Synthesizer | None = None,
     decoding: Decoding | None = None,
-    autotuner: Autotuner | None = None,
+    autotuner: Autotuner[str] | None = None,
 ) -> SynthesisResult:
     """Speaks each text: long ones are cut into pieces, all pieces go through the models in batches, and are joined again.
 
@@ -86,7 +86,7 @@ def speak_each(
     synthesizer: Synthesizer,
     decoding: Decoding,
     tally: Tally,
-    autotuner: Autotuner | None = None,
+    autotuner: Autotuner[str] | None = None,
     skip: Collection[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, Utterance | ValueError]]:
