@@ -30,7 +30,7 @@ def apply(params: Params, tokens: Array, cache: Array, length: Array) -> tuple[A
     """Scores the block ``tokens`` [B T], whose first token has position ``length`` [B]: (logits [B T V], features, cache)."""
     write = jax.vmap(lambda row, block, first: jax.lax.dynamic_update_slice(row, block, (first,)))
     cache = write(cache, tokens, length)
-    position = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    position = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden = jnp.zeros((*tokens.shape, WIDTH), jnp.float32)
     for back in range(WINDOW):
         seen = jnp.take_along_axis(cache, jnp.maximum(position - back, 0), axis=1)

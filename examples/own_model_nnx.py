@@ -39,7 +39,7 @@ def language_model(model: Model) -> tuple[LanguageModel, Params]:
         return logits, None, cache
 
     def init_cache(batch: int, cells: int) -> Cache:
-        return kv.init(batch, cells, 1, WIDTH, jnp.float32)
+        return kv.init(batch, cells, 1, WIDTH, jnp.dtype("float32"))
 
     return LanguageModel(apply, init_cache, VOCAB, VOCAB), params
 

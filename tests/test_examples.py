@@ -4,14 +4,16 @@ import pathlib
 import re
 import runpy
 
+import jax
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
 def output(name, capsys, *args):
-    """Runs ``main`` of an example; returns what it prints."""
-    runpy.run_path(str(EXAMPLES / name))["main"](*args)
+    """Runs ``main`` of an example, without implicit promotion of ranks and types; returns what it prints."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        runpy.run_path(str(EXAMPLES / name))["main"](*args)
     return capsys.readouterr().out
 
 

@@ -66,7 +66,7 @@ def decode_rows(
     whole = [np.concatenate([prefix, row]) if skip else np.asarray(row) for row in rows]
     length = np.array([len(row) for row in whole], np.int32)
     batch = padded_batch(len(rows))
-    codes = np.zeros((batch, padded_length(length.max()), *whole[0].shape[1:]), np.int32)
+    codes = np.zeros((batch, padded_length(int(length.max())), *whole[0].shape[1:]), np.int32)
     for padded, row in zip(codes, whole, strict=False):
         padded[: len(row)] = row
     codes = codes.reshape(*codes.shape[:2], -1)
