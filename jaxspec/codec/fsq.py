@@ -4,6 +4,7 @@ Digit 0 is the least significant. Coordinates are in [-1, 1]; a digit of L level
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,6 @@ def _radix(levels: tuple[int, ...], ndim: int) -> np.ndarray:
     return _along_last(np.cumprod((1, *levels[:-1])), ndim, np.int32)
 
 
-def _along_last(values: np.typing.ArrayLike, ndim: int, dtype: type) -> np.ndarray:
+def _along_last(values: Sequence[float] | np.ndarray, ndim: int, dtype: type) -> np.ndarray:
     """Values [n] as [1 ... 1 n], to broadcast with an array of ``ndim`` axes."""
     return np.asarray(values, dtype).reshape((1,) * (ndim - 1) + (-1,))
