@@ -32,6 +32,9 @@ VERIFIERS = {
     "exact": verify.exact(),
     "tolerance": verify.tolerance(0.4),
     "coarse_grained": verify.coarse_grained(GROUPS),
+    "block_exact": verify.block_exact(),
+    "block_tolerance": verify.block_tolerance(0.4),
+    "block_coarse_grained": verify.block_coarse_grained(GROUPS),
 }
 
 
@@ -72,7 +75,7 @@ def test_every_draft_with_every_verifier(draft, verifier):
     fakes.assert_counted(out)
     drawn = np.asarray(out.tokens)
     assert ((drawn >= -1) & (drawn < V)).all()
-    if verifier == "exact":
+    if verifier in ("exact", "block_exact"):
         oracle = speculate.autoregressive(jax.random.key(2), LM, TARGET, PROMPT, PROMPT_LENGTH, **settings)
         np.testing.assert_array_equal(out.tokens[0], oracle.tokens[0])  # the greedy row
         np.testing.assert_array_equal(out.info.exact_matches, out.info.accepted)

@@ -13,7 +13,7 @@ from scipy import stats
 from jaxspec.groups import acoustic_similarity_groups, tabulate
 from jaxspec.sampling import Sampling, probabilities, rows, sample
 from jaxspec.types import History
-from jaxspec.verify import coarse_grained, exact, tolerance
+from jaxspec.verify import block_coarse_grained, block_exact, block_tolerance, coarse_grained, exact, tolerance
 from jaxspec.verify.coarse_grained import _correct
 from jaxspec.verify.exact import accepted, correct
 
@@ -31,6 +31,9 @@ RULES = {
     "tolerance": lambda: tolerance(0.4),
     "coarse-grained": lambda: coarse_grained(groups()),
     "coarse-grained per token": lambda: coarse_grained(groups(distinct=False)),
+    "block exact": block_exact,
+    "block tolerance": lambda: block_tolerance(0.4),
+    "block coarse-grained": lambda: block_coarse_grained(groups()),
 }
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 

@@ -49,20 +49,15 @@ def _verify(
     draft_probs: Float[Array, "K V"],
     target_probs: Float[Array, "K+1 V"],
 ) -> Verdict:
-    length, vocab = draft_tokens.shape[0], target_probs.shape[-1]
-    if vocab != groups.token_start.shape[0]:
-        raise ValueError(
-            f"expected distributions over the {groups.token_start.shape[0]} tokens of the groups, got {vocab}: "
-            "make the groups from this model's embeddings"
-        )
+    length = draft_tokens.shape[0]
+    check_vocabulary(groups, target_probs)
     accept_key, token_key = jax.random.split(threefry_key(key))
     group_key, token_key = jax.random.split(token_key)
     uniforms = jax.random.uniform(accept_key, (length,), jnp.float32)
 
     latent = pick_group(jax.random.uniform(group_key, (length,), jnp.float32), groups, draft_tokens)
-    members, weights = _members(groups, latent)
     position = jnp.arange(length, dtype=jnp.int32)[:, None]
-    draft_mass, target_mass = ((_at(probs, (position, members)) * weights).sum(-1) for probs in (draft_probs, target_probs))
+    draft_mass, target_mass = (group_mass(groups, latent, probs, position) for probs in (draft_probs, target_probs))
     num_accepted = count_accepted(accepted(uniforms, draft_mass, target_mass))
 
     exactly = accepted(uniforms, *drafted_probs(draft_tokens, draft_probs, target_probs))
@@ -70,10 +65,33 @@ def _verify(
     return Verdict(num_accepted, token, num_exact=count_exact(num_accepted, exactly))
 
 
-def _members(groups: Groups, group: Int[Array, "*N"]) -> tuple[Int[Array, "*N G"], Float[Array, "*N G"]]:
+def check_vocabulary(groups: Groups, target_probs: Float[Array, "T V"]) -> None:
+    """Refuses distributions over another vocabulary than that of the groups."""
+    if target_probs.shape[-1] != groups.token_start.shape[0]:
+        raise ValueError(
+            f"expected distributions over the {groups.token_start.shape[0]} tokens of the groups, got {target_probs.shape[-1]}: "
+            "make the groups from this model's embeddings"
+        )
+
+
+def members_of(groups: Groups, group: Int[Array, "*N"]) -> tuple[Int[Array, "*N G"], Float[Array, "*N G"]]:
     """The tokens of some groups [N] and their weights in them, each [N G]; the weights of the padding have no effect."""
     members = groups.members[group]
     return members, 1.0 / groups.token_count.at[members].get(mode="fill", fill_value=1).astype(jnp.float32)
+
+
+def group_mass(
+    groups: Groups, group: Int[Array, " K"], probs: Float[Array, "T V"], position: Int[Array, "K 1"]
+) -> Float[Array, " K"]:
+    """The probability of each group under the distribution at its position: sum over its tokens t of probs[t] w[k, t]."""
+    members, weights = members_of(groups, group)
+    return (_at(probs, (position, members)) * weights).sum(-1)
+
+
+def token_of(key: KeyLike, groups: Groups, group: Int[Array, ""], target: Float[Array, " V"]) -> Int[Array, ""]:
+    """A token of a group, drawn from q(t) w[k, t]."""
+    members, weights = members_of(groups, group)
+    return members[sampling.sample(key, _at(target, members) * weights)]
 
 
 def _at(probs: Array, index: Array | tuple[Array, Array]) -> Array:
@@ -96,11 +114,10 @@ def _correct(key: KeyLike, groups: Groups, draft: Float[Array, " V"], target: Fl
         iteration, _, _ = state
         uniforms = jax.random.uniform(jax.random.fold_in(thin_key, iteration), (_CANDIDATES, 4), jnp.float32)
         group = pick_group(uniforms[:, 2], groups, sampling.invert(uniforms[:, :2], proposed))
-        members, weights = _members(groups, group)
+        members, weights = members_of(groups, group)
         parts = _at(difference, members) * weights
         keep = accepted(uniforms[:, 3], jnp.maximum(parts, 0.0).sum(-1), parts.sum(-1))
         return iteration + 1, keep.any(), group[jnp.where(keep.any(), jnp.argmax(keep), _CANDIDATES - 1)]
 
     _, _, group = jax.lax.while_loop(is_running, draw, (jnp.int32(0), jnp.bool_(False), jnp.int32(0)))
-    members, weights = _members(groups, group)
-    return members[sampling.sample(token_key, _at(target, members) * weights)]
+    return token_of(token_key, groups, group, target)

@@ -1,4 +1,4 @@
-"""Utterance speculative decoding (SSD): acceptance with a constant bonus, approximate by a known amount."""
+"""Speech speculative decoding (SSD): acceptance with a constant bonus, approximate by a known amount."""
 
 import numbers
 
@@ -28,9 +28,14 @@ def tolerance(beta: float) -> Verify:
     Raises:
         ValueError: beta is not a number from 0 to 1.
     """
+    return jax.tree_util.Partial(_verify, jnp.float32(check_beta(beta)))
+
+
+def check_beta(beta: float) -> float:
+    """The beta, checked: 0 to 1."""
     if not isinstance(beta, numbers.Real) or isinstance(beta, bool) or not 0 <= beta <= 1:
         raise ValueError(f"expected beta to be a number from 0 to 1, got {beta!r}: use 0 for the exact rule, 0.4 as in the paper")
-    return jax.tree_util.Partial(_verify, jnp.float32(beta))
+    return float(beta)
 
 
 def _verify(
