@@ -1,23 +1,17 @@
 """The command line with the built-in voice: what a person does first, and what a person gets wrong."""
 
-import dataclasses
-import io
 import json
-import shutil
 
 import commands
-import jax
 import numpy as np
 import pytest
 import soundfile
 
-from jaxspec.commands import outputs
-from jaxspec.models import builtin as voices
 from jaxspec.state import BONUS
 from jaxspec.synthesis import builtin
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Settings
-from jaxspec.synthesis.pipeline import Utterance, speak
+from jaxspec.synthesis.pipeline import speak
 from jaxspec.text.held_out import held_out
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -67,91 +61,12 @@ def test_the_seed_decides_and_each_line_gets_a_file(tmp_path):
     assert first[0] != other[0]
 
 
-def test_lines_that_cannot_be_spoken_are_named_at_the_end_and_the_others_are_written(tmp_path):
-    texts, out = tmp_path / "texts.txt", tmp_path / "out"
-    texts.write_text("Yes, we can.\n\n?!\nOne day we met.\n")
-    arguments = ["say", "--file", texts, "--out-dir", out, "--format", "npy", "--verify", "autoregressive", "--json"]
-    code, printed, err = commands.run(*arguments)
-    assert code == 2
-    assert "got 1 of 3 lines that cannot" in err
-    assert "\n  line 3: " in err
-    assert "?!" in err
-    assert set(json.loads(printed)["failed"]) == {"3"}
-    assert sorted(path.name for path in out.iterdir()) == ["001.npy", "003.npy", "manifest.jsonl"]
-    assert [json.loads(line)["line"] for line in (out / "manifest.jsonl").read_text().splitlines()] == [1, 4]
-
-
-def test_resume_writes_what_is_missing_or_was_asked_for_otherwise(tmp_path):
-    texts, out = tmp_path / "texts.txt", tmp_path / "out"
-    texts.write_text("Yes, we can.\nOne day we met.\n")
-    arguments = ["say", "--file", texts, "--out-dir", out, "--format", "npy", "--verify", "autoregressive", "--resume"]
-
-    def written(*more):
-        """The files that a run wrote, by the lines that it added to the manifest."""
-        before = (out / "manifest.jsonl").read_text() if out.exists() else ""
-        code, _, err = commands.run(*arguments, *more)
-        assert code == 0, err
-        added = (out / "manifest.jsonl").read_text().removeprefix(before)
-        return [json.loads(line)["file"] for line in added.splitlines()]
-
-    assert written() == ["001.npy", "002.npy"]
-    codes = np.load(out / "002.npy")
-    assert written() == []
-    (out / "002.npy").unlink()
-    assert written() == ["002.npy"]
-    np.testing.assert_array_equal(np.load(out / "002.npy"), codes)  # the seed of a piece is its own
-    assert written("--seed", "1") == ["001.npy", "002.npy"]
-    texts.write_text("Yes, we can.\nOne day we left.\n")
-    assert written("--seed", "1") == ["002.npy"]
-
-
-def test_an_interrupt_is_one_line_and_leaves_the_files_that_are_done(tmp_path, monkeypatch):
-    texts, out = tmp_path / "texts.txt", tmp_path / "out"
-    texts.write_text("Yes, we can.\nOne day we met.\n")
-    real = outputs.write
-
-    def write_one(path, utterance):
-        if path.name == "002.npy":
-            raise KeyboardInterrupt
-        real(path, utterance)
-
-    monkeypatch.setattr(outputs, "write", write_one)
-    code, _, err = commands.run("say", "--file", texts, "--out-dir", out, "--format", "npy", "--verify", "autoregressive")
-    assert (code, err) == (130, "jaxspec: interrupted; 1 of 2 files are written, --resume continues with the others\n")
-    assert sorted(path.name for path in out.iterdir()) == ["001.npy", "manifest.jsonl"]
-
-
-@pytest.mark.parametrize("words", [["-"], []])
-def test_standard_input_is_a_text(tmp_path, monkeypatch, words):
-    monkeypatch.setattr("sys.stdin", io.StringIO("Yes, we can.\n"))
-    code, _, err = commands.run("say", *words, "--out", tmp_path / "a.npy", "--verify", "autoregressive")
-    assert code == 0, err
-    expected = speak("Yes, we can.", Settings(verify="autoregressive")).utterances[0].codes
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
-
-
-@pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
-def test_the_suffix_is_the_format(tmp_path, kind):
-    wave = np.sin(np.arange(16_000) / 20).astype(np.float32) / 2
-    outputs.write(tmp_path / f"a.{kind}", Utterance(wave, np.zeros(25, np.int32), np.zeros(25, np.int8), 16_000))
-    assert soundfile.info(tmp_path / f"a.{kind}").format == kind.upper()
-    read, rate = soundfile.read(tmp_path / f"a.{kind}")
-    assert rate == 16_000
-    np.testing.assert_allclose(np.sqrt(np.mean(read[:16_000] ** 2)), np.sqrt(np.mean(wave**2)), rtol=0.05)
-
-
 def test_a_drafter_by_name_changes_what_is_drafted_and_not_what_is_said(tmp_path):
     said = ["say", TEXT, "--verify", "exact", "--temperature", "0", "--json"]
     results = [commands.run(*said, "--out", tmp_path / f"{i}.npy", *more) for i, more in enumerate([[], ["--draft", "ngram"]])]
     own, ngram = (json.loads(printed) for _, printed, _ in results)
     np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
     assert 0 < ngram["accepted"] < own["accepted"]
-
-
-def test_json_is_all_of_standard_output(tmp_path):
-    _, printed, err = commands.run("say", "Yes.", "--out", tmp_path / "a.npy", "--verify", "autoregressive", "--json")
-    assert json.loads(printed)["verify"] == "autoregressive"
-    assert "one per step" in err
 
 
 def test_one_text_is_a_text_and_no_text_is_an_empty_result():
@@ -275,38 +190,3 @@ def test_an_impossible_evaluation_is_refused(tmp_path, monkeypatch, arguments):
     assert code == 2
     assert "sentences" in err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("damage", ["cut", "noise", "missing", "other"])
-def test_a_damaged_voice_file_is_said_to_be_one(tmp_path, damage):
-    path = tmp_path / "voice.safetensors"
-    shutil.copy(voices.BUILTIN, path)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:100_000])
-    elif damage == "noise":
-        path.write_bytes(bytes(range(256)) * 100)
-    elif damage == "missing":
-        path.unlink()
-    else:
-        voices.weights.save(path, {"a": np.ones(3)}, {"not": "a voice"})
-    with pytest.raises(ValueError, match=r"voice\.safetensors"):
-        voices.load(path)
-
-
-def test_weights_that_are_not_finite_are_refused_when_read_and_when_met(tmp_path):
-    voice = voices.load()
-    broken = jax.tree.map(lambda leaf: leaf * np.nan, voice.target_params)
-    with pytest.raises(ValueError, match="finite logits"):
-        speak([TEXT], Settings(verify="autoregressive"), builtin.synthesizer(voice._replace(target_params=broken)))
-    voices.save(tmp_path / "voice.safetensors", voice._replace(target_params=broken))
-    with pytest.raises(ValueError, match="finite weights"):
-        voices.load(tmp_path / "voice.safetensors")
-
-
-def test_a_voice_comes_back_as_it_was_saved(tmp_path):
-    voice = voices.load()
-    voices.save(tmp_path / "voice.safetensors", voice)
-    again = voices.load(tmp_path / "voice.safetensors")
-    assert dataclasses.astuple(again.target) == dataclasses.astuple(voice.target)
-    jax.tree.map(np.testing.assert_array_equal, voice.target_params, again.target_params)
-    assert voices.BUILTIN.stat().st_size < 32e6

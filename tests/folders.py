@@ -1,0 +1,31 @@
+"""Converted checkpoints by name, for the tests of commands."""
+
+import checkpoints
+import pytest
+
+FOLDERS = {
+    "llasa": ("llasa", {}),
+    "target": ("llasa", {"head": "speech"}),  # which says codes and nothing else
+    "draft": ("llasa", {"head": "speech", "layers": (1, 2)}),
+    "padded": ("llasa", {"head": "speech", "pad_to": 16}),
+    "neutts-air": ("neutts-air", {}),
+    "orpheus": ("orpheus-in-frames", {}),
+    "cosyvoice2": ("cosyvoice2", {}),
+    "cosyvoice3": ("cosyvoice3", {}),
+    "xcodec2": ("xcodec2", {}),
+    "neucodec": ("neucodec", {}),
+    "snac": ("snac", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The path of a converted checkpoint by its name, made once."""
+    made, root = {}, tmp_path_factory.mktemp("checkpoints")
+
+    def get(name):
+        if name not in made:
+            made[name] = checkpoints.converted(root, FOLDERS[name][0], **FOLDERS[name][1])
+        return made[name]
+
+    return get
