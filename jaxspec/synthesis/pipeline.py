@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.common.compilation_cache import keep
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.state import Generation
 from jaxspec.synthesis.autotune import Autotuner
@@ -138,10 +139,8 @@ def _pieces(text: str, settings: Settings, synthesizer: Synthesizer) -> list[str
     return pieces
 
 
-@jax.jit
-def _row_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """The key of each piece, which depends on its number among all pieces: keys [B]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+# (key, numbers [B]) -> keys [B]: the key of each piece depends on its number among all pieces.
+_row_keys = keep(jax.jit(jax.vmap(jax.random.fold_in, (None, 0))), "fold_in")
 
 
 def decode(generation: Generation, synthesizer: Synthesizer, settings: Settings) -> list[Utterance]:
