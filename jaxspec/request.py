@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxspec import sampling as sampling_lib
 from jaxspec.keys import threefry_key
 from jaxspec.state import PAD
 from jaxspec.types import Array, SamplingRows
 
-StopIds = Sequence[int] | Sequence[Sequence[int]]
+StopIds = Sequence[int] | Sequence[Sequence[int]]  # for all rows, or for each
 
 
 class Request(NamedTuple):
@@ -66,8 +67,14 @@ def check(
         _check_ids(jax.device_get(prompt), jax.device_get(prompt_length), num_ids)
     limit = _limit(limit, batch, max_new_tokens)
     stops = _stop_ids(stop_ids, batch, vocab)
-    arrays = [value if isinstance(value, jax.core.Tracer) else _put(value) for value in (prompt, prompt_length, limit, stops)]
-    return Request(_keys(key, batch), *arrays, sampling_lib.rows(sampling, batch))
+    return Request(
+        keys=_keys(key, batch),
+        prompt=_put(prompt),
+        prompt_length=_put(prompt_length),
+        limit=_put(limit),
+        stop_ids=_put(stops),
+        sampling=sampling_lib.rows(sampling, batch),
+    )
 
 
 def complete(request: Request) -> Request:
@@ -106,8 +113,8 @@ def _check_ids(prompt: np.ndarray, prompt_length: np.ndarray, num_ids: int | Non
 
 def _stop_ids(stop_ids: StopIds, batch: int, vocab: int | None) -> np.ndarray:
     """int32 [B n]: the ids of each row, padded with PAD."""
-    per_row = any(np.ndim(ids) for ids in stop_ids)
-    rows = [list(ids) for ids in stop_ids] if per_row else [list(stop_ids)] * batch
+    ids: Sequence[Any] = stop_ids
+    rows = [list(row) for row in ids] if any(np.ndim(row) for row in ids) else [list(ids)] * batch
     if len(rows) != batch:
         raise ValueError(f"expected stop ids for all rows or for each of the {batch} rows, got those of {len(rows)} rows")
     if any(_whole(i, "a stop id") < 0 for row in rows for i in row):
@@ -153,4 +160,4 @@ def _whole(value: Any, name: str) -> int:
 
 
 def _known(*values: Any) -> bool:
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
+    return not any(isinstance(value, Tracer) for value in values)

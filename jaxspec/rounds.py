@@ -121,10 +121,15 @@ def commit(
         origin=_write(state.origin, origin, state.length, count),
         length=state.length + count,
         stop_reason=reason,
-        features=None if features is None else jnp.where((count > 0)[:, None, None], features, state.features),
+        features=_newer(count > 0, features, state.features),
         num_fresh=jnp.where(count > 0, count, state.num_fresh),
         counts=_count(state.counts, verdict, count, drafted),
     )
+
+
+def _newer(changed: Bool[Array, " B"], new: Array | None, old: Array | None) -> Array | None:
+    """The new features of the rows that changed; None where the target computes none."""
+    return None if new is None or old is None else jnp.where(changed[:, None, None], new, old)
 
 
 def _count(counts: Counts, verdict: Verdict, emitted: Int32[Array, " B"], drafted: Int32[Array, " B"]) -> Counts:

@@ -88,7 +88,7 @@ class Sampling:
 
     def _check_whole(self, name: str, low: int, high: int, remedy: str) -> None:
         value = getattr(self, name)
-        if not (_is_real(value) and isinstance(value, numbers.Integral) and low <= value <= high):
+        if not (_is_real(value) and isinstance(value, numbers.Integral) and low <= int(value) <= high):
             self._refuse(name, f"to be a whole number from {low} to {high}", remedy)
         self._set(name, int(value))
 
@@ -174,7 +174,7 @@ def probabilities(
     settings = jax.tree.map(lambda field: _align(field, logits.ndim), sampling)
     logits = logits.astype(jnp.float32)
     if history is not None:
-        history = jax.tree.map(lambda field: field.astype(jnp.int32), history)
+        history = History(*(field.astype(jnp.int32) for field in history))
         logits = _withhold(_penalize(logits, settings.repetition_penalty, history), settings, history)
     gap = _gap(logits, settings.temperature)
     full = jnp.exp(-gap)

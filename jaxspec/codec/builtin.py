@@ -9,6 +9,7 @@ beyond a row's length, so that padding does not change a row.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -145,10 +146,12 @@ def codec(config: Config) -> Codec:
     model = VoiceCodec(config)
 
     def encode(params: Params, wave: Array, length: Array) -> Array:
-        return model.apply({"params": params}, wave, length, method="encode")
+        codes: Any = model.apply({"params": params}, wave, length, method="encode")
+        return codes
 
     def decode(params: Params, codes: Array, length: Array, condition: Array, key: Array | None) -> Array:
-        return model.apply({"params": params}, codes, length, condition, method="decode")
+        wave: Any = model.apply({"params": params}, codes, length, condition, method="decode")
+        return wave
 
     rate = config.sample_rate_hz
     return Codec(jax.jit(encode), jax.jit(decode), rate, rate / config.samples_per_code, config.context_frames)

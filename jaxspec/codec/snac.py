@@ -8,6 +8,7 @@ Every convolution has zeros for input beyond a row's length, so that padding doe
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -200,7 +201,7 @@ class Codebook(nn.Module):
         """int32 [B T] -> [B T latent_width]."""
         c = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codes", None))
-        vectors = self.param("vectors", normal, (c.codebook_size, c.codebook_dim))
+        vectors: Any = self.param("vectors", normal, (c.codebook_size, c.codebook_dim))
         return Pointwise(c.latent_width, name="out")(vectors[codes])
 
 
@@ -213,7 +214,8 @@ class Head(nn.Module):
         taps = _dot(_masked(x, length), self.param("kernel", _kernel(("channels_in", None)), (x.shape[-1], _TAPS)))
         padded = jnp.pad(taps, ((0, 0), (_TAPS // 2, _TAPS // 2), (0, 0)))
         shifted = (padded[:, i:, i][:, : x.shape[1]] for i in range(_TAPS))
-        return sum(shifted) + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))[None]
+        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))
+        return sum(shifted) + bias[None]
 
 
 class Decoder(nn.Module):
@@ -226,7 +228,8 @@ class Decoder(nn.Module):
         """codes int32 [B T Q], length int32 [B], PRNG keys [B] of any kind | None -> float32 [B T*samples_per_frame]."""
         c, (batch, frames, _) = self.config, codes.shape
         keys = None if key is None else threefry_key(key)
-        x, length, rate = 0.0, length * c.strides[0], c.strides[0]
+        x: Any = 0.0  # a sum over the codebooks
+        length, rate = length * c.strides[0], c.strides[0]
         for i, (slots, stride) in enumerate(zip(c.slots, c.strides, strict=True)):
             vectors = Codebook(c, name=f"codebook_{i}")(codes[:, :, np.array(slots)].reshape(batch, -1))
             x = x + jnp.repeat(vectors, stride, axis=1)

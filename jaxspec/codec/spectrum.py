@@ -90,7 +90,7 @@ def _overlap_add(frames: Array, hop: int) -> Array:
     parts = frames.reshape(batch, count, n_fft // hop, hop)
     last = n_fft // hop - 1
     shifted = [jnp.pad(parts[:, :, i], ((0, 0), (i, last - i), (0, 0))) for i in range(last + 1)]
-    return sum(shifted).reshape(batch, -1)
+    return functools.reduce(jnp.add, shifted).reshape(batch, -1)
 
 
 @functools.lru_cache

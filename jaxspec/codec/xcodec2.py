@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -166,7 +167,8 @@ def codec(config: Config) -> Codec:
     def decode(params: Params, codes: Array, length: Array, condition: Condition, key: Array | None) -> Array:
         # The exponential in the head amplifies small errors, such as those of TF32.
         with jax.default_matmul_precision("highest"):
-            return model.apply({"params": params}, codes[..., 0], length)
+            wave: Any = model.apply({"params": params}, codes[..., 0], length)
+            return wave
 
     return Codec(None, jax.jit(decode), config.sample_rate_hz, config.sample_rate_hz / config.hop, (None, None))
 

@@ -48,7 +48,7 @@ class Voice(NamedTuple):
         """The embeddings from which groups are built, float32 [V D]: the "target"'s input rows, or the "codec"'s coordinates."""
         if matrix == "target":
             return np.asarray(self.target_params["table_0"])
-        vectors = np.asarray(fsq.vectors(jnp.arange(CODES, dtype=np.int32), LEVELS))
+        vectors = np.asarray(fsq.vectors(jnp.arange(CODES, dtype=jnp.int32), LEVELS))
         return np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
 
 

@@ -71,12 +71,13 @@ class Placement:
             if not isinstance(leaf, KVCache):
                 return self.sharding("batch")
             heads = "kv_heads" if leaf.key.shape[2] % self.mesh.shape.get("model", 1) == 0 else None
-            return KVCache(*[self.sharding("batch", None, heads, None)] * 2)
+            cells: Any = self.sharding("batch", None, heads, None)
+            return KVCache(cells, cells)
 
         return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, KVCache))
 
 
-def one_device(device: jax.Device | None = None) -> Placement:
+def one_device(device: Any = None) -> Placement:
     """Everything on one device, by default the first."""
     devices = np.array([[device or jax.devices()[0]]])
     return Placement(Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)))

@@ -6,7 +6,7 @@ Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU. The differe
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -110,8 +110,9 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _matrix(axes: tuple[str, ...]) -> Any:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+def _logical(init: nn.initializers.Initializer, *axes: str) -> nn.initializers.Initializer:
+    """The initializer with logical axis names on what it makes; inside ``apply`` parameters are plain arrays."""
+    return cast(nn.initializers.Initializer, nn.with_logical_partitioning(init, axes))
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +123,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [... D] -> [... D]."""
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
+        scale = self.param("scale", _logical(nn.initializers.ones, "embed"), (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
@@ -138,10 +139,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [... in] -> [... out]."""
-        kernel = self.param("kernel", _matrix(self.axes), (x.shape[-1], self.features), jnp.float32)
+        kernel = self.param(
+            "kernel", _logical(nn.initializers.lecun_normal(), *self.axes), (x.shape[-1], self.features), jnp.float32
+        )
         y = x @ kernel.astype(x.dtype)
         if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            zeros = _logical(nn.initializers.zeros, *self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
         return y
@@ -216,14 +219,14 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declares the input tables, the layers and the head."""
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed"))
+        init = _logical(nn.initializers.normal(c.width**-0.5), "vocab", "embed")
         self.tables = [self.param(f"table_{i}", init, (rows, c.width), jnp.float32) for i, rows in enumerate(c.input_tables)]
         self.stack = [Layer(c, name=f"layer_{i}") for i in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
             self.head = self.param("head", init, (c.vocab, c.width), jnp.float32)
         if c.head_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            zeros = _logical(nn.initializers.zeros, "vocab")
             self.bias = self.param("head_bias", zeros, (c.vocab,), jnp.float32)
 
     def embed(self, tokens: Array) -> Array:
@@ -281,7 +284,8 @@ def language_model(config: Config) -> LanguageModel:
     model = Transformer(config)
 
     def once(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
-        return model.apply({"params": params}, tokens, cache, length)
+        scores: Any = model.apply({"params": params}, tokens, cache, length)
+        return scores
 
     def padded(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
         logits, features, cache = once(params, jnp.repeat(tokens, 2, axis=1), cache, length)

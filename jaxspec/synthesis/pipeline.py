@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ class SynthesisResult(NamedTuple):
     """The speech of a list of texts, and what it took: counts summed over all codes, and seconds by part."""
 
     utterances: list[Utterance]
-    counts: dict[str, object]
+    counts: dict[str, Any]
     seconds: dict[str, float]
 
 
@@ -42,7 +42,7 @@ class Tally:
         self.watch = Stopwatch("lm", "codec")
         self.generations: list[Generation] = []
 
-    def counts(self, name: str, seed: int) -> dict[str, object]:
+    def counts(self, name: str, seed: int) -> dict[str, Any]:
         """The counts of all batches, see ``count``."""
         return count(self.generations, name, seed)
 
