@@ -253,7 +253,8 @@ def codec(config: Config) -> Codec:
     decoder = Decoder(config)
 
     def decode(params: Params, codes: Array, length: Array, condition: Condition, key: Array | None) -> Array:
-        return decoder.apply({"params": params}, codes, length, key)
+        wave: Any = decoder.apply({"params": params}, codes, length, key)
+        return wave
 
     rate = config.sample_rate_hz
     return Codec(None, jax.jit(decode), rate, rate / config.samples_per_frame, config.context_frames)
