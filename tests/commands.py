@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ def run(*argv):
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch("sys.argv", ["jaxspec", *map(str, argv)]),
+        mock.patch("sys.unraisablehook", sys.unraisablehook),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

@@ -1,6 +1,8 @@
 """The front of the command line: help, version, interrupts, and which devices are looked for."""
 
+import time
 import types
+from unittest import mock
 
 import commands
 import pytest
@@ -40,6 +42,20 @@ def test_an_interrupt_is_one_line_for_every_command(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Info, "run", interrupted)
     assert commands.run("info", tmp_path) == (130, "", "jaxspec: interrupted\n")
+
+
+def test_an_interrupt_that_a_callback_ignored_comes_again():
+    class Watched:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def work():
+        watched = Watched()
+        del watched
+        time.sleep(5)
+
+    with mock.patch("sys.unraisablehook", cli.interrupt_again), pytest.raises(KeyboardInterrupt):
+        work()
 
 
 @pytest.mark.parametrize(

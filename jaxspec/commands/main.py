@@ -1,5 +1,6 @@
 """The command line: `jaxspec COMMAND`; each command is a dataclass of arguments with a `run`."""
 
+import _thread
 import dataclasses
 import functools
 import importlib
@@ -8,6 +9,7 @@ import importlib.util
 import os
 import pkgutil
 import sys
+import threading
 import types
 import typing
 import warnings
@@ -36,6 +38,7 @@ def main() -> None:
         leave_absent_tpu_alone()
         use_compilation_cache()
         show_text_warnings()
+        sys.unraisablehook = interrupt_again
         command.run()
     except KeyboardInterrupt as interrupt:
         print("jaxspec: interrupted" + "".join(f"; {part}" for part in interrupt.args), file=sys.stderr)
@@ -100,6 +103,14 @@ def _accelerator_plugins() -> list[str]:
     folders = package.submodule_search_locations if package else None
     found = [module.name for module in pkgutil.iter_modules(folders or [])]
     return found + [point.name for point in importlib.metadata.entry_points(group="jax_plugins")]
+
+
+def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Interrupts again where an interrupt came in a callback of the garbage collector (JAX has one), which would ignore it."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def show_text_warnings() -> None:
