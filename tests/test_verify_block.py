@@ -45,9 +45,8 @@ def emitted_by_tolerance(p, q, beta):
     return accepted + (1 - accepted.sum()) * residual / residual.sum()
 
 
-def enumerate_block(p, q, w, K):
-    """P(num_accepted, accepted tokens, group that follows) by the definition, as a dict."""
-    out = {}
+def rounds_of(p, q, w, K):
+    """Every possible round: tokens, groups, its probability, and (i, P(i accepted), the residual of the groups) for each i."""
     for x in itertools.product(range(V), repeat=K):
         for k in itertools.product(range(len(w)), repeat=K):
             chance, rho = 1.0, [1.0]
@@ -55,17 +54,25 @@ def enumerate_block(p, q, w, K):
                 coarse_p, coarse_q = w[k[i]] @ p[x[:i]], w[k[i]] @ q[x[:i]]
                 chance *= p[x[:i]][x[i]] * w[k[i], x[i]]
                 rho.append(min(rho[-1] * coarse_q / coarse_p, 1.0) if coarse_p else 1.0)
-            if not chance:
-                continue
-            above = 1.0  # the probability that no larger i was taken
+            above, counts = 1.0, []
             for i in range(K, -1, -1):
                 residual = w @ q[x[:i]] if i == K else np.maximum(rho[i] * (w @ q[x[:i]]) - w @ p[x[:i]], 0)
                 mass = residual.sum()
                 h = rho[K] if i == K else (mass / (mass + 1 - rho[i]) if i else 1.0)
-                for group, part in enumerate(residual / mass if mass else np.zeros(len(w))):
-                    name = (i, x[:i], group)
-                    out[name] = out.get(name, 0.0) + chance * above * h * part
+                counts.append((i, above * h, residual / mass if mass else residual))
                 above *= 1 - h
+            if chance:
+                yield x, k, chance, counts
+
+
+def enumerate_block(p, q, w, K):
+    """P(num_accepted, accepted tokens, group that follows) by the definition, as a dict."""
+    out = {}
+    for x, _, chance, counts in rounds_of(p, q, w, K):
+        for i, probability, residual in counts:
+            for group, part in enumerate(residual):
+                name = (i, x[:i], group)
+                out[name] = out.get(name, 0.0) + chance * probability * part
     return out
 
 
@@ -147,32 +154,17 @@ def test_the_next_group_has_the_targets_distribution_given_the_groups_before(K):
     p, q = toy(K + 10, K)
     w = weights(OVERLAPPING)
     reach, following = {}, {}
-    for x in itertools.product(range(V), repeat=K):
-        for k in itertools.product(range(len(w)), repeat=K):
-            chance, rho = 1.0, [1.0]
-            for i in range(K):
-                coarse_p, coarse_q = w[k[i]] @ p[x[:i]], w[k[i]] @ q[x[:i]]
-                chance *= p[x[:i]][x[i]] * w[k[i], x[i]]
-                rho.append(min(rho[-1] * coarse_q / coarse_p, 1.0) if coarse_p else 1.0)
-            if not chance:
-                continue
-            above, taken = 1.0, []
-            for i in range(K, -1, -1):
-                residual = w @ q[x[:i]] if i == K else np.maximum(rho[i] * (w @ q[x[:i]]) - w @ p[x[:i]], 0)
-                mass = residual.sum()
-                h = rho[K] if i == K else (mass / (mass + 1 - rho[i]) if i else 1.0)
-                taken.append((i, above * h, residual / mass if mass else residual))
-                above *= 1 - h
-            for i in range(K + 1):
-                past = (x[:i], k[:i])
-                row = following.setdefault(past, np.zeros(len(w)))
-                for count, probability, correction in taken:
-                    if count == i:
-                        row += chance * probability * correction
-                    elif count > i:
-                        row[k[i]] += chance * probability
-                    if count >= i:
-                        reach[past] = reach.get(past, 0.0) + chance * probability
+    for x, k, chance, counts in rounds_of(p, q, w, K):
+        for i in range(K + 1):
+            past = (x[:i], k[:i])
+            row = following.setdefault(past, np.zeros(len(w)))
+            for count, probability, residual in counts:
+                if count == i:
+                    row += chance * probability * residual
+                elif count > i:
+                    row[k[i]] += chance * probability
+                if count >= i:
+                    reach[past] = reach.get(past, 0.0) + chance * probability
     for past, row in following.items():
         if reach.get(past, 0.0) > 1e-12:
             np.testing.assert_allclose(row / reach[past], w @ q[past[0]], atol=1e-9)
