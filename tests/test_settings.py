@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxspec.synthesis.contract import Reference, Settings
+from jaxspec import verify
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.contract import RULES, Reference, Settings
+from jaxspec.synthesis.decoding import resolve
 
 
 @pytest.mark.parametrize(
@@ -54,3 +57,18 @@ def test_larger_seeds_are_keys_of_their_own():
     seeds = [0, 1, 2**32, 2**32 + 1, 2**33, 2**64, 2**64 + 2**32, 10**20, 10**40]
     assert len({tuple(data(seed)) for seed in seeds}) == len(seeds)
     assert data(10**20) == data(10**20)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_resolves_to_its_verifier(name):
+    synthesizer = builtin()
+    made = resolve(synthesizer, Settings(verify=name, beta=0.3)).verify
+    expected = {
+        "exact": verify.exact(),
+        "tolerance": verify.tolerance(0.3),
+        "coarse-grained": verify.coarse_grained(synthesizer.groups(synthesizer.threshold, "target")),
+        "block-exact": verify.block_exact(),
+        "block-tolerance": verify.block_tolerance(0.3),
+        "block-coarse-grained": verify.block_coarse_grained(synthesizer.groups(synthesizer.threshold, "target")),
+    }[name]
+    assert jax.tree.structure(made) == jax.tree.structure(expected)

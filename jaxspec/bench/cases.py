@@ -14,10 +14,10 @@ from jaxspec.groups import Groups
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
-from jaxspec.synthesis.contract import Requests
+from jaxspec.synthesis.contract import RULES, Requests
 from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
 
-VERIFIERS = ("exact", "tolerance", "coarse-grained")
+VERIFIERS = RULES
 _ACCEPT_STREAM = 77
 
 
@@ -84,6 +84,9 @@ class Models:
             "exact": verify.exact,
             "tolerance": functools.partial(verify.tolerance, self.beta),
             "coarse-grained": functools.partial(verify.coarse_grained, self.groups),
+            "block-exact": verify.block_exact,
+            "block-tolerance": functools.partial(verify.block_tolerance, self.beta),
+            "block-coarse-grained": functools.partial(verify.block_coarse_grained, self.groups),
         }[rule]()
         return made if self.acceptance is None else jax.tree_util.Partial(_synthetic, jnp.float32(self.acceptance), made)
 

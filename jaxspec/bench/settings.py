@@ -18,7 +18,9 @@ class Settings:
     convert` made."""
     draft: str | None = None
     """ngram, or for a converted model the folder of a draft; by default the preset's own draft."""
-    verify: tuple[Literal["exact", "tolerance", "coarse-grained"], ...] = ("exact", "coarse-grained")
+    verify: tuple[
+        Literal["exact", "tolerance", "coarse-grained", "block-exact", "block-tolerance", "block-coarse-grained"], ...
+    ] = ("exact", "coarse-grained")
     """Verifiers to time."""
     draft_lengths: tuple[int, ...] = (3,)
     """Codes to draft in a round (K)."""

@@ -68,9 +68,15 @@ class Say:
     """The most tokens of each piece of a text; by default the model's own limit."""
     voice: str | None = Settings.voice
     """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
-    verify: Literal["exact", "tolerance", "coarse-grained", "autoregressive", "auto"] | None = None
-    """How drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. auto tries both on the
-    batches of many texts and continues with the faster one."""
+    verify: (
+        Literal[
+            *("exact", "tolerance", "coarse-grained", "block-exact", "block-tolerance", "block-coarse-grained"),
+            *("autoregressive", "auto"),
+        ]
+        | None
+    ) = None
+    """How drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. block- verifies them as a
+    whole, which accepts more of them. auto tries both on the batches of many texts and continues with the faster one."""
     beta: float = Settings.beta
     """The tolerance of --verify tolerance, 0 to 1."""
     threshold: float | None = Settings.threshold

@@ -13,7 +13,8 @@ from jaxspec.groups import Groups
 from jaxspec.sampling import Sampling
 from jaxspec.types import Draft, LanguageModel, Params
 
-VERIFIERS = ("exact", "tolerance", "coarse-grained", "autoregressive", "auto")
+RULES = ("exact", "tolerance", "coarse-grained", "block-exact", "block-tolerance", "block-coarse-grained")
+VERIFIERS = (*RULES, "autoregressive", "auto")
 MATRICES = ("target", "codec")
 
 
@@ -46,10 +47,10 @@ class Settings:
 
     voice: a name that the synthesizer knows.
     verify: "exact", "tolerance" (SSD, with ``beta``), "coarse-grained" (PCG, with groups of cosine above ``threshold`` among the
-        rows of ``matrix``: the "target"'s embeddings or, of the built-in voice, the "codec"'s code vectors), "autoregressive"
-        (no draft), or "auto": the first batch of each size is autoregressive, the second coarse-grained, and the rest use
-        whichever was faster, so the samples depend on the machine too. The default is coarse-grained, and autoregressive
-        where there is no draft.
+        rows of ``matrix``: the "target"'s embeddings or, of the built-in voice, the "codec"'s code vectors); one of these with
+        "block-" before it, which verifies whole blocks; "autoregressive" (no draft); or "auto": the first batch of each size is
+        autoregressive, the second coarse-grained, and the rest use whichever was faster, so the samples depend on the machine
+        too. The default is coarse-grained, and autoregressive where there is no draft.
     draft_length: K; 0 is autoregressive.
     temperature, top_k, top_p, min_p: see ``jaxspec.Sampling``.
     seed: any integer from 0 up.

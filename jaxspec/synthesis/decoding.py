@@ -49,13 +49,15 @@ def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
 
 def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> Verify:
     """The verifier of a name, described for ``call``."""
-    if name == "exact":
-        made = verify.exact()
-    elif name == "tolerance":
-        made = verify.tolerance(settings.beta)
+    name = "coarse-grained" if name == "auto" else name
+    block, rule = name.startswith("block-"), name.removeprefix("block-")
+    if rule == "exact":
+        made = verify.block_exact() if block else verify.exact()
+    elif rule == "tolerance":
+        made = (verify.block_tolerance if block else verify.tolerance)(settings.beta)
     else:
         threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
-        made, name = verify.coarse_grained(synthesizer.groups(threshold, settings.matrix)), "coarse-grained"
+        made = (verify.block_coarse_grained if block else verify.coarse_grained)(synthesizer.groups(threshold, settings.matrix))
     return describe(made, f"verify {name}")
 
 
