@@ -14,8 +14,7 @@ class Settings:
     """What to benchmark."""
 
     preset: str = "builtin"
-    """builtin (the voice, real acceptance), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a folder that `jaxspec
-    convert` made."""
+    """builtin (the voice), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a folder that `jaxspec convert` made."""
     draft: str | None = None
     """ngram, or for a converted model the folder of a draft; by default the preset's own draft."""
     verify: tuple[

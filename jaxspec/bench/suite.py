@@ -35,7 +35,8 @@ def bench(settings: Settings, progress: Callable[[str], None] = print) -> dict[s
     rows, device, peers = [], {}, []
     for dtype in settings.dtypes:
         models = load(settings, dtype)
-        meters, readings = _meters(models, dtype), []
+        meters = _meters(models, dtype)
+        readings = [_read(meters)]  # compiles them
         if settings.peer and not peers:
             shape = settings.prompts[0], settings.draft_lengths[0], settings.turns
             peers = [row for batch in settings.batches for row in time_transformers(models, batch, *shape, progress)]
