@@ -29,7 +29,7 @@ TINY = Config((64, 8), 64, 16, 2, 2, 1, 8, 32)
 
 
 NEEDED = ("--preset", "small", "--synthetic-acceptance", "0.5")
-SMALL = (*NEEDED, "--new-tokens", "16", "--turns", "2", "--prompts", "4")
+SMALL = (*NEEDED, "--new-tokens", "16", "--repeats", "2", "--prompts", "4")
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 own_cache, run = commands.own_cache, commands.run
@@ -70,7 +70,7 @@ def test_bench_without_json_prints_the_table_alone():
     assert code == 0, err
     assert "synthetic acceptance" in printed
     assert not any(line.startswith("{") for line in printed.splitlines())
-    assert "turn 2 of 2" in err
+    assert "repeat 2 of 2" in err
 
 
 def test_bench_takes_the_ngram_draft():
@@ -87,7 +87,7 @@ def test_bench_takes_the_ngram_draft():
 def test_a_converted_model_is_benchmarked_with_any_draft(draft, bound, tmp_path):
     target = checkpoints.converted(tmp_path, "llasa")
     draft = checkpoints.converted(tmp_path, "llasa", layers=(0,)) if draft == "folder" else draft
-    arguments = ["--preset", target, "--draft", draft, "--verify", "exact", "--new-tokens", "8", "--turns", "1"]
+    arguments = ["--preset", target, "--draft", draft, "--verify", "exact", "--new-tokens", "8", "--repeats", "1"]
     code, printed, err = run("bench", *arguments, "--json")
     assert code == 0, err
     _, row = json.loads(printed)["rows"]
@@ -113,7 +113,7 @@ def models(drafter, acceptance):
 )
 def test_synthetic_acceptance_is_of_each_position(drafter):
     plain = Case("autoregressive", 0, 8, 4)
-    _, row = measure.run(models(drafter, 0.7), [plain, Case("coarse-grained", 3, 8, 4)], turns=1, progress=lambda line: None)
+    _, row = measure.run(models(drafter, 0.7), [plain, Case("coarse-grained", 3, 8, 4)], repeats=1, progress=lambda line: None)
     # About 1,260 rounds, whose counts of tokens have a deviation of 1.2: the mean is within four standard errors, 6e-5 of alarms.
     assert row["tokens_per_round"] == pytest.approx(roofline.expected_tokens(0.7, 3), abs=0.15)
 
@@ -153,7 +153,7 @@ def test_the_rate_of_reading_is_that_of_the_models_size(monkeypatch):
     """What fits in a cache is read faster than memory, so that memory's rate would not bound it."""
     asked = []
     monkeypatch.setattr(roofline, "reading", lambda dtype, size: asked.append((dtype, size)) or (lambda: 1e9 * len(asked)))
-    settings = BenchSettings("small", synthetic_acceptance=0.5, verify=("exact",), new_tokens=4, turns=1, prompts=(4,))
+    settings = BenchSettings("small", synthetic_acceptance=0.5, verify=("exact",), new_tokens=4, repeats=1, prompts=(4,))
     result = suite.bench(settings, progress=lambda line: None)
     assert asked == [("float32", roofline.model_pass(TINY, 1, 1, 0).bytes)] * 2
     plain, _ = result["rows"]
@@ -164,11 +164,11 @@ def test_the_rate_of_reading_is_that_of_the_models_size(monkeypatch):
 
 
 def test_the_best_of_the_measured_rates_bounds(monkeypatch):
-    """And what measures them is compiled before the turns, in which nothing is."""
+    """And what measures them is compiled before the repeats, in which nothing is."""
     rates = iter([1e9, 1e9, 4e9, 2e9])
     number = jax.jit(lambda x: x + len(TINY.input_tables))
     monkeypatch.setattr(roofline, "multiplying", lambda dtype: lambda: float(number(0)) * 0 + next(rates))
-    settings = BenchSettings("small", synthetic_acceptance=0.5, verify=("exact",), new_tokens=4, turns=3, prompts=(4,))
+    settings = BenchSettings("small", synthetic_acceptance=0.5, verify=("exact",), new_tokens=4, repeats=3, prompts=(4,))
     result = suite.bench(settings, progress=lambda line: None)
     assert result["device"]["float32"]["flops_per_s"] == 4e9
     assert [row["compilations_after_warm_up"] for row in result["rows"]] == [0, 0]

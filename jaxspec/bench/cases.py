@@ -57,7 +57,7 @@ class Models:
         drafter: K -> the draft; the same K gives the same object.
         draft_params: its parameters.
         groups: for the coarse-grained verifier.
-        requests: (case, turn) -> the requests of a turn; real models get other texts in each.
+        requests: (case, number of the repeat) -> its requests; real models get other texts in each.
         beta: of the tolerance verifier.
         acceptance: the probability that a drafted token is accepted, drawn in place of the verdict, which is computed all the
             same; None: the verifier decides.
@@ -111,11 +111,11 @@ def random_requests(target: Config, stops: int, new_tokens: int, sampling: Sampl
         sampling: of every row.
 
     Returns:
-        (case, turn) -> its requests.
+        (case, number of the repeat) -> its requests.
     """
 
-    def requests(case: Case, turn: int) -> Requests:
-        ids = np.random.default_rng(turn).integers(0, target.vocab - stops, (case.batch, case.prompt)).astype(np.int32)
+    def requests(case: Case, repeat: int) -> Requests:
+        ids = np.random.default_rng(repeat).integers(0, target.vocab - stops, (case.batch, case.prompt)).astype(np.int32)
         length, limit = np.full(case.batch, case.prompt, np.int32), np.full(case.batch, new_tokens, np.int32)
         return Requests(ids, length, new_tokens, limit, (), sampling)
 

@@ -83,11 +83,14 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[name]
 
 
-def devices(topology: str) -> list[jax.Device]:
+def devices(topology: str) -> list[Any]:
     """The devices of a topology, to compile for only.
 
     Args:
         topology: such as v5e:2x2.
+
+    Returns:
+        Each a ``jax.Device``.
 
     Raises:
         ValueError: the chips are not built in that layout.

@@ -137,6 +137,8 @@ def laid_out_bytes(array: Array) -> int:
 
 def laid_out_anew(program: Program, caches: set[tuple]) -> list[Array]:
     """The arrays of a megabyte or more, other than caches, that are copied before the loop because it needs another layout."""
+    if program.loop is None:
+        return []
     ops = {op.name: op for op in program.computations[program.entry]}
     carried = [ops[name] for name in ops[program.loop.operands[0]].operands]
     copies = [arrays(op.shape)[0] for op in carried if op.code == "copy"]

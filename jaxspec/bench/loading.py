@@ -92,11 +92,11 @@ def _check_named(settings: Settings) -> None:
 
 
 def _real(settings: Settings, synthesizer: Synthesizer, target: Config, draft: Config | None) -> Models:
-    """Models that synthesize the held-out sentences, other ones in each turn."""
+    """Models that synthesize the held-out sentences, other ones in each repeat."""
     texts = held_out()
 
-    def requests(case: Case, turn: int) -> Requests:
-        some = [synthesizer.pieces(texts[(turn * case.batch + i) % len(texts)])[0] for i in range(case.batch)]
+    def requests(case: Case, repeat: int) -> Requests:
+        some = [synthesizer.pieces(texts[(repeat * case.batch + i) % len(texts)])[0] for i in range(case.batch)]
         asked = synthesizer.requests(some, SynthesisSettings(max_codes=settings.new_tokens))
         capacity, limit = max(asked.max_new_tokens, settings.new_tokens), np.minimum(asked.limit, settings.new_tokens)
         return asked._replace(max_new_tokens=capacity, limit=limit)

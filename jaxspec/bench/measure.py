@@ -1,4 +1,4 @@
-"""Times the real loops against the autoregressive one in interleaved turns: prefill, a round and its parts, tokens per second."""
+"""Times the real loops against the autoregressive one, interleaved: prefill, a round and its parts, tokens per second."""
 
 import resource
 import statistics
@@ -20,7 +20,7 @@ from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Draft, Verify
 
 PARTS = ("draft", "target", "verify_and_commit")
-_PART_ROUNDS = 5  # of each part, in each turn
+_PART_ROUNDS = 5  # of each part, in each repeat
 
 _T = TypeVar("_T")
 
@@ -28,19 +28,19 @@ _T = TypeVar("_T")
 def run(
     models: Models,
     cases: Sequence[Case],
-    turns: int,
+    repeats: int,
     progress: Callable[[str], None] = print,
-    before_turn: Callable[[], None] = lambda: None,
+    before_repeat: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Times every case once in each turn, after one run of each that compiles.
+    """Times every case once in each repeat, after one run of each that compiles.
 
     Args:
         models: to time.
         cases: with the autoregressive case of each batch and prompt length, which the others are compared with, and "auto" after
             the cases that it chooses from.
-        turns: how often each case is timed.
+        repeats: how often each case is timed.
         progress: receives a line for each step.
-        before_turn: called before each turn.
+        before_repeat: called before each repeat.
 
     Returns:
         A row of figures for each case, see ``_row``.
@@ -51,16 +51,16 @@ def run(
         watch = Stopwatch()
         with watch("run"):
             timed[case] = _autotuned(models, case, timed) if case.rule == "auto" else _Timed(models, case)
-            timed[case].turn(0)
+            timed[case].repeat(0)
         timed[case].clear()
         compile_s[case] = watch.seconds["compile"]
         progress(f"{models.name}: {case} compiled in {compile_s[case]:.1f} s")
     before = compilations()
-    for turn in range(1, turns + 1):
-        before_turn()
+    for repeat in range(1, repeats + 1):
+        before_repeat()
         for case in cases:
-            timed[case].turn(turn)
-        progress(f"{models.name}: turn {turn} of {turns}")
+            timed[case].repeat(repeat)
+        progress(f"{models.name}: repeat {repeat} of {repeats}")
     after = compilations() - before
     rows = {case: _row(case, timed[case]) | {"compile_s": compile_s[case], "compilations_after_warm_up": after} for case in cases}
     for case, row in rows.items():
@@ -70,7 +70,7 @@ def run(
 
 
 class _Timed:
-    """The programs of one case, and what they took in each turn."""
+    """The programs of one case, and what they took in each repeat."""
 
     def __init__(self, models: Models, case: Case):
         self.models, self.case, self.lm = models, case, models.lm()
@@ -89,7 +89,7 @@ class _Timed:
         self.context: list[float] = []  # mean number of tokens that a row attends to
         self.counts = np.zeros(3, np.int64)  # accepted, drafted, rounds of all rows
 
-    def turn(self, number: int) -> None:
+    def repeat(self, number: int) -> None:
         """Runs the prefill, the whole loop, and the parts of a round."""
         self.loop(number)
         if self.method is not None:
@@ -138,7 +138,7 @@ def _autotuned(models: Models, case: Case, timed: dict[Case, Any]) -> "_Autotune
 
 
 class _Autotuned:
-    """Runs the fastest so far of the other cases of a batch and prompt length; each is tried once before the first turn."""
+    """Runs the fastest so far of the other cases of a batch and prompt length; each is tried once before the first repeat."""
 
     def __init__(self, batch: int, candidates: dict[Case, _Timed]):
         self.batch, self.candidates = batch, candidates
@@ -154,8 +154,8 @@ class _Autotuned:
         self.counts = np.zeros(3, np.int64)
         self.chosen: list[str] = []
 
-    def turn(self, number: int) -> None:
-        """Runs the fastest loop once; in turn 0, every loop."""
+    def repeat(self, number: int) -> None:
+        """Runs the fastest loop once; in repeat 0, every loop."""
         for candidate in self.candidates if number == 0 else [self.autotuner.choose(self.batch)]:
             timed = self.candidates[candidate]
             timed.clear()
@@ -171,7 +171,7 @@ class _Autotuned:
 
 
 def _row(case: Case, timed: _Timed | _Autotuned) -> dict[str, Any]:
-    """The figures of a case: medians over the turns, in seconds; codes_per_s counts all rows, and excludes the prefill."""
+    """The figures of a case: medians over the repeats, in seconds; codes_per_s counts all rows, and excludes the prefill."""
     prefill, loop = np.array(timed.seconds["prefill"]), np.array(timed.seconds["loop"])
     decode = np.maximum(loop - prefill, 1e-9)
     rates = np.array(timed.tokens) / decode

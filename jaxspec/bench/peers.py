@@ -15,6 +15,7 @@ import numpy as np
 from jaxspec import speculate
 from jaxspec.bench.cases import Case, Models
 from jaxspec.models.transformer import Config
+from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Params
 
@@ -30,17 +31,17 @@ _KERNELS = {
 
 
 def time_transformers(
-    models: Models, batch: int, prompt: int, draft_length: int, turns: int, progress: Callable[[str], None]
+    models: Models, batch: int, prompt: int, draft_length: int, repeats: int, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Tokens per second of decoding with transformers and with jaxspec, in interleaved turns, without synthetic acceptance.
+    """Tokens per second of decoding with transformers and with jaxspec, in interleaved repeats, without synthetic acceptance.
 
     Args:
         models: random weights that transformers has a class for; assisted generation needs a draft that is a transformer.
         batch: rows.
         prompt: tokens of each prompt.
         draft_length: K, of both.
-        turns: timed turns, after one that compiles.
-        progress: receives a line for each turn.
+        repeats: timed repeats, after one that compiles.
+        progress: receives a line for each repeat.
 
     Returns:
         A dict for each method of transformers: its name, what of jaxspec it is compared with, both rates, and their ratio.
@@ -54,20 +55,20 @@ def time_transformers(
     theirs, failed = _theirs(models, batch, draft_length), dict[str, str]()
     ours = {"autoregressive": _autoregressive(models), "exact": _speculative(models, draft_length)}
     times: dict[str, list[float]] = {name: [] for name in (*ours, *theirs)}
-    for turn in range(turns + 1):
-        asked = models.requests(case, turn)
+    for repeat in range(repeats + 1):
+        asked = models.requests(case, repeat)
         for name, generate in (ours | theirs).items():
             try:
                 rate = _rate(generate, asked)
             except Exception as error:  # torch.compile does not work everywhere
-                if name in ours or turn:
+                if name in ours or repeat:
                     raise
                 failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
                 continue
-            if turn:
+            if repeat:
                 times[name].append(rate)
         theirs = {name: generate for name, generate in theirs.items() if name not in failed}
-        progress(f"peers: turn {turn} of {turns}" if turn else "peers: warmed up")
+        progress(f"peers: repeat {repeat} of {repeats}" if repeat else "peers: warmed up")
     for name, why in failed.items():
         progress(f"peers: {name} was not run ({why})")
     rates = {name: statistics.median(some) for name, some in times.items() if some}
@@ -123,7 +124,8 @@ def _theirs(models: Models, batch: int, draft_length: int) -> dict[str, Callable
     def method(**options: Any) -> Callable[[Requests, int], int]:
         def generate(asked: Requests, count: int) -> int:
             prompt = torch.tensor(asked.prompt, dtype=torch.long, device=device)
-            sampling = {"do_sample": True, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p, "top_k": 0}
+            one = asked.sampling if isinstance(asked.sampling, Sampling) else asked.sampling[0]
+            sampling = {"do_sample": True, "temperature": one.temperature, "top_p": one.top_p, "top_k": 0}
             lengths = {"max_new_tokens": count, "min_new_tokens": count}
             with torch.no_grad():
                 made = target.generate(prompt, attention_mask=torch.ones_like(prompt), **lengths, **sampling, **options)
@@ -159,6 +161,8 @@ def _torch_model(config: Config, params: Params, device: str) -> Any:
         raise ValueError(
             "expected weights without head bias, query norm or scaled rope for --peer, got some with: use --preset small"
         )
+    kind: Any
+    settings: Any
     kind, settings = (
         (transformers.Qwen2ForCausalLM, transformers.Qwen2Config)
         if config.qkv_bias

@@ -62,7 +62,7 @@ def _below(axes: "Axes", columns: int) -> None:
     """Puts the legend below the axes and their label, where it hides nothing."""
     from matplotlib.transforms import ScaledTranslation
 
-    points = axes.transAxes + ScaledTranslation(0, -36 / 72, axes.get_figure().dpi_scale_trans)
+    points = axes.transAxes + ScaledTranslation(0, -36 / 72, axes.figure.dpi_scale_trans)
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": points}
     axes.legend(**place, ncols=columns, fontsize=7, frameon=False)
 
@@ -72,7 +72,7 @@ def _speedups(axes: "Axes", rows: Sequence[Row], drafted: Sequence[Row], names: 
     from matplotlib import colormaps
 
     a = np.linspace(0, 1, 101)
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
     for row in drafted:
         shape = ("autoregressive", row["batch"], row["prompt"], row["dtype"])
         plain = next(r for r in rows if (r["rule"], r["batch"], r["prompt"], r["dtype"]) == shape)
@@ -99,11 +99,11 @@ def _parts(axes: "Axes", drafted: Sequence[Row], names: _Names) -> None:
 
 
 def _throughput(axes: "Axes", rows: Sequence[Row], names: _Names) -> None:
-    """A bar for each row, with the spread over the turns."""
+    """A bar for each row, with the spread over the repeats."""
     rates = np.array([row["codes_per_s"] for row in rows])
     low, high = np.array([row["codes_per_s_spread"] for row in rows]).T
     axes.barh(range(len(rows)), rates, xerr=[rates - low, high - rates], color="tab:cyan", capsize=3)
-    axes.set(title=f"throughput at batch {rows[0]['batch']}, with the spread over the turns", xlabel="codes/s")
+    axes.set(title=f"throughput at batch {rows[0]['batch']}, with the spread over the repeats", xlabel="codes/s")
     _name_rows(axes, rows, names)
 
 

@@ -87,10 +87,9 @@ def pair_of(settings: Settings) -> Pair:
             f"expected a preset among {', '.join(presets.PAIRS)}, or a folder that `jaxspec convert` made, got "
             f"{settings.model!r}: choose one of these"
         )
-    target, draft = (
-        config and dataclasses.replace(config, dtype=settings.dtype) for config in (pair.target, _draft_of(settings, pair))
-    )
-    return Pair(target, draft, pair.stops)
+    draft = _draft_of(settings, pair)
+    draft = draft and dataclasses.replace(draft, dtype=settings.dtype)
+    return Pair(dataclasses.replace(pair.target, dtype=settings.dtype), draft, pair.stops)
 
 
 def _draft_of(settings: Settings, pair: Pair) -> Config | None:
@@ -133,15 +132,9 @@ def arguments(settings: Settings, pair: Pair) -> Arguments:
         leaves = () if config is None else transformer.abstract_params(config)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(settings.dtype)), leaves)
 
-    vocab, integers = pair.target.vocab, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    codes, size = vocab - pair.stops, group_size(pair)
-    groups = Groups(
-        integers((vocab, size)),
-        integers((vocab,)),
-        integers((codes * size + pair.stops,)),
-        integers((vocab,)),
-        integers((vocab,)),
-    )
+    vocab, codes, size = pair.target.vocab, pair.target.vocab - pair.stops, group_size(pair)
+    sizes = (vocab, size), vocab, codes * size + pair.stops, vocab, vocab
+    groups = jax.eval_shape(lambda: Groups(*(jnp.zeros(shape, jnp.int32) for shape in sizes)))
     stops = tuple(range(codes, vocab))
     prompt = np.zeros((settings.batch, settings.prompt_length), np.int32)
     lengths = np.full(settings.batch, settings.prompt_length)

@@ -1,6 +1,7 @@
 """Benchmarked shapes: pairs of target and draft by name, random weights of these shapes, and groups of a given size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from jaxspec.types import Array, Params
 
 GROUP_SIZE = 140  # the mean of PCG's groups of LLaSA at a cosine of 0.4, arXiv 2511.13732
 
-_LLAMA3 = {"rope_theta": 500_000.0, "norm_eps": 1e-5}
-_LLASA = {"input_tables": (65_537, 128_264), "vocab": 65_537}  # the head of ``convert --head speech``: codes and the stop id
+_LLASA = (65_537, 128_264), 65_537  # input tables and the head of ``convert --head speech``: codes and the stop id
+_LLAMA3 = functools.partial(Config, rope_theta=500_000.0, norm_eps=1e-5)
 
 
 class Pair(NamedTuple):
@@ -42,14 +43,12 @@ def _small() -> Config:
 
 
 def _llasa_1b() -> Config:
-    return Config(**_LLASA, width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp_width=8192, tied=True, **_LLAMA3)
+    return _LLAMA3(*_LLASA, width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp_width=8192, tied=True)
 
 
 def _llasa_8b() -> Config:
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
-    return Config(
-        **_LLASA, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp_width=14_336, rope_scaling=scaling, **_LLAMA3
-    )
+    return _LLAMA3(*_LLASA, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp_width=14_336, rope_scaling=scaling)
 
 
 def _cosyvoice2() -> Config:
@@ -79,8 +78,8 @@ def pair(name: str, dtype: str) -> Pair:
     if name not in PAIRS:
         raise ValueError(f"expected a preset among {', '.join(PAIRS)}, got {name!r}: choose one of these")
     shapes = PAIRS[name]()
-    target, draft = (config and dataclasses.replace(config, dtype=dtype) for config in shapes[:2])
-    return shapes._replace(target=target, draft=draft)
+    draft = shapes.draft and dataclasses.replace(shapes.draft, dtype=dtype)
+    return Pair(dataclasses.replace(shapes.target, dtype=dtype), draft, shapes.stops)
 
 
 def random_params(key: Array, config: Config) -> Params:

@@ -33,7 +33,7 @@ class Settings:
     """Probability that a drafted code is accepted, for random weights. The verifier's work is done all the same."""
     new_tokens: int = 64
     """Codes that each row emits, at most."""
-    turns: int = 5
+    repeats: int = 5
     """How often each case is timed; the cases are interleaved."""
     auto: bool = False
     """Add a row for each batch that uses the fastest of the other cases."""
@@ -60,9 +60,9 @@ class Settings:
         for name, values, known in (("verifiers", self.verify, VERIFIERS), ("dtypes", self.dtypes, ("float32", "bfloat16"))):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"expected {name} among {', '.join(known)}, got {unknown[0]!r}: choose one of these")
-        counts = (*self.draft_lengths, *self.batches, *self.prompts, self.new_tokens, self.turns)
+        counts = (*self.draft_lengths, *self.batches, *self.prompts, self.new_tokens, self.repeats)
         if min(counts) < 1:
-            raise ValueError(f"expected draft lengths, batches, prompts, new tokens and turns of 1 or more, got {min(counts)}")
+            raise ValueError(f"expected draft lengths, batches, prompts, new tokens and repeats of 1 or more, got {min(counts)}")
         if self.real and self.synthetic_acceptance is not None:
             raise ValueError(f"expected no synthetic acceptance for {self.preset}, whose weights are real: leave it out")
         if self.real and self.peer:

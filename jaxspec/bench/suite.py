@@ -38,9 +38,9 @@ def bench(settings: Settings, progress: Callable[[str], None] = print) -> dict[s
         meters = _meters(models, dtype)
         readings = [_read(meters)]  # compiles them
         if settings.peer and not peers:
-            shape = settings.prompts[0], settings.draft_lengths[0], settings.turns
+            shape = settings.prompts[0], settings.draft_lengths[0], settings.repeats
             peers = [row for batch in settings.batches for row in time_transformers(models, batch, *shape, progress)]
-        made = run(models, settings.cases(), settings.turns, progress, lambda m=meters, r=readings: r.append(_read(m)))
+        made = run(models, settings.cases(), settings.repeats, progress, lambda m=meters, r=readings: r.append(_read(m)))
         best = {name: max(reading[name] for reading in readings) for name in meters}
         rates = ", ".join(f"{name.replace('_per_s', '')} {rate / 1e9:.1f} G/s" for name, rate in best.items())
         progress(f"{dtype}: best measured rates: {rates}")
