@@ -31,9 +31,9 @@ def say(rows, params=PARAMS):
 
 
 def test_the_logits_of_a_row_differ_between_batches_by_rounding_only():
-    together, _, _ = Transformer(CONFIG).apply({"params": PARAMS}, PROMPT)
+    together, _, _ = Transformer(CONFIG).apply({"params": PARAMS}, jnp.asarray(PROMPT))
     for row in range(B):
-        alone, _, _ = Transformer(CONFIG).apply({"params": PARAMS}, PROMPT[row : row + 1])
+        alone, _, _ = Transformer(CONFIG).apply({"params": PARAMS}, jnp.asarray(PROMPT[row : row + 1]))
         np.testing.assert_allclose(alone[0], together[row], atol=ROUNDING)
 
 

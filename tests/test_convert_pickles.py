@@ -167,6 +167,7 @@ ATTACKS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of the attack
 @pytest.mark.parametrize("form", ["GLOBAL", "STACK_GLOBAL", "INST", "OBJ"])
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: ".".join(attack[:2]))
 def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path, attack, form):

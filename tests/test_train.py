@@ -71,7 +71,9 @@ def test_samples_of_the_target_have_no_positions():
 def test_disturbed_codes_move_by_one_level_in_one_digit():
     codes = np.random.default_rng(1).integers(CODES, size=400)
     moved = language_model._disturb(codes, 0.5, np.random.default_rng(2))
-    apart = np.abs(np.asarray(fsq.to_digits(moved, LEVELS)) - np.asarray(fsq.to_digits(codes, LEVELS))).sum(1)
+    apart = np.abs(
+        np.asarray(fsq.to_digits(jnp.asarray(moved), LEVELS)) - np.asarray(fsq.to_digits(jnp.asarray(codes), LEVELS))
+    ).sum(1)
     assert set(apart.tolist()) == {0, 1}
     assert 0.3 < apart.mean() < 0.5
 

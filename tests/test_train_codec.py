@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,7 +40,7 @@ def test_crops_come_with_the_phones_of_their_samples(tmp_path):
 def test_a_gradient_step_lowers_the_loss(kind):
     params = codec.init_params(jax.random.key(0), SMALL)
     wave = 0.1 * jax.random.normal(jax.random.key(1), (2, 8 * SMALL.samples_per_code), np.float32)
-    batch = wave, np.array([0, 1], np.int32), np.zeros((2, 16), np.int32)
+    batch = wave, jnp.array([0, 1], jnp.int32), jnp.zeros((2, 16), jnp.int32)
     if kind == "codec":
         loss, start = codec.loss(SMALL), params
     else:

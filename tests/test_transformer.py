@@ -179,7 +179,7 @@ def test_ids_run_through_the_input_tables_and_the_head_is_a_slice():
     rows = [params["table_0"][0], params["table_0"][-1], params["table_1"][0], params["table_1"][4], params["table_2"][0]]
     np.testing.assert_array_equal(embedded, jnp.stack([*rows, params["table_2"][10]]))
     logits, features, _ = Transformer(config).apply({"params": {**params, "head_bias": jnp.arange(40.0)}}, tokens)
-    np.testing.assert_allclose(logits, features @ params["table_0"][:40].T + jnp.arange(40.0), atol=1e-4)
+    np.testing.assert_allclose(logits, features @ params["table_0"][:40].T + jnp.arange(40.0)[None, None], atol=1e-4)
 
 
 def test_bfloat16_keeps_logits_in_float32():

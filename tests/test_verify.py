@@ -195,7 +195,7 @@ def test_num_exact_counts_what_the_exact_rule_takes(rule):
     assert (verdict.num_exact >= jnp.minimum(reference.num_accepted, verdict.num_accepted)).all()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if not name.startswith("block")])
 def test_num_exact_has_the_exact_acceptance_rate(name):
     """Of one drafted token; all decisions are made with one uniform, so the smaller ratio decides."""
     draft, target = random_probs(0, 1), random_probs(1, 2)

@@ -63,7 +63,7 @@ def decode_rows(
         The wave of each row, float32 [T * samples per frame].
     """
     skip = 0 if prefix is None else len(prefix)
-    whole = [np.asarray(row) if prefix is None else np.concatenate([prefix, row]) for row in rows]
+    whole = [np.concatenate([prefix, row]) if prefix is not None and skip else np.asarray(row) for row in rows]
     length = np.array([len(row) for row in whole], np.int32)
     batch = padded_batch(len(rows))
     codes = np.zeros((batch, padded_length(int(length.max())), *whole[0].shape[1:]), np.int32)

@@ -166,7 +166,7 @@ def _search(
         group = pick_group(uniforms[3], groups, sampling.invert(uniforms[1:3], proposed))
         members, weights = members_of(groups, group)
         parts = difference.at[members].get(mode="fill", fill_value=0) * weights
-        kept = accepted(uniforms[4], jnp.maximum(parts, 0.0).sum(-1), parts.sum(-1)) | (mass == 0)
+        kept = accepted(uniforms[4], jnp.maximum(parts, 0.0).sum(-1), parts.sum(-1)) | ~(mass > 0)
         return trial + 1, ends & kept, jnp.where(ends, at, at - 1), group
 
     _, _, at, group = jax.lax.while_loop(is_running, run, (jnp.int32(0), jnp.bool_(False), start, jnp.int32(0)))
@@ -178,7 +178,7 @@ def _rho(drafted: Float[Array, " K"], wanted: Float[Array, " K"]) -> Float[Array
 
     def step(rho: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         p, q = pair
-        rho = jnp.where(rho * q < p, _ratio(rho * q, p), 1.0)
+        rho = jnp.where(rho * q >= p, 1.0, _ratio(rho * q, p))  # NaN stays NaN, and accepts nothing
         return rho, rho
 
     one = jnp.ones((), jnp.float32)
