@@ -27,7 +27,7 @@ def recorder():
 
     def propose(params, keys, context, store):
         first = context.length - 1 - context.num_fresh
-        index = jnp.arange(store.shape[1])
+        index = jnp.arange(store.shape[1])[None]
         for i in range(context.features.shape[1]):
             here = (index == (first + i)[:, None]) & (i < context.num_fresh)[:, None]
             store = jnp.where(here[:, :, None], context.features[:, i, None], store)
