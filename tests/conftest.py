@@ -6,6 +6,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # programs of an earlier run must not hide what compiles, or how
+
 import jax
 from jaxtyping import install_import_hook
 
