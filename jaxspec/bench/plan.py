@@ -8,11 +8,14 @@ subtracts one second for each custom call. Cycles are those of the compiler's sc
 loops of known length in full, others once, and the cheapest branch of a conditional. No figure is a measurement.
 """
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxspec import speculate
 from jaxspec.bench import chips, hlo, roofline
@@ -116,9 +119,23 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
 
 
+@contextlib.contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+    """Keeps a program for another machine out of the persistent cache, from which it cannot be read back."""
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether the cache is used is decided once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
 def _compile(lowered: Any) -> Any:
     try:
-        return lowered.compile()
+        with _no_persistent_cache():
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -28,7 +28,6 @@ class Plan(Settings):
             SystemExit: with 1, the compiled program does not fit or a check fails.
         """
         jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator, if there is one, alone
-        jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what was compiled for another machine
         from jaxspec.bench import plan, plan_report
 
         result = plan.plan(self)
