@@ -104,7 +104,7 @@ def _placed(shapes: Arguments, pair: Pair, placement: Placement) -> Arguments:
     """The shapes with the shardings of a placement."""
 
     def params(config: Config | None, leaves: Params) -> Params:
-        return () if config is None else placed(leaves, placement.params(transformer.logical_axes(config), leaves))
+        return () if config is None else placed(leaves, transformer.shardings_of(config, placement))
 
     return Arguments(
         params(pair.target, shapes.target_params),

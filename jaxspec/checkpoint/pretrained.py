@@ -163,8 +163,7 @@ def _load(
     shared: Mapping[str, jax.Array],
 ) -> Pretrained:
     """Reads the parameters that are not among ``shared``."""
-    axes, shapes = transformer.logical_axes(model.shape), transformer.abstract_params(model.shape)
-    shardings = placement.params(axes, shapes) if placement else None
+    shardings = transformer.shardings_of(model.shape, placement) if placement else None
     params = store.read_params(folder, dtype, shardings, shared)
     return Pretrained(dataclasses.replace(model, shape=dataclasses.replace(model.shape, dtype=dtype)), params, tokenizer, folder)
 

@@ -33,7 +33,7 @@ def padded_length(frames: int) -> int:
 
 
 def padded_batch(rows: int) -> int:
-    """The number of rows to which a batch is padded, a power of 2.
+    """The number of rows to which a batch is padded, a power of 2, so that few shapes are compiled.
 
     >>> [padded_batch(rows) for rows in (1, 2, 3, 8, 9)]
     [1, 2, 4, 8, 16]

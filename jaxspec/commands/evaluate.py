@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from jaxspec.commands.outputs import check_writable, make_folder
 from jaxspec.evaluate import requirements
 from jaxspec.evaluate.plan import Plan
 
@@ -31,6 +31,7 @@ class Evaluate(Plan):
         """
         requirements.check()
         make_folder(self.out_dir)
+        check_writable(self.out_dir / "evaluation.json")
         result = compare_with_progress(self)
         from rich.console import Console
 
@@ -40,20 +41,6 @@ class Evaluate(Plan):
         report.show(result["rows"], Console(stderr=self.json, width=150))
         if self.json:
             print(json.dumps(result))
-
-
-def make_folder(folder: Path) -> None:
-    """Creates a folder unless it exists.
-
-    Raises:
-        ValueError: it cannot be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"expected a folder that can be created, got {folder} ({error.strerror}): choose another") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"expected a folder that can be written to, got {folder}: choose another")
 
 
 def compare_with_progress(plan: Plan) -> dict[str, Any]:

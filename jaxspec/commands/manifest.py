@@ -1,5 +1,6 @@
 """The list of the files that `say --file` has written, by which a run that was interrupted is resumed."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -22,8 +23,9 @@ class Manifest:
 
     def holds(self, name: str, request: str) -> bool:
         """Whether a file is there and was written for this request."""
-        return self._requests().get(name) == request and (self.folder / name).is_file()
+        return self._requests.get(name) == request and (self.folder / name).is_file()
 
+    @functools.cached_property
     def _requests(self) -> dict[str, str]:
         requests = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
@@ -36,5 +38,6 @@ class Manifest:
 
     def add(self, name: str, line: int, text: str, request: str) -> None:
         """Records a file that was just written."""
+        self.__dict__.pop("_requests", None)  # read again when it is next asked for
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "line": line, "text": text, "request": request}, ensure_ascii=False) + "\n")

@@ -55,15 +55,15 @@ def check_writable(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder where there is none.
+    """Creates a folder unless it exists.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"expected a folder that can be made, got {path} ({error.strerror}): choose another") from None
+        raise ValueError(f"expected a folder that can be created, got {path} ({error.strerror}): choose another") from None
 
 
 def write(path: Path, utterance: Utterance) -> None:

@@ -1,12 +1,12 @@
 """The command `plan`: programs compiled for a TPU that is not attached."""
 
 import dataclasses
-import json
 import sys
 
 import jax
 
 from jaxspec.bench.plan_shapes import Settings
+from jaxspec.commands.console import report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,6 @@ class Plan(Settings):
         from jaxspec.bench import plan, plan_report
 
         result = plan.plan(self)
-        print(plan_report.card(result), file=sys.stderr if self.json else sys.stdout)
-        if self.json:
-            print(json.dumps(result))
+        report(plan_report.card(result), result, self.json)
         if not plan_report.passes(result):
             sys.exit(1)

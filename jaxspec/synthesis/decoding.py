@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxspec import speculate, verify
+from jaxspec.codec.padding import padded_batch
 from jaxspec.common.compilation_cache import call, describe, description_of
 from jaxspec.state import NON_FINITE, Generation, Info
 from jaxspec.synthesis.contract import Settings, Synthesizer
@@ -68,7 +69,7 @@ def tokens_of(
 
     Args:
         pieces: n parts of texts, n of 1 or more.
-        keys: [batch_size(n)], one for each row, those beyond n unused.
+        keys: [padded_batch(n)], one for each row, those beyond n unused.
         synthesizer: whose target and prompts.
         settings: of the prompts and the sampling.
         decoding: what ``resolve`` made of the settings.
@@ -79,7 +80,7 @@ def tokens_of(
     Raises:
         ValueError: a prompt cannot be made, or the model's logits are not finite.
     """
-    count, batch = len(pieces), batch_size(len(pieces))
+    count, batch = len(pieces), padded_batch(len(pieces))
     requests = synthesizer.requests([*pieces, *[pieces[0]] * (batch - count)], settings)
     limit = np.where(np.arange(batch) < count, requests.limit, 0)  # rows that fill the batch up emit nothing
     requests = requests._replace(limit=limit)
@@ -94,12 +95,3 @@ def tokens_of(
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
     return generation
-
-
-def batch_size(count: int) -> int:
-    """The batch that ``count`` pieces go in: a power of two, so that few shapes are compiled.
-
-    >>> [batch_size(count) for count in (1, 2, 3, 9)]
-    [1, 2, 4, 16]
-    """
-    return 1 << (count - 1).bit_length()

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.codec.padding import padded_batch
 from jaxspec.common.compilation_cache import keep
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.state import Generation
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.builtin import builtin
 from jaxspec.synthesis.contract import Settings, Synthesizer
-from jaxspec.synthesis.decoding import PLAIN, Decoding, batch_size, resolve, tokens_of
+from jaxspec.synthesis.decoding import PLAIN, Decoding, resolve, tokens_of
 
 AUTO = (PLAIN, "coarse-grained")  # what "auto" chooses from; a single batch is autoregressive
 
@@ -114,12 +115,12 @@ def speak_each(
     autotuner, key, waiting = autotuner or Autotuner(tuple(candidates)), settings.key(), {}
     for first in range(0, len(queue), synthesizer.max_batch):
         numbers, owners, batch = zip(*queue[first : first + synthesizer.max_batch], strict=True)
-        candidate, began = autotuner.choose(batch_size(len(batch))), tally.watch.seconds["lm"]
+        candidate, began = autotuner.choose(padded_batch(len(batch))), tally.watch.seconds["lm"]
         with tally.watch("lm"):
-            keys = _row_keys(key, np.resize(np.array(numbers, np.uint32), batch_size(len(batch))))
+            keys = _row_keys(key, np.resize(np.array(numbers, np.uint32), padded_batch(len(batch))))
             generation = tokens_of(batch, keys, synthesizer, settings, candidates[candidate])
         tally.generations.append(generation)
-        autotuner.record(batch_size(len(batch)), candidate, int(generation.length.sum()), tally.watch.seconds["lm"] - began)
+        autotuner.record(padded_batch(len(batch)), candidate, int(generation.length.sum()), tally.watch.seconds["lm"] - began)
         with tally.watch("codec"):
             spoken = decode(generation, synthesizer, settings)
         progress(first + len(batch), len(queue))
