@@ -10,6 +10,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +124,10 @@ def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
     if not all(isinstance(row, Sampling) for row in each):
         raise ValueError(f"expected one Sampling for each of the {batch} rows, got {each!r}: make each with jaxspec.Sampling")
 
-    def field(name: str, dtype: type) -> Array:
-        return jax.device_put(np.array([getattr(row, name) for row in each], dtype))
+    def field(name: str, dtype: type) -> Any:
+        return np.array([getattr(row, name) for row in each], dtype)
 
-    return SamplingRows(
+    settings = SamplingRows(
         temperature=field("temperature", np.float32),
         top_k=field("top_k", np.int32),
         top_p=field("top_p", np.float32),
@@ -137,6 +138,7 @@ def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
         withheld=field("withheld", np.int32),
         min_new_tokens=field("min_new_tokens", np.int32),
     )
+    return jax.device_put(settings)
 
 
 def probabilities(

@@ -8,8 +8,9 @@ import pytest
 
 from jaxspec import verify
 from jaxspec.synthesis.builtin import builtin
-from jaxspec.synthesis.contract import RULES, Reference, Settings
+from jaxspec.synthesis.contract import Reference, Settings
 from jaxspec.synthesis.decoding import resolve
+from jaxspec.verify.rules import RULES
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """What is benchmarked: the cases, and the models, requests and verifiers that they run."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import verify
 from jaxspec.groups import Groups
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
-from jaxspec.synthesis.contract import RULES, Requests
+from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
+from jaxspec.verify.rules import by_name
 
-VERIFIERS = RULES
 _ACCEPT_STREAM = 77
 
 
@@ -25,7 +23,8 @@ class Case(NamedTuple):
     """One row of the table.
 
     Attributes:
-        rule: one of ``VERIFIERS``; or, with a draft length of 0, "autoregressive", or "auto", the fastest of the other cases.
+        rule: one of ``verify.rules.RULES``; or, with a draft length of 0, "autoregressive", or "auto", the fastest of the other
+            cases.
         draft_length: K.
         batch: B.
         prompt: tokens of each prompt; 0 where texts determine the prompts.
@@ -80,14 +79,7 @@ class Models:
 
     def verifier(self, rule: str) -> Verify:
         """A verifier by name, with the synthetic acceptance where one is given."""
-        made = {
-            "exact": verify.exact,
-            "tolerance": functools.partial(verify.tolerance, self.beta),
-            "coarse-grained": functools.partial(verify.coarse_grained, self.groups),
-            "block-exact": verify.block_exact,
-            "block-tolerance": functools.partial(verify.block_tolerance, self.beta),
-            "block-coarse-grained": functools.partial(verify.block_coarse_grained, self.groups),
-        }[rule]()
+        made = by_name(rule, self.beta, lambda: self.groups)
         return made if self.acceptance is None else jax.tree_util.Partial(_synthetic, jnp.float32(self.acceptance), made)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from jaxspec.bench import presets
-from jaxspec.bench.cases import VERIFIERS, Case
+from jaxspec.bench.cases import Case
+from jaxspec.verify.rules import RULES, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +18,7 @@ class Settings:
     """builtin (the voice), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a folder that `jaxspec convert` made."""
     draft: str | None = None
     """ngram, or for a converted model the folder of a draft; by default the preset's own draft."""
-    verify: tuple[
-        Literal["exact", "tolerance", "coarse-grained", "block-exact", "block-tolerance", "block-coarse-grained"], ...
-    ] = ("exact", "coarse-grained")
+    verify: tuple[Rule, ...] = ("exact", "coarse-grained")
     """Verifiers to time."""
     draft_lengths: tuple[int, ...] = (3,)
     """Codes to draft in a round (K)."""
@@ -57,7 +56,7 @@ class Settings:
                 f"expected a preset among {', '.join(known)}, or a folder that `jaxspec convert` made, got {self.preset!r}: "
                 "choose one of these"
             )
-        for name, values, known in (("verifiers", self.verify, VERIFIERS), ("dtypes", self.dtypes, ("float32", "bfloat16"))):
+        for name, values, known in (("verifiers", self.verify, RULES), ("dtypes", self.dtypes, ("float32", "bfloat16"))):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"expected {name} among {', '.join(known)}, got {unknown[0]!r}: choose one of these")
         counts = (*self.draft_lengths, *self.batches, *self.prompts, self.new_tokens, self.repeats)

@@ -14,7 +14,7 @@ from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import read_lines, read_reference, read_text
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.picture import draw
-from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.synthesis.contract import Settings, Synthesizer, Verifier
 from jaxspec.synthesis.decoding import resolve
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import Tally, Utterance, speak_each
@@ -68,13 +68,7 @@ class Say:
     """The most tokens of each piece of a text; by default the model's own limit."""
     voice: str | None = Settings.voice
     """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
-    verify: (
-        Literal[
-            *("exact", "tolerance", "coarse-grained", "block-exact", "block-tolerance", "block-coarse-grained"),
-            *("autoregressive", "auto"),
-        ]
-        | None
-    ) = None
+    verify: Verifier | None = None
     """How drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. block- verifies them as a
     whole, which accepts more of them. auto tries both on the batches of many texts and continues with the faster one."""
     beta: float = Settings.beta

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import operator
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +13,10 @@ import numpy as np
 from jaxspec.groups import Groups
 from jaxspec.sampling import Sampling
 from jaxspec.types import Draft, LanguageModel, Params
+from jaxspec.verify.rules import Rule
 
-RULES = ("exact", "tolerance", "coarse-grained", "block-exact", "block-tolerance", "block-coarse-grained")
-VERIFIERS = (*RULES, "autoregressive", "auto")
+Verifier = Literal[Rule, "autoregressive", "auto"]
+VERIFIERS: tuple[str, ...] = typing.get_args(Verifier)
 MATRICES = ("target", "codec")
 
 

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import speculate, verify
+from jaxspec import speculate
 from jaxspec.codec.padding import padded_batch
 from jaxspec.common.compilation_cache import call, describe, description_of
 from jaxspec.state import NON_FINITE, Generation, Info
 from jaxspec.synthesis.contract import Settings, Synthesizer
 from jaxspec.types import Draft, Verify
+from jaxspec.verify.rules import by_name
 
 describe(speculate._generate, "generate")
 describe(speculate._autoregressive, "autoregressive")
@@ -51,14 +52,8 @@ def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
 def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> Verify:
     """The verifier of a name, described for ``call``."""
     name = "coarse-grained" if name == "auto" else name
-    block, rule = name.startswith("block-"), name.removeprefix("block-")
-    if rule == "exact":
-        made = verify.block_exact() if block else verify.exact()
-    elif rule == "tolerance":
-        made = (verify.block_tolerance if block else verify.tolerance)(settings.beta)
-    else:
-        threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
-        made = (verify.block_coarse_grained if block else verify.coarse_grained)(synthesizer.groups(threshold, settings.matrix))
+    threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
+    made = by_name(name, settings.beta, lambda: synthesizer.groups(threshold, settings.matrix))
     return describe(made, f"verify {name}")
 
 

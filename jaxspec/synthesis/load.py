@@ -55,7 +55,10 @@ def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:
     voice = builtin()
     if draft is None:
         return voice
-    drafter, params = load_drafter(draft, builtin_target(voice.target_params))
+    if str(draft) == NGRAM:  # which needs no description of the target
+        drafter, params = _ngram(voices.VOCAB)
+    else:
+        drafter, params = load_drafter(draft, builtin_target(voice.target_params))
     return voice._replace(drafter=drafter, draft_params=params)
 
 
@@ -82,8 +85,11 @@ def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
         ValueError: the folder holds no draft, or one that does not fit the target.
     """
     if str(draft) == NGRAM:
-        vocab = target.model.shape.vocab
-        return describe(functools.partial(ngram_draft, vocab=vocab), f"ngram {vocab}"), ()
+        return _ngram(target.model.shape.vocab)
     loaded = pretrained.load_draft(draft, target)
     description = f"draft {store.read_description(draft)} in {target.model.shape.dtype}"
     return describe(loaded.drafter, description), loaded.params
+
+
+def _ngram(vocab: int) -> Drafter:
+    return describe(functools.partial(ngram_draft, vocab=vocab), f"ngram {vocab}"), ()
