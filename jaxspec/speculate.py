@@ -71,8 +71,8 @@ def generate(
     Raises:
         ValueError: an argument has the wrong shape, type or range, or target, draft and verifier do not fit together.
     """
-    request = _check(key, target, target_params, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
-    return _generate(target, draft, max_new_tokens, target_params, draft_params, _as_pytree(verify), request)
+    request = check_request(key, target, target_params, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
+    return generate_request(target, draft, max_new_tokens, target_params, draft_params, as_pytree(verify), request)
 
 
 def autoregressive(
@@ -91,12 +91,12 @@ def autoregressive(
 
     The token at position t is sampled with fold_in(row key, t). Every token counts as a bonus token after zero drafted ones.
     """
-    request = _check(key, target, target_params, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
-    return _autoregressive(target, max_new_tokens, target_params, request)
+    request = check_request(key, target, target_params, prompt, prompt_length, max_new_tokens, limit, stop_ids, sampling)
+    return autoregressive_request(target, max_new_tokens, target_params, request)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
+def generate_request(
     target: LanguageModel,
     draft: Draft,
     capacity: int,
@@ -105,6 +105,7 @@ def _generate(
     verify: Verify,
     request: Request,
 ) -> Generation:
+    """The compiled program of ``generate``: a checked request with room for ``capacity`` emitted tokens in each row."""
     cells = request.prompt.shape[1] + capacity + draft.length + 1
     state = _init(target, target_params, draft, draft_params, request, cells)
     round_ = functools.partial(rounds.step, target, target_params, draft, draft_params, verify)
@@ -112,7 +113,8 @@ def _generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _autoregressive(target: LanguageModel, capacity: int, target_params: Params, request: Request) -> Generation:
+def autoregressive_request(target: LanguageModel, capacity: int, target_params: Params, request: Request) -> Generation:
+    """The compiled program of ``autoregressive``: a checked request with room for ``capacity`` emitted tokens in each row."""
     cells = request.prompt.shape[1] + capacity + 1
     state, _ = _prefill(target, target_params, requests.complete(request), cells, draft_length=0)
     round_ = functools.partial(rounds.plain_step, target, target_params)
@@ -166,7 +168,7 @@ def advance(
 
     However the rounds are split, the tokens are those of ``generate``. Args as in ``init``, and the verifier.
     """
-    return _advance(target, target_params, draft, draft_params, _as_pytree(verify), state, num_rounds)
+    return _advance(target, target_params, draft, draft_params, as_pytree(verify), state, num_rounds)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=5)
@@ -269,7 +271,7 @@ def is_running(state: State) -> Array:
     return jnp.any(state.stop_reason == RUNNING)
 
 
-def _check(
+def check_request(
     key: Any,
     target: LanguageModel,
     target_params: Params,
@@ -280,7 +282,7 @@ def _check(
     stop_ids: StopIds,
     sampling: Any,
 ) -> Request:
-    """The request of a call, checked against the target."""
+    """The request of a call of ``generate``, whose Args and Raises these are, checked against the target."""
     checks.check_mesh(target_params)
     vocab = None if len(stop_ids) == 0 else target.vocab or checks.vocab_size(target, target_params)
     return requests.check(
@@ -296,7 +298,7 @@ def _check(
     )
 
 
-def _as_pytree(verify: Verify) -> Verify:
+def as_pytree(verify: Verify) -> Verify:
     """A verifier that can be an argument of a compiled program."""
     return jax.tree_util.Partial(verify) if jax.tree_util.all_leaves([verify]) else verify
 

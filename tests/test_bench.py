@@ -231,5 +231,5 @@ def test_the_loop_touches_no_more_memory_than_it_did():
     params = jax.tree.map(jnp.zeros_like, presets.random_params(jax.random.key(0), TINY))
     lm, rule = transformer.language_model(TINY), verify.coarse_grained(presets.neighbours(64, 63, 5))
     request = requests.check(jax.random.key(0), np.zeros((1, 8), np.int32), np.array([8]), 32, None, (63,), Sampling())
-    lowered = speculate._generate.lower(lm, model_draft(lm, 3), 32, params, params, rule, request)
+    lowered = speculate.generate_request.lower(lm, model_draft(lm, 3), 32, params, params, rule, request)
     assert lowered.compile().cost_analysis()["bytes accessed"] < 1.1 * 598_681

@@ -14,6 +14,7 @@ from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Requests
 from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
+from jaxspec.verify.exact import count_accepted
 from jaxspec.verify.rules import by_name
 
 _ACCEPT_STREAM = 77
@@ -89,8 +90,7 @@ def _synthetic(
     """Computes a rule's verdict, and replaces it by one that accepts each position with a given probability."""
     verdict = rule(key, draft_tokens, draft_probs, target_probs)
     uniforms = jax.random.uniform(jax.random.fold_in(key, _ACCEPT_STREAM), draft_tokens.shape, jnp.float32)
-    num_accepted = jnp.cumprod((uniforms < acceptance).astype(jnp.int32)).sum(dtype=jnp.int32)
-    return verdict._replace(num_accepted=num_accepted, num_exact=None)
+    return verdict._replace(num_accepted=count_accepted(uniforms < acceptance), num_exact=None)
 
 
 def random_requests(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:

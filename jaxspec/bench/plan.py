@@ -1,7 +1,7 @@
 """Compiles the real prefill and the real loops for a TPU that is not attached, from shapes alone: memory, time, and checks.
 
-Three programs: ``speculate.init``, ``speculate._generate`` with the whole loop in it, and ``speculate._autoregressive``, for the
-time of a plain step.
+Three programs: ``speculate.init``, ``speculate.generate_request`` with the whole loop in it, and
+``speculate.autoregressive_request``, for the time of a plain step.
 
 Limits of the figures. XLA's cost analysis counts the body of a loop once, counts traffic within the chip as HBM traffic, and
 subtracts one second for each custom call. Cycles are those of the compiler's schedule, which leaves most waiting for HBM out:
@@ -89,8 +89,8 @@ def _compile_all(settings: Settings, pair: Pair, placed: Arguments) -> tuple[Any
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
     models = target, placed.target_params, draft, placed.draft_params
     prefill = _compile(speculate.init.lower(*models, placed.request, settings.cells))
-    loop = _compile(speculate._generate.lower(target, draft, settings.capacity, *placed))
-    plain = _compile(speculate._autoregressive.lower(target, settings.capacity, placed.target_params, placed.request))
+    loop = _compile(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
+    plain = _compile(speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request))
     return prefill, loop, plain, time.perf_counter() - start
 
 

@@ -14,8 +14,8 @@ from jaxspec.synthesis.contract import Settings, Synthesizer
 from jaxspec.types import Draft, Verify
 from jaxspec.verify.rules import by_name
 
-describe(speculate._generate, "generate")
-describe(speculate._autoregressive, "autoregressive")
+describe(speculate.generate_request, "generate")
+describe(speculate.autoregressive_request, "autoregressive")
 for _kind in (Generation, Info):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxspec.{_kind.__name__}")
 
@@ -80,12 +80,12 @@ def tokens_of(
     limit = np.where(np.arange(batch) < count, requests.limit, 0)  # rows that fill the batch up emit nothing
     requests = requests._replace(limit=limit)
     target, params, most = synthesizer.target, synthesizer.target_params, requests.max_new_tokens
-    checked = speculate._check(keys, target, params, *requests)
+    checked = speculate.check_request(keys, target, params, *requests)
     if decoding.draft is None or decoding.verify is None:
-        generation = call(speculate._autoregressive, (target, most), params, checked)
+        generation = call(speculate.autoregressive_request, (target, most), params, checked)
     else:
-        rule, static = speculate._as_pytree(decoding.verify), (target, decoding.draft, most)
-        generation = call(speculate._generate, static, params, synthesizer.draft_params, rule, checked)
+        rule, static = speculate.as_pytree(decoding.verify), (target, decoding.draft, most)
+        generation = call(speculate.generate_request, static, params, synthesizer.draft_params, rule, checked)
     generation = jax.tree.map(lambda array: array[:count], jax.device_get(generation))
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
