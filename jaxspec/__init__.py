@@ -9,6 +9,7 @@ from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.sampling import Sampling
 from jaxspec.speculate import autoregressive, generate
 from jaxspec.state import Generation, Info, State
+from jaxspec.text import TextWarning
 from jaxspec.types import Codec, Draft, LanguageModel, Proposal, Verdict, Verify
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "Proposal",
     "Sampling",
     "State",
+    "TextWarning",
     "Verdict",
     "Verify",
     "acoustic_similarity_groups",

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxspec.evaluate.recognize import error_rates, transcribe
+from jaxspec.evaluate.recognize import error_rates, plain, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
 
 
@@ -31,6 +31,11 @@ def test_error_rates_by_hand():
 def test_error_rates_normalise_numbers_and_abbreviations():
     said = ["at ten thirty doctor lee paid five dollars", "well known ones"]
     assert error_rates(["At 10:30, Dr. Lee paid $5!", "Well-known ones..."], said).wer == 0
+
+
+@pytest.mark.parametrize("text", ["", "?!", "你好"])
+def test_a_text_that_cannot_be_spoken_has_no_words(text):
+    assert plain(text) == ""
 
 
 def test_an_empty_transcript_is_all_errors():

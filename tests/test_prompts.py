@@ -11,7 +11,7 @@ import transformers
 from jaxspec.checkpoint import pretrained
 from jaxspec.synthesis import converted
 from jaxspec.synthesis.contract import Reference, Settings
-from jaxspec.text import phonemes
+from jaxspec.text import TextWarning, phonemes
 
 TEXT, REFERENCE, CODES = "The rain has stopped, so we can go.", "Hello, world 12!", (5, 0, 95, 7)
 ASKED = {
@@ -239,9 +239,13 @@ def test_a_text_without_a_word_is_refused(load, text):
         converted.pieces(load("llasa"), text)
 
 
-def test_an_endless_word_is_refused(load):
-    with pytest.raises(ValueError, match=r"words of at most 80 tokens, but 'xxx.* is longer: break it up"):
-        converted.pieces(load("llasa"), f"A fine word is {'x' * 300}.")
+@pytest.mark.parametrize("word", ["zyxw" * 75, "你好世界" * 50])
+def test_an_endless_word_is_broken_up(load, word):
+    with pytest.warns(TextWarning) as caught:
+        pieces = converted.pieces(load("llasa"), f"A fine word is {word}.")
+    assert [str(one.message) for one in caught] == [f'broke up "{word[:20]}...", a word of {len(word)} characters']
+    assert max(len(encode(load("llasa"), piece)) for piece in pieces) <= converted.PIECE_TOKENS
+    assert "".join(pieces).replace(" ", "") == f"Afinewordis{word}."
 
 
 # --- phonemes -----------------------------------------------------------------------------------------------------------

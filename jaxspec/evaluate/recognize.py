@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.text.normalize import normalize
+from jaxspec.text.normalize import written_out
 
 _LISTENER = Path(__file__).with_name("listen.py")
 _SILENCE_PEAK = 1e-3  # waves below it are not recognised: the recogniser finds words in digital silence
@@ -38,12 +38,13 @@ def plain(text: str) -> str:
         text: any text.
 
     Returns:
-        lower-case words separated by spaces; '' when the text has no letter and no digit.
+        lower-case words separated by spaces; '' when nothing in the text can be spoken.
 
     >>> plain("At 10:30, please!")
     'at ten thirty please'
     """
-    return re.sub(r"[,.?!]", "", normalize(text)) if any(c.isalnum() for c in text) else ""
+    words, _ = written_out(text)
+    return re.sub(r"[,.?!]", "", words)
 
 
 def _pcm(wave: np.ndarray) -> bytes:

@@ -19,6 +19,7 @@ from jaxspec.groups import Groups
 from jaxspec.models import card
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer, padded
 from jaxspec.text import phonemes
+from jaxspec.text.cut import halve
 from jaxspec.types import Draft, Params
 
 THRESHOLD = 0.4  # PCG found 0.38 to 0.45 best, arXiv 2511.13732
@@ -26,7 +27,7 @@ PIECE_TOKENS = 80  # of the longest piece of a text
 _PROMPT_STEP, _CODES_STEP = 64, 256  # sizes are rounded up to these, so that few are compiled
 
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])\s*|\s*\n\s*")
-_BORDERS = re.compile(r"\s+|(?<=[，、：])|(?<=[,:])(?!\d)")  # not within 1,000 or 3:30
+_BORDERS = [re.compile(r"\s+|(?<=[，、：])|(?<=[,:])(?!\d)")]  # not within 1,000 or 3:30
 
 
 def synthesizer(
@@ -59,17 +60,22 @@ def synthesizer(
 def pieces(target: Pretrained, text: str) -> list[str]:
     """A text in parts of at most ``PIECE_TOKENS`` tokens: as many whole sentences as fit; what is longer is halved.
 
+    Warns:
+        TextWarning: a word was longer than that and was broken up.
+
     Raises:
-        ValueError: there is nothing to speak, or a word alone is too long.
+        ValueError: there is nothing to speak.
     """
     if not any(character.isalnum() for character in text):
         raise ValueError(f"expected a text with something to speak, got {text!r}")
-    sentences = [part for one in _SENTENCE_ENDS.split(text.strip()) if one.strip() for part in _halve(target, one.strip())]
+    whole = [sentence.strip() for sentence in _SENTENCE_ENDS.split(text) if sentence.strip()]
+    size = functools.partial(_size, target)
+    sentences = [part for sentence in whole for part in halve(sentence, size, PIECE_TOKENS, _BORDERS)]
     joined = sentences[:1]
     for sentence in sentences[1:]:
         space = "" if unicodedata.east_asian_width(joined[-1][-1]) in "WF" else " "  # Chinese has none
         longer = joined[-1] + space + sentence
-        if _size(target, longer) <= PIECE_TOKENS:
+        if size(longer) <= PIECE_TOKENS:
             joined[-1] = longer
         else:
             joined.append(sentence)
@@ -78,16 +84,6 @@ def pieces(target: Pretrained, text: str) -> list[str]:
 
 def _size(target: Pretrained, text: str) -> int:
     return len(card.tokenize(target.tokenizer, text))
-
-
-def _halve(target: Pretrained, sentence: str) -> list[str]:
-    if _size(target, sentence) <= PIECE_TOKENS:
-        return [sentence]
-    borders = [match.end() for match in _BORDERS.finditer(sentence) if 0 < match.end() < len(sentence)]
-    if not borders:
-        raise ValueError(f"expected words of at most {PIECE_TOKENS} tokens, but {sentence[:40]!r} is longer: break it up")
-    middle = min(borders, key=lambda border: abs(border - len(sentence) / 2))
-    return _halve(target, sentence[:middle].strip()) + _halve(target, sentence[middle:].strip())
 
 
 def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> Requests:

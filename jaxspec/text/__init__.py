@@ -5,5 +5,5 @@ class TextWarning(UserWarning):
     """A part of a text cannot be spoken as it is written: it was skipped, or a word too long for the model was broken up.
 
     The message is one line that names the part, ``skipped "😀", which has no spoken form``. To silence it:
-    ``warnings.filterwarnings("ignore", category=jaxspec.text.TextWarning)``.
+    ``warnings.filterwarnings("ignore", category=jaxspec.TextWarning)``.
     """
