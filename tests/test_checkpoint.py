@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import checkpoints
@@ -23,7 +24,8 @@ from jaxspec.checkpoint import descriptions, pretrained, store, tensors
 from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription
 from jaxspec.checkpoint.tensors import of_array as tensor
 from jaxspec.convert.core import Rule, conv, fold_weight_norm, plan, transpose
-from jaxspec.draft import model_draft, ngram_draft
+from jaxspec.draft import families, model_draft, ngram_draft, smaller
+from jaxspec.draft.families import FAMILIES
 from jaxspec.models import transformer
 from jaxspec.types import Draft
 
@@ -238,7 +240,7 @@ else:
 def test_parameters_are_restored_onto_a_mesh(tmp_path):
     folder, odd = checkpoints.converted(tmp_path, "llasa", pad_to=128), checkpoints.converted(tmp_path, "llasa")
     model, params, _, _ = pretrained.load(folder)
-    settings = {"shape": dataclasses.asdict(model.shape)}
+    settings = families.to_json(smaller.Config(model.shape, shape=model.shape))
     description = DraftDescription("model", settings, model.digest, {"table_0": "table_0"})
     pretrained.save(tmp_path / "draft", description, params)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
@@ -462,9 +464,8 @@ def draft(llasa, tmp_path_factory):
     """A draft of one layer that was trained for a target: it shares the target's table, and has numbers of several types."""
     target, folder = pretrained.load(llasa), tmp_path_factory.mktemp("draft") / "draft"
     shape = dataclasses.replace(target.model.shape, layers=1)
-    description = DraftDescription(
-        "model", {"shape": dataclasses.asdict(shape)}, target.model.digest, {"table_0": "table_0"}, "MIT", "a test"
-    )
+    settings = families.to_json(smaller.Config(target.model.shape, shape=shape))
+    description = DraftDescription("model", settings, target.model.digest, {"table_0": "table_0"}, "MIT", "a test")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), transformer.init_params(jax.random.key(0), shape))
     params |= {"map": jnp.arange(5, dtype=jnp.int32)}
     written = pretrained.save(folder, description, params)
@@ -566,8 +567,8 @@ def test_a_folder_of_another_kind_is_refused_in_one_sentence(llasa, draft, tmp_p
     ("changes", "message"),
     [
         ({"family": "eagle9"}, "expected a draft of model in .*got 'eagle9'"),
-        ({"settings": {}}, "got 'model' with 'shape'"),
-        ({"settings": {"shape": {"width": 3}}}, "got 'model' with .*missing"),
+        ({"settings": {}}, "got 'model' with .*missing.*target"),
+        ({"settings": {"target": {"width": 3}}}, "got 'model' with .*missing"),
         ({"settings": 3}, "expected the description of a draft in .*settings is 3"),
         ({"shared": {"table_0": "nowhere"}}, "expected a target with nowhere for"),
         ({"target": 5}, "target is 5"),
@@ -581,14 +582,22 @@ def test_a_damaged_draft_is_refused(llasa, draft, tmp_path, changes, message):
 
 
 def test_a_new_family_of_drafts_is_one_row(llasa, draft, tmp_path, monkeypatch):
-    def builder(settings, dtype):  # makes a new object at each call, unlike ngram_draft
-        return lambda draft_length: Draft(*ngram_draft(draft_length, settings["vocab"], settings["order"]))
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        vocab: int
+        order: int
 
-    monkeypatch.setitem(pretrained.DRAFTERS, "table", builder)
+    def make(config):  # makes a new object at each call, unlike ngram_draft
+        return lambda draft_length: Draft(*ngram_draft(draft_length, config.vocab, config.order))
+
+    family = types.SimpleNamespace(Config=Config, drafter=make, feature_layers=lambda config: (1,), max_length=lambda config: 8)
+    monkeypatch.setitem(FAMILIES, "table", family)
     target = pretrained.load(llasa)
-    description = DraftDescription("table", {"vocab": 409, "order": 3}, target.model.digest, {"head": "table_0"})
+    description = DraftDescription("table", families.to_json(Config(409, 3)), target.model.digest, {"head": "table_0"})
     pretrained.save(tmp_path / "a", description, {"own": np.ones(2, np.float32), "head": np.zeros(1)})
     loaded = pretrained.load_draft(tmp_path / "a", target)
     assert loaded.drafter(4) is loaded.drafter(4)
     assert loaded.drafter(4) == ngram_draft(4, 409, 3) != loaded.drafter(3)
     assert loaded.params["head"] is target.params["table_0"]
+    assert (loaded.feature_layers, loaded.max_length) == ((1,), 8)
+    assert pretrained.with_features(target, loaded.feature_layers).model.shape.feature_layers == (1,)

@@ -11,7 +11,7 @@ from jaxspec.checkpoint import pretrained
 from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.commands import evaluate as command
 from jaxspec.commands.evaluate import Evaluate
-from jaxspec.draft import ngram_draft
+from jaxspec.draft import families, ngram_draft, smaller
 from jaxspec.evaluate import compare, measures, requirements
 from jaxspec.evaluate.plan import Plan
 from jaxspec.evaluate.recognize import ErrorRates
@@ -158,7 +158,7 @@ def test_any_drafter_by_name_and_the_draft_alone_only_where_it_is_the_voices_own
     drafts, targets = set(), {}
 
     def resolve(synthesizer, settings):
-        drafts.add(synthesizer.drafter(settings.draft_length))
+        drafts.add(synthesizer.drafter.make(settings.draft_length))
 
     def speak(texts, settings, synthesizer, decoding, speak=compare.speak):
         targets.setdefault(settings.verify, set()).add(id(synthesizer.target_params))
@@ -179,14 +179,14 @@ def test_any_drafter_by_name_and_the_draft_alone_only_where_it_is_the_voices_own
 def test_a_draft_that_was_trained_for_the_voice_is_loaded_from_its_folder(tmp_path):
     voice = builtin()
     target = builtin_target(voice.target_params)
-    shape = {"shape": dataclasses.asdict(voices.load().draft)}
-    description = DraftDescription("model", shape, target.model.digest, {"table_1": "table_1"})
-    pretrained.save(tmp_path / "draft", description, voice.draft_params)
+    settings = families.to_json(smaller.Config(target.model.shape, shape=voices.load().draft))
+    description = DraftDescription("model", settings, target.model.digest, {"table_1": "table_1"})
+    pretrained.save(tmp_path / "draft", description, voice.drafter.params)
     loaded = load(draft=tmp_path / "draft")
-    assert loaded.draft_params["table_1"] is voice.target_params["table_1"]
-    np.testing.assert_array_equal(loaded.draft_params["head"], voice.draft_params["head"])
-    assert loaded.drafter(2).length == 2
-    pretrained.save(tmp_path / "other", dataclasses.replace(description, target="blake3:0"), voice.draft_params)
+    assert loaded.drafter.params["table_1"] is voice.target_params["table_1"]
+    np.testing.assert_array_equal(loaded.drafter.params["head"], voice.draft_params["head"])
+    assert loaded.drafter.make(2).length == 2
+    pretrained.save(tmp_path / "other", dataclasses.replace(description, target="blake3:0"), voice.drafter.params)
     with pytest.raises(ValueError, match="expected the target blake3:0 for the draft"):
         load(draft=tmp_path / "other")
 

@@ -105,11 +105,11 @@ def _real(settings: Settings, synthesizer: Synthesizer, target: Config, draft: C
         raise ValueError(f"expected a draft for {settings.preset}, got none: give --draft")
     return Models(
         name=settings.preset,
-        target=target,
+        target=dataclasses.replace(target, feature_layers=synthesizer.drafter.feature_layers),
         target_params=synthesizer.target_params,
         draft=draft,
-        drafter=synthesizer.drafter,
-        draft_params=synthesizer.draft_params,
+        drafter=synthesizer.drafter.make,
+        draft_params=synthesizer.drafter.params,
         groups=synthesizer.groups(synthesizer.threshold, "target"),
         requests=requests,
     )

@@ -16,8 +16,8 @@ class DraftDescription:
     """A draft that was trained for one target.
 
     Attributes:
-        family: a name in ``pretrained.DRAFTERS``.
-        settings: what the family's builder takes, as JSON values.
+        family: a name in ``jaxspec.draft.families.FAMILIES``.
+        settings: the fields of the family's ``Config``, as JSON values.
         target: the digest of the target's parameters, ``Model.digest``.
         shared: the draft's parameters that are arrays of the target, {path in the draft: path in the target}; not stored.
         licence: of the weights.

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 from blake3 import blake3
@@ -17,7 +17,8 @@ from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec import snac, xcodec2
 from jaxspec.common import records
 from jaxspec.common.trees import flatten
-from jaxspec.draft import model_draft
+from jaxspec.draft import families, model_draft
+from jaxspec.draft.families import FAMILIES
 from jaxspec.models import card, transformer
 from jaxspec.models.card import Model
 from jaxspec.models.placement import Placement
@@ -47,11 +48,15 @@ class PretrainedDraft(NamedTuple):
         drafter: K -> the draft that proposes K tokens; the same K gives the same object, so that nothing recompiles.
         params: of the draft; some may be the target's own arrays.
         folder: where it was loaded from.
+        feature_layers: the hidden states of the target that it reads, see ``with_features``.
+        max_length: the largest K; None: any.
     """
 
     drafter: Callable[[int], Draft]
     params: Params
     folder: Path
+    feature_layers: tuple[int, ...] = ()
+    max_length: int | None = None
 
 
 class PretrainedCodec(NamedTuple):
@@ -60,17 +65,6 @@ class PretrainedCodec(NamedTuple):
     family: str
     codec: Codec
     params: Params
-
-
-def _model_drafter(settings: Mapping[str, Any], dtype: str) -> Callable[[int], Draft]:
-    """A transformer of its own; ``settings`` has the fields of its ``transformer.Config`` as "shape"."""
-    shape = dataclasses.replace(card.shape_from_json(settings["shape"]), dtype=dtype)
-    return functools.partial(model_draft, transformer.language_model(shape))
-
-
-# Family of drafts -> builder(settings, dtype to compute in) -> (K -> Draft). A builder raises KeyError, TypeError or ValueError
-# where the settings are not its own.
-DRAFTERS: dict[str, Callable[[Mapping[str, Any], str], Callable[[int], Draft]]] = {"model": _model_drafter}
 
 
 def save(
@@ -123,8 +117,8 @@ def _check(description: Model | DraftDescription | CodecDescription, flat: Mappi
     if isinstance(description, Model) != (tokenizer is not None):
         raise ValueError("expected a tokenizer with a language model and with nothing else: pass tokenizer only with a Model")
     if isinstance(description, DraftDescription):
-        if description.family not in DRAFTERS:
-            raise ValueError(f"expected a draft of {', '.join(DRAFTERS)}, got {description.family!r}: choose one of these")
+        if description.family not in FAMILIES:
+            raise ValueError(f"expected a draft of {', '.join(FAMILIES)}, got {description.family!r}: choose one of these")
         if not description.target:
             raise ValueError("expected the digest of the draft's target, got none: pass target=pretrained.model.digest")
     if isinstance(description, Model):
@@ -200,14 +194,16 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
             "give the target that the draft was trained for"
         )
     try:
-        drafter = DRAFTERS[description.family](description.settings, dtype)
+        config = families.from_json(description.family, description.settings, dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"expected a draft of {', '.join(DRAFTERS)} in {folder}, got {description.family!r} with {error}: save it again"
+            f"expected a draft of {', '.join(FAMILIES)} in {folder}, got {description.family!r} with {error}: save it again"
         ) from error
     everywhere = placement.sharding() if placement else None
     params = store.read_params(folder, dtype, everywhere, _arrays_of(target, description.shared, folder))
-    return PretrainedDraft(functools.cache(drafter), params, folder)
+    family = FAMILIES[description.family]
+    drafter, layers, longest = family.drafter(config), family.feature_layers(config), family.max_length(config)
+    return PretrainedDraft(functools.cache(drafter), params, folder, layers, longest)
 
 
 def _arrays_of(target: Pretrained, shared: Mapping[str, str], folder: Path) -> dict[str, jax.Array]:
@@ -238,6 +234,12 @@ def _check_vocabulary(target: Pretrained, draft: Model, tokenizer: "Tokenizer", 
 def language_model(pretrained: Pretrained) -> LanguageModel:
     """The pure functions of a loaded language model; the same shape gives the same object."""
     return transformer.language_model(pretrained.model.shape)
+
+
+def with_features(target: Pretrained, feature_layers: tuple[int, ...]) -> Pretrained:
+    """The target with the features that a draft reads."""
+    shape = dataclasses.replace(target.model.shape, feature_layers=feature_layers)
+    return target._replace(model=dataclasses.replace(target.model, shape=shape))
 
 
 def load_codec(folder: str | Path) -> PretrainedCodec:

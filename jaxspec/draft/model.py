@@ -10,10 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32, Key
+from jaxtyping import Float
 
-from jaxspec import sampling as sampling_lib
-from jaxspec.types import Array, Cache, Context, Draft, History, LanguageModel, Params, Proposal
+from jaxspec.draft.drawing import draw
+from jaxspec.types import Array, Cache, Context, Draft, LanguageModel, Params, Proposal
 
 
 @functools.lru_cache
@@ -43,13 +43,13 @@ def model_draft(lm: LanguageModel, draft_length: int) -> Draft:
         def propose_one(carry: tuple[Array, Array, Cache], i: Array) -> tuple[tuple[Array, Array, Cache], tuple[Array, Array]]:
             """Samples token i of the proposal, then computes the logits of the next."""
             logits, tokens, cache = carry
-            token, probs, tokens = _draw(keys, logits, tokens, context, i)
+            token, probs, tokens = draw(keys, logits, tokens, context, i)
             logits, _, cache = lm.apply(params, token[:, None], cache, context.length + i)
             return (logits[:, 0], tokens, cache), (token, probs)
 
         carry, drawn = jax.lax.scan(propose_one, (logits, context.tokens, cache), jnp.arange(draft_length - 1, dtype=jnp.int32))
         logits, tokens, cache = carry
-        token, probs, _ = _draw(keys, logits, tokens, context, jnp.int32(draft_length - 1))
+        token, probs, _ = draw(keys, logits, tokens, context, jnp.int32(draft_length - 1))
         tokens = jnp.concatenate([drawn[0].T, token[:, None]], axis=1)
         return Proposal(tokens, jnp.concatenate([drawn[1].swapaxes(0, 1), probs[:, None]], axis=1)), cache
 
@@ -70,13 +70,3 @@ def _last_two(lm: LanguageModel, params: Params, context: Context, cache: Cache)
     logits, _, cache = lm.apply(params, block, cache, first)
     last = context.length - 1 - first
     return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], cache
-
-
-def _draw(
-    keys: Key[Array, " B"], logits: Float[Array, "B V"], tokens: Int32[Array, "B S"], context: Context, i: Int32[Array, ""]
-) -> tuple[Int32[Array, " B"], Float32[Array, "B V"], Int32[Array, "B S"]]:
-    """Token i of every row's proposal, the distribution [B V] it is drawn from, and the buffer with the token in it."""
-    probs = sampling_lib.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i))
-    token = jax.vmap(lambda key, row: sampling_lib.sample(jax.random.fold_in(key, i), row))(keys, probs)
-    here = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] == (context.length + i)[:, None]
-    return token, probs, jnp.where(here, token[:, None], tokens)

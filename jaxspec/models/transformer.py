@@ -87,6 +87,17 @@ class Config:
             raise ValueError(f"expected feature layers from 0 to {self.layers}, got {self.feature_layers}")
 
 
+def positions(segment: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
+    """The position of each token in its segment.
+
+    >>> positions(jnp.array([[4, 4, 4, 7, 7]], jnp.int32)).tolist()
+    [[0, 1, 2, 0, 1]]
+    """
+    place = jnp.arange(segment.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
 def rope_frequencies(config: Config) -> Array:
     """Angular frequency of each pair of a head's dimensions, float32 [head_dim / 2]."""
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
@@ -251,16 +262,24 @@ class Transformer(nn.Module):
         return jnp.where(jnp.arange(c.vocab)[None, None] < c.vocab - c.padding, y, -jnp.inf) if c.padding else y
 
     def __call__(
-        self, tokens: Array, cache: tuple[kv.KVCache, ...] | None = None, length: Array | None = None
+        self,
+        tokens: Array,
+        cache: tuple[kv.KVCache, ...] | None = None,
+        length: Array | None = None,
+        segment: Array | None = None,
     ) -> tuple[Array, Array | None, tuple[kv.KVCache, ...] | None]:
         """Scores a block: tokens int32 [B T] at positions length .. -> (logits float32 [B T V], features [B T F], cache).
 
-        Without a cache the block begins at position 0 and attends to itself only, as in training.
+        Without a cache the block begins at position 0 and attends to itself only, as in training. There, ``segment`` int32
+        [B T] packs several sequences into a row: positions begin anew where it changes, and each sequence attends to itself.
         """
         batch, block = tokens.shape
         length = jnp.zeros(batch, jnp.int32) if length is None else length
         position = length[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
         mask = kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
+        if segment is not None:
+            position = positions(segment)
+            mask &= segment[:, :, None] == segment[:, None]
         x, hidden, new_cache = self.embed(tokens), [], []
         for i, layer in enumerate(self.stack):
             x, layer_cache = layer(x, position, mask, None if cache is None else cache[i])

@@ -20,7 +20,7 @@ from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
 from jaxspec.sampling import Sampling
-from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
+from jaxspec.synthesis.contract import Drafter, Requests, Settings, Synthesizer, target_of
 from jaxspec.text import symbols
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
@@ -47,10 +47,9 @@ def synthesizer(voice: Voice) -> Synthesizer:
         return decode_rows(kept_codec, codec_params, rows, condition)
 
     return Synthesizer(
-        target=describe(transformer.language_model(voice.target), f"model {voice.target}"),
+        target=target_of(voice.target, None),
         target_params=target_params,
-        drafter=describe(drafter, f"draft {voice.draft}"),
-        draft_params=draft_params,
+        drafter=Drafter(describe(drafter, f"draft {voice.draft}"), draft_params),
         threshold=THRESHOLD,
         max_batch=16,
         sample_rate_hz=voice.codec.sample_rate_hz,

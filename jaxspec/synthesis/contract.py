@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.common.compilation_cache import describe
 from jaxspec.groups import Groups
+from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
 from jaxspec.types import Draft, LanguageModel, Params
 from jaxspec.verify.rules import Rule
@@ -126,10 +128,27 @@ class Requests(NamedTuple):
     sampling: Sampling | list[Sampling]  # one for all rows, or one for each
 
 
+class Drafter(NamedTuple):
+    """A drafter for a target.
+
+    Attributes:
+        make: K -> Draft; the same K gives the same object, so that a second call does not recompile.
+        params: its parameters, on the device.
+        feature_layers: the hidden states of the target that it reads, see ``transformer.Config``.
+        max_length: the largest K; None: any.
+    """
+
+    make: Callable[[int], Draft]
+    params: Params
+    feature_layers: tuple[int, ...] = ()
+    max_length: int | None = None
+
+
 class Synthesizer(NamedTuple):
     """A target, perhaps a drafter, and the functions from text to prompts and from tokens to waves.
 
-    drafter(K) -> Draft; the same K gives the same object, so that a second call does not recompile. None: no draft.
+    target: it computes the features that the drafter reads.
+    drafter: None: no draft.
     pieces(text) -> the parts of a text that are synthesized one by one.
     requests(pieces, settings) -> Requests, a row for each piece.
     groups(threshold, matrix) -> Groups of the head's vocabulary.
@@ -139,8 +158,7 @@ class Synthesizer(NamedTuple):
 
     target: LanguageModel
     target_params: Params
-    drafter: Callable[[int], Draft] | None
-    draft_params: Params
+    drafter: Drafter | None
     threshold: float  # the default
     max_batch: int
     sample_rate_hz: int
@@ -149,6 +167,12 @@ class Synthesizer(NamedTuple):
     groups: Callable[[float, str], Groups]
     codes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     decode: Callable[[Sequence[np.ndarray], Settings], list[np.ndarray]] | None
+
+
+def target_of(shape: transformer.Config, drafter: Drafter | None) -> LanguageModel:
+    """The target's pure functions, computing the features that the drafter reads."""
+    shape = dataclasses.replace(shape, feature_layers=drafter.feature_layers if drafter else ())
+    return describe(transformer.language_model(shape), f"model {shape}")
 
 
 def padded(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:

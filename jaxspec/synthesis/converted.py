@@ -12,15 +12,13 @@ import numpy as np
 
 from jaxspec import groups as asg
 from jaxspec.checkpoint import groups as group_files
-from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, language_model
+from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
 from jaxspec.codec.padding import decode_rows
-from jaxspec.common.compilation_cache import describe
 from jaxspec.groups import Groups
 from jaxspec.models import card
-from jaxspec.synthesis.contract import Requests, Settings, Synthesizer, padded
+from jaxspec.synthesis.contract import Drafter, Requests, Settings, Synthesizer, padded, target_of
 from jaxspec.text import phonemes
 from jaxspec.text.cut import halve
-from jaxspec.types import Draft, Params
 
 THRESHOLD = 0.4  # PCG found 0.38 to 0.45 best, arXiv 2511.13732
 PIECE_TOKENS = 80  # of the longest piece of a text
@@ -30,10 +28,8 @@ _SENTENCE_ENDS = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])\s*|\s*\n\s*")
 _BORDERS = [re.compile(r"\s+|(?<=[，、：])|(?<=[,:])(?!\d)")]  # not within 1,000 or 3:30
 
 
-def synthesizer(
-    target: Pretrained, drafter: tuple[Callable[[int], Draft], Params] | None = None, codec: PretrainedCodec | None = None
-) -> Synthesizer:
-    """A converted target with a drafter and its params, and the codec that it was trained with.
+def synthesizer(target: Pretrained, drafter: Drafter | None = None, codec: PretrainedCodec | None = None) -> Synthesizer:
+    """A converted target with a drafter, and the codec that it was trained with.
 
     Raises:
         ValueError: the codec is of another family than the target's.
@@ -42,10 +38,9 @@ def synthesizer(
     if codec is not None and codec.family != model.codec:
         raise ValueError(f"expected the codec {model.codec or 'of none'} for {model.family}, got {codec.family}")
     return Synthesizer(
-        target=describe(language_model(target), f"model {model.shape}"),
+        target=target_of(model.shape, drafter),
         target_params=target.params,
-        drafter=drafter and drafter[0],
-        draft_params=drafter and drafter[1],
+        drafter=drafter,
         threshold=THRESHOLD,
         max_batch=8,
         sample_rate_hz=codec.codec.sample_rate_hz if codec else 0,

@@ -43,8 +43,13 @@ def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
         if settings.verify is None:
             return Decoding(PLAIN)
         raise ValueError(f"expected a draft for {name}, got none: give --draft, or --verify {PLAIN}")
-    draft = synthesizer.drafter(settings.draft_length)
-    if description := description_of(synthesizer.drafter):
+    drafter = synthesizer.drafter
+    if drafter.max_length is not None and settings.draft_length > drafter.max_length:
+        raise ValueError(
+            f"expected a draft length of at most {drafter.max_length}, got {settings.draft_length}: it was trained for that"
+        )
+    draft = drafter.make(settings.draft_length)
+    if description := description_of(drafter.make):
         describe(draft, f"{description}, K = {settings.draft_length}")
     return Decoding(name, draft, _verifier(name, synthesizer, settings))
 
@@ -81,11 +86,11 @@ def tokens_of(
     requests = requests._replace(limit=limit)
     target, params, most = synthesizer.target, synthesizer.target_params, requests.max_new_tokens
     checked = speculate.check_request(keys, target, params, *requests)
-    if decoding.draft is None or decoding.verify is None:
+    if decoding.draft is None or decoding.verify is None or synthesizer.drafter is None:
         generation = call(speculate.autoregressive_request, (target, most), params, checked)
     else:
         rule, static = speculate.as_pytree(decoding.verify), (target, decoding.draft, most)
-        generation = call(speculate.generate_request, static, params, synthesizer.draft_params, rule, checked)
+        generation = call(speculate.generate_request, static, params, synthesizer.drafter.params, rule, checked)
     generation = jax.tree.map(lambda array: array[:count], jax.device_get(generation))
     if (generation.info.stop_reason == NON_FINITE).any():
         raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")

@@ -1,7 +1,6 @@
 """Loads a synthesizer by name or folder: the built-in voice or a converted model, any drafter, and a codec."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,12 +13,10 @@ from jaxspec.models import builtin as voices
 from jaxspec.models.card import Model
 from jaxspec.synthesis import converted
 from jaxspec.synthesis.builtin import SAMPLING, builtin
-from jaxspec.synthesis.contract import Synthesizer
-from jaxspec.types import Draft, Params
+from jaxspec.synthesis.contract import Drafter, Synthesizer, target_of
+from jaxspec.types import Params
 
 NGRAM = "ngram"
-
-Drafter = tuple[Callable[[int], Draft], Params]
 
 
 def load(model: str | Path | None = None, draft: str | Path | None = None, codec: str | Path | None = None) -> Synthesizer:
@@ -56,10 +53,10 @@ def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:
     if draft is None:
         return voice
     if str(draft) == NGRAM:  # which needs no description of the target
-        drafter, params = _ngram(voices.VOCAB)
-    else:
-        drafter, params = load_drafter(draft, builtin_target(voice.target_params))
-    return voice._replace(drafter=drafter, draft_params=params)
+        return voice._replace(drafter=_ngram(voices.VOCAB))
+    target = builtin_target(voice.target_params)
+    drafter = load_drafter(draft, target)
+    return voice._replace(drafter=drafter, target=target_of(target.model.shape, drafter))
 
 
 def builtin_target(params: Params) -> Pretrained:
@@ -79,7 +76,7 @@ def builtin_target(params: Params) -> Pretrained:
 
 
 def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
-    """(drafter, its params) for a target, by name ("ngram") or from a folder.
+    """The drafter for a target, by name ("ngram") or from a folder.
 
     Raises:
         ValueError: the folder holds no draft, or one that does not fit the target.
@@ -88,8 +85,8 @@ def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
         return _ngram(target.model.shape.vocab)
     loaded = pretrained.load_draft(draft, target)
     description = f"draft {store.read_description(draft)} in {target.model.shape.dtype}"
-    return describe(loaded.drafter, description), loaded.params
+    return Drafter(describe(loaded.drafter, description), loaded.params, loaded.feature_layers, loaded.max_length)
 
 
 def _ngram(vocab: int) -> Drafter:
-    return describe(functools.partial(ngram_draft, vocab=vocab), f"ngram {vocab}"), ()
+    return Drafter(describe(functools.partial(ngram_draft, vocab=vocab), f"ngram {vocab}"), ())

@@ -1,0 +1,40 @@
+"""The families of drafters that are trained for a target, by the names that their folders give them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxspec.common import records
+from jaxspec.draft import smaller
+from jaxspec.draft.family import Family
+from jaxspec.models.transformer import Config, RopeScaling
+
+FAMILIES: dict[str, Family] = {"model": smaller}
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A drafter's config as JSON values, the settings of its description."""
+    return dataclasses.asdict(config)
+
+
+def from_json(family: str, settings: Mapping[str, Any], dtype: str) -> Any:
+    """A drafter's config from its JSON.
+
+    Args:
+        family: a name in ``FAMILIES``.
+        settings: that ``to_json`` gave.
+        dtype: the target's, to compute in.
+
+    Raises:
+        KeyError: there is no such family.
+        ValueError: the settings are not those of the family.
+    """
+    shapes = {name: _shape(value) for name, value in settings.items() if isinstance(value, Mapping)}
+    if "target" in shapes:
+        shapes["target"] = dataclasses.replace(shapes["target"], dtype=dtype)
+    return records.from_json(FAMILIES[family].Config, {**settings, **shapes})
+
+
+def _shape(values: Mapping[str, Any]) -> Config:
+    scaling = values.get("rope_scaling")
+    return records.from_json(Config, {**values, "rope_scaling": records.from_json(RopeScaling, scaling) if scaling else None})

@@ -1,0 +1,118 @@
+"""What a drafter that is trained for a target consists of; each family is a module of these names.
+
+Training and decoding see the same drafter from two sides. ``drafter`` proposes inside the loop, from a state that is carried from
+round to round. ``logits`` gives, in one pass over whole sequences, what it would have proposed after many of their positions, so
+that training can compare all of them with the target. A test holds the two together for every family.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+
+from jaxspec.models import transformer
+from jaxspec.types import Array, Draft, Params
+
+TARGET = "target"  # where a draft's parameters hold the arrays of its target
+
+
+class Packed(NamedTuple):
+    """Sequences of prompt and emitted tokens, several to a row.
+
+    Attributes:
+        tokens: int32 [B T].
+        segment: int32 [B T], the same number for the tokens of one sequence, others for its neighbours; 0 is padding.
+        emitted: bool [B T], the tokens that the target emitted; prompt and padding are not.
+    """
+
+    tokens: Array
+    segment: Array
+    emitted: Array
+
+
+class Family(Protocol):
+    """A kind of drafter: a module with a dataclass ``Config`` and these functions.
+
+    Parameters are a nested dict. Arrays that are the target's own lie at the paths that ``shared`` gives; the rest are the
+    drafter's and are what ``init_params`` makes.
+    """
+
+    Config: Any  # a frozen dataclass whose field ``target`` is the target's transformer.Config
+
+    def init_params(self, key: Array, config: Any, target_params: Params) -> Params:
+        """The initial parameters of the drafter's own, float32; some families start from the target's. The key is consumed."""
+        ...
+
+    def shared(self, config: Any) -> Mapping[str, str]:
+        """{path in the draft: path in the target} of the arrays that a draft takes from its target."""
+        ...
+
+    def feature_layers(self, config: Any) -> tuple[int, ...]:
+        """The hidden states of the target that the drafter reads, see ``transformer.Config``; () for none."""
+        ...
+
+    def max_length(self, config: Any) -> int | None:
+        """The largest K that it can propose; None: any."""
+        ...
+
+    def drafter(self, config: Any) -> Callable[[int], Draft]:
+        """K -> the draft that proposes K tokens; equal configs and the same K give the same object."""
+        ...
+
+    def logits(self, config: Any, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
+        """The logits that the drafter proposes from after each anchor, given that the tokens of the batch are drafted.
+
+        Args:
+            config: of the drafter.
+            params: of the drafter, with the shared arrays in them.
+            batch: sequences [B T].
+            features: the target's [B T F], of every position; only those before an anchor may matter to it.
+            anchor: int32 [B A], positions in the rows: each stands for the last committed token of a round.
+            length: K.
+
+        Returns:
+            float32 [B A K V]: row k scores the token at position anchor + 1 + k. Rows beyond the end of the anchor's sequence
+            are garbage.
+        """
+        ...
+
+
+def target_arrays(target: transformer.Config, *kinds: str) -> dict[str, str]:
+    """The target's arrays that a draft shares, by their paths below ``TARGET``.
+
+    Args:
+        target: the target's shape.
+        kinds: "embed" (the input tables), "head" (the head with its bias; the first table where they are tied) or "norm" (the
+            final norm).
+
+    >>> shape = transformer.Config((9, 5), 9, 8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+    >>> target_arrays(shape, "head", "norm")
+    {'target/head': 'head', 'target/norm/scale': 'norm/scale'}
+    """
+    tables = [f"table_{i}" for i in range(len(target.input_tables))]
+    head = ["table_0" if target.tied else "head"] + ["head_bias"] * target.head_bias
+    paths = {"embed": tables, "head": head, "norm": ["norm/scale"]}
+    return {f"{TARGET}/{path}": path for kind in kinds for path in paths[kind]}
+
+
+def embed(target: transformer.Config, params: Params, tokens: Array) -> Array:
+    """The target's embeddings [B T D] of tokens int32 [B T], from a draft's parameters."""
+    embedded: Any = transformer.Transformer(target).apply({"params": params[TARGET]}, tokens, method="embed")
+    return embedded
+
+
+def score(target: transformer.Config, params: Params, x: Array) -> Array:
+    """The target's logits float32 [B T V] of hidden states [B T D] after its final norm, from a draft's parameters."""
+    logits: Any = transformer.Transformer(target).apply({"params": params[TARGET]}, x, method="logits")
+    return logits
+
+
+def after(anchor: Array, length: int) -> Array:
+    """The positions anchor + k, k < length: int32 [B A K] from [B A]."""
+    return anchor[:, :, None] + jnp.arange(length, dtype=jnp.int32)[None, None]
+
+
+def take(rows: Array, index: Array) -> Array:
+    """rows [B T ...] at index int32 [B ...], clipped to the last position: [B ... ...]."""
+    batch = jnp.arange(len(rows), dtype=jnp.int32).reshape(-1, *[1] * (index.ndim - 1))
+    return rows[batch, jnp.minimum(index, rows.shape[1] - 1)]
