@@ -43,6 +43,12 @@ def accept_some(key, draft_tokens, draft_probs, target_probs):
     return Verdict(count, jax.random.randint(jax.random.fold_in(key, 1), (), 0, V))
 
 
+@jax.jit
+def features_of(tokens):
+    """The features of one full forward pass."""
+    return Transformer(CONFIG).apply({"params": PARAMS}, tokens)[1]
+
+
 def test_the_features_of_every_committed_position_are_those_of_one_forward_pass():
     lm, draft = language_model(CONFIG), recorder()
     checked = request.check(jax.random.key(3), PROMPT, LENGTH, N, [N, N, 2, N], (), Sampling())
@@ -54,7 +60,7 @@ def test_the_features_of_every_committed_position_are_those_of_one_forward_pass(
         taken += np.asarray(state.num_fresh).tolist()
     assert set(taken) >= {1, 2, 3, 4}
     state = step(state)  # so that the draft receives the last round's features too
-    _, features, _ = Transformer(CONFIG).apply({"params": PARAMS}, state.tokens)
+    features = features_of(state.tokens)
     for row, length in enumerate(np.asarray(state.length)):
         committed = slice(0, int(length) - 1)  # the last token has no features yet
         np.testing.assert_allclose(state.draft[row, committed], features[row, committed], atol=2e-5)
@@ -64,9 +70,10 @@ def test_the_plain_loop_feeds_one_position_a_step():
     lm = language_model(CONFIG)
     checked = request.complete(request.check(jax.random.key(3), PROMPT, LENGTH, N, None, (), Sampling()))
     state, _ = speculate._prefill(lm, PARAMS, checked, PROMPT.shape[1] + N + 1, 0)
+    step = jax.jit(lambda state: rounds.plain_step(lm, PARAMS, state))
     for _ in range(4):
-        state = rounds.plain_step(lm, PARAMS, state)
-        _, features, _ = Transformer(CONFIG).apply({"params": PARAMS}, state.tokens)
+        state = step(state)
+        features = features_of(state.tokens)
         for row, length in enumerate(np.asarray(state.length)):
             np.testing.assert_allclose(state.features[row, 0], features[row, length - 2], atol=2e-5)
         assert state.features.shape == (4, 1, 3 * CONFIG.width)
