@@ -25,7 +25,8 @@ from jaxspec.text import TextWarning
 
 _DEVICES = Path("/dev")
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1:]
-COMMANDS = ("say", "convert", "info", "groups", "evaluate", "bench", "plan")  # each a module, whose class has the same name
+# Each a module and its class.
+COMMANDS = ("say", "convert", "info", "groups", "evaluate", "bench", "plan", "sample", "train-draft")
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         print("jaxspec: interrupted" + "".join(f"; {part}" for part in interrupt.args), file=sys.stderr)
         sys.exit(130)
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
+    except (ValueError, ImportError, RuntimeError, OSError, FloatingPointError) as error:
         print(f"jaxspec: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -61,7 +62,8 @@ def parse(arguments: list[str]) -> Any:
 @functools.cache
 def _command(name: str) -> type:
     """The class of a command, its help without "None": an argument that may be left out says in its text what happens then."""
-    command = getattr(importlib.import_module(f"jaxspec.commands.{name}"), name.capitalize())
+    module = importlib.import_module(f"jaxspec.commands.{name.replace('-', '_')}")
+    command = getattr(module, name.title().replace("-", ""))
     kinds = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
         plain, *marks = typing.get_args(kinds[field.name]) if "Annotated" in str(kinds[field.name]) else (kinds[field.name],)

@@ -85,9 +85,13 @@ def drafter(config: Config) -> Callable[[int], Draft]:
 
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
     """The logits of one pass over the rows, at the anchors and the positions after them, see ``family.Family``."""
-    model = transformer.Transformer(shape(config))
-    scores: Any = model.apply({"params": params}, batch.tokens, segment=batch.segment)[0]
-    return take(scores, after(anchor, length))
+    own = shape(config)
+    model = transformer.Transformer(dataclasses.replace(own, feature_layers=(own.layers,)))
+    output: Any = model.apply({"params": params}, batch.tokens, segment=batch.segment)
+    hidden = take(output[1], after(anchor, length))  # the head is applied to these only
+    flat = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+    scores: Any = model.apply({"params": params}, flat, method="logits")
+    return scores.reshape(*hidden.shape[:3], -1)
 
 
 def _paths(config: Config) -> list[str]:

@@ -1,15 +1,17 @@
 """The training loop: AdamW, a moving average of the weights, checkpoints to resume from, a log and its plot.
 
-The loop knows no model: it is given weights, a loss and batches. Any pytree of arrays can be trained.
+The loop knows no model: it is given weights, a loss and batches. Any pytree of arrays can be trained. The batch may be divided
+over the devices of this machine; the weights are then replicated.
 """
 
 import contextlib
 import dataclasses
-import json
+import errno
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxspec.common.files import replacing
+from jaxspec.train import log as logs
 from jaxspec.types import Array, Params
 
+_DISK_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large")
+
+Metrics = Mapping[str, Any]  # numbers and lists of numbers by name
 Loss = Callable[[Params, Any, Array], tuple[Array, dict[str, Array]]]  # (params, batch, key) -> (loss, metrics)
 
 
@@ -35,6 +41,8 @@ class TrainConfig:
     ema_decay: of the moving average of the weights.
     weight_decay: of AdamW.
     checkpoint_every, log_every: in steps.
+    evaluate_every: in steps; 0: never.
+    accumulate: parts of a batch whose gradients are averaged one after the other.
     seed: of the keys that the loss receives, one for each step.
     """
 
@@ -46,6 +54,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     checkpoint_every: int = 500
     log_every: int = 50
+    evaluate_every: int = 0
+    accumulate: int = 1
     seed: int = 0
 
 
@@ -65,37 +75,67 @@ def fit(
     batches: Callable[[int], Iterator[Any]],
     config: TrainConfig,
     progress: Callable[[str], None] = print,
+    evaluate: Callable[[Params], Metrics] | None = None,
+    draw: Callable[[Path], None] = logs.plot,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Trains, resuming from the newest checkpoint in ``directory``.
 
+    A resumed run has the batches, keys and metrics of an uninterrupted one, and its log.
+
     Args:
-        directory: for checkpoints, ``log.jsonl`` and ``loss.png``; created if it does not exist.
+        directory: for checkpoints, ``log.jsonl`` and the picture; created if it does not exist.
         params: the initial weights.
-        loss: the function to minimise.
+        loss: the function to minimise; arrays of a ``jax.tree_util.Partial`` are arguments of the compiled program.
         batches: batches(step) yields batches without end, starting with that of ``step``, so that a resumed run sees new ones.
         config: steps and rates.
         progress: called with a line of text every ``log_every`` steps.
+        evaluate: called with the moving average of the weights every ``evaluate_every`` steps and at the end; what it returns is
+            logged.
+        draw: draws the picture into ``directory``, after each checkpoint.
+        mesh: with the axis "data", over which the rows of a batch are divided; None: one device.
 
     Returns:
         the moving average of the weights.
 
     Raises:
         RuntimeError: the batches ended.
+        ValueError: another process trains in the directory, or the mesh does not divide a batch.
+        FloatingPointError: the loss became NaN or infinite; the checkpoint before that step is kept.
+        OSError: the disk is full.
     """
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    with _manager(directory) as manager:
+    with logs.locked(directory), _manager(directory) as manager:
         state = _restore(manager, _init(params, config))
-        update, first, start = _update(loss, config), int(state.step), time.monotonic()
+        first, start = int(state.step), time.monotonic()
+        logs.cut(directory, first)
+        put = _put(mesh, config.accumulate)
+        update, state, loss = _update(config), _replicate(state, mesh), _replicate(_as_partial(loss), mesh)
+        watch = _Finite(directory)
         with contextlib.closing(_prefetch(batches(first))) as source:
             for done in range(first + 1, config.steps + 1):
-                state, metrics = update(state, next(source))
-                if done % config.log_every == 0:
-                    progress(_log(directory, done, config.steps, metrics, (time.monotonic() - start) / (done - first)))
-                if done % config.checkpoint_every == 0 or done == config.steps:
-                    manager.save(done, args=ocp.args.StandardSave(state))
-                    plot(directory)
+                state, metrics = update(loss, state, put(next(source)))
+                watch.add(done, metrics["loss"])
+                evaluating = evaluate is not None and _due(done, config.evaluate_every, config.steps)
+                saving = _due(done, config.checkpoint_every, config.steps)
+                logging = done % config.log_every == 0
+                if logging or evaluating or saving:
+                    watch.check()
+                if logging or evaluating:
+                    found = evaluate(state.ema_params) if evaluate is not None and evaluating else {}
+                    step_s = (time.monotonic() - start) / (done - first)
+                    progress(logs.write(directory, done, config.steps, jax.device_get(metrics) | dict(found), step_s))
+                if saving:
+                    _save(manager, done, state)
+                    draw(directory)
     return state.ema_params
+
+
+def data_mesh() -> Mesh | None:
+    """The devices of this machine along the axis "data"; None where there is one."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices) if len(devices) > 1 else None
 
 
 def load_ema(directory: Path, like: Params) -> Params:
@@ -114,23 +154,67 @@ def load_ema(directory: Path, like: Params) -> Params:
         return _restore(manager, jax.eval_shape(lambda: _init(like, TrainConfig(1, 1.0)))).ema_params
 
 
-def plot(directory: Path) -> None:
-    """Draws ``loss.png`` from ``log.jsonl``, a panel for each metric. A log without rows gives no picture."""
-    from matplotlib.figure import Figure
+def _due(done: int, every: int, last: int) -> bool:
+    return every > 0 and (done % every == 0 or done == last)
 
-    log = directory / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    if not rows:
-        return
-    names = [name for name in rows[0] if name not in ("step", "step_s")]
-    figure = Figure(figsize=(3.2 * len(names), 3), layout="constrained")
-    for index, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), index + 1)
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=0.8)
-        axes.set(title=name, xlabel="step")
-        axes.grid(alpha=0.3)
-    with replacing(directory / "loss.png") as partial:
-        figure.savefig(partial, format="png", dpi=110)
+
+class _Finite:
+    """Looks at the losses, one step late, so that the device does not wait for the host."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.waiting: list[tuple[int, Array]] = []
+
+    def add(self, step: int, value: Array) -> None:
+        """Takes the loss of a step, and checks that of the step before."""
+        self.check()
+        self.waiting.append((step, value))
+
+    def check(self) -> None:
+        """Raises FloatingPointError where a loss is not finite."""
+        for step, value in self.waiting:
+            if not math.isfinite(number := float(jax.device_get(value))):
+                raise FloatingPointError(
+                    f"expected a finite loss, got {number} in step {step}: lower the learning rate; the last good checkpoint is "
+                    f"kept in {self.directory}"
+                )
+        self.waiting = []
+
+
+def _save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+    """Writes a checkpoint; the one before it is removed when this one is complete."""
+    try:
+        manager.save(step, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+    except Exception as error:  # Orbax raises many kinds of errors
+        if isinstance(error, OSError) or any(reason in str(error) for reason in _DISK_FULL):
+            raise OSError(
+                errno.ENOSPC, f"expected room for a checkpoint of step {step}, got {error}: free some space and run it again"
+            ) from error
+        raise
+
+
+def _as_partial(loss: Loss) -> Loss:
+    return jax.tree_util.Partial(loss) if jax.tree_util.all_leaves([loss]) else loss
+
+
+def _replicate(tree: Any, mesh: Mesh | None) -> Any:
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _put(mesh: Mesh | None, accumulate: int) -> Callable[[Any], Any]:
+    """Puts batches on the devices, their rows divided among them."""
+    parts = 1 if mesh is None else mesh.shape["data"]
+
+    def put(batch: Any) -> Any:
+        if any(len(leaf) % (parts * accumulate) for leaf in jax.tree.leaves(batch)) and parts * accumulate > 1:
+            raise ValueError(
+                f"expected rows that {parts} devices times {accumulate} parts divide, got {len(jax.tree.leaves(batch)[0])}: "
+                "change rows or accumulate in the recipe"
+            )
+        return jax.device_put(batch, None if mesh is None else NamedSharding(mesh, PartitionSpec("data")))
+
+    return put
 
 
 def _manager(directory: Path) -> ocp.CheckpointManager:
@@ -161,13 +245,13 @@ def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.98, weight_decay=config.weight_decay))
 
 
-def _update(loss: Loss, config: TrainConfig) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+def _update(config: TrainConfig) -> Callable[[Loss, TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """One jitted optimizer step; the state is donated."""
     optimizer = _optimizer(config)
 
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def update(loss: Loss, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        metrics, gradient = _gradient(loss, state.params, batch, key, config.accumulate)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -175,9 +259,31 @@ def _update(loss: Loss, config: TrainConfig) -> Callable[[TrainState, Any], tupl
         step = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
         ema = jax.tree.map(lambda a, p: (a * decay + p * (1 - decay)).astype(a.dtype), state.ema_params, params)
-        return TrainState(params, ema, optimizer_state, state.step + 1), {"loss": value, **metrics}
+        return TrainState(params, ema, optimizer_state, state.step + 1), metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=1)
+
+
+def _gradient(loss: Loss, params: Params, batch: Any, key: Array, accumulate: int) -> tuple[dict[str, Array], Params]:
+    """The metrics with the loss, and the gradient: of the whole batch, or the means over its parts."""
+
+    def once(part: Any, key: Array) -> tuple[dict[str, Array], Params]:
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, part, key)
+        return {"loss": value, **metrics}, gradient
+
+    if accumulate == 1:
+        return once(batch, key)
+    # Every accumulate-th row, so that each device keeps its own rows.
+    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        found = once(part[0], jax.random.fold_in(key, part[1]))
+        return jax.tree.map(jnp.add, total, found), None
+
+    shapes = jax.eval_shape(once, jax.tree.map(lambda leaf: leaf[0], parts), key)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(accumulate, dtype=jnp.int32)))
+    return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
 
 def _prefetch(source: Iterator[Any], depth: int = 8) -> Generator[Any, None, None]:
@@ -209,12 +315,3 @@ def _prefetch(source: Iterator[Any], depth: int = 8) -> Generator[Any, None, Non
             yield batch
     finally:
         closed.set()
-
-
-def _log(directory: Path, done: int, steps: int, metrics: dict[str, Array], step_s: float) -> str:
-    """Appends a row to ``log.jsonl``; the same as a line for people."""
-    row = {"step": done, "step_s": round(step_s, 4), **{name: round(float(value), 5) for name, value in metrics.items()}}
-    with (directory / "log.jsonl").open("a") as log:
-        print(json.dumps(row), file=log)
-    text = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "step_s"))
-    return f"step {done}/{steps}  {text}  {step_s:.2f} s per step, {(steps - done) * step_s / 60:.0f} min left"

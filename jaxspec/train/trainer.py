@@ -1,0 +1,239 @@
+"""Trains a draft for a target by a recipe: samples in, a draft folder out, which appears when training has ended.
+
+DRAFT.training/   training.json, log.jsonl, training.png, costs.json, checkpoints/, samples/ (made from texts)
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blake3 import blake3
+
+from jaxspec.checkpoint import pretrained, store
+from jaxspec.checkpoint.descriptions import DraftDescription
+from jaxspec.common.files import replacing
+from jaxspec.draft import families
+from jaxspec.draft.families import FAMILIES
+from jaxspec.draft.family import Packed
+from jaxspec.sampling import Sampling
+from jaxspec.synthesis.contract import Drafter, Settings
+from jaxspec.train import costs as costs_lib
+from jaxspec.train import curves, drafts, losses, packing
+from jaxspec.train import recipe as recipes
+from jaxspec.train import samples as samples_lib
+from jaxspec.train.costs import Costs
+from jaxspec.train.drafts import Frozen, Task
+from jaxspec.train.loop import Metrics, TrainConfig, data_mesh, fit
+from jaxspec.train.recipe import Recipe
+from jaxspec.train.samples import Samples
+from jaxspec.train.speech import Target
+from jaxspec.types import Params
+
+_LONGEST = 8  # K up to which acceptance is measured
+_EVALUATIONS = 20  # in a run
+_LOGGED = 200  # rows of the log in a run
+_CHECKPOINT = 250  # steps at most
+_MEASURED_ANCHORS = 48  # of each packed row
+_MEASURED_BATCHES = 8
+
+
+class Trained(NamedTuple):
+    """A finished draft: its description, and the last row of the log."""
+
+    description: DraftDescription
+    last: dict[str, Any]
+
+
+def work_folder(out: Path) -> Path:
+    """Where the checkpoints, the log and the picture of a draft are."""
+    return out.with_name(f"{out.name}.training")
+
+
+def begin(out: Path, recipe: Recipe, target: Target) -> Path:
+    """Checks that a draft can be trained, and makes its work folder.
+
+    Raises:
+        ValueError: the draft exists, or the recipe does not fit the target.
+        OSError: the folder cannot be made.
+    """
+    store.check_new(out)
+    recipes.config(recipe, target.pretrained.model.shape)
+    folder = work_folder(out)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def train(
+    out: Path,
+    recipe: Recipe,
+    target: Target,
+    samples: Samples,
+    sampling: Sampling,
+    progress: Callable[[str], None] = print,
+) -> Trained:
+    """Trains a draft, resuming from the newest checkpoint in its work folder, and saves it.
+
+    Args:
+        out: the new folder of the draft.
+        recipe: how it is trained.
+        target: the model that it drafts for.
+        samples: of the target, with prompts.
+        sampling: how the target is sampled when the draft is used.
+        progress: called with a line of text every now and then.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: the folder exists, or holds another training; there are too few samples; see ``loop.fit``.
+        FloatingPointError: the loss is not finite.
+        OSError: the disk is full.
+    """
+    work, model = begin(out, recipe, target), target.pretrained.model
+    task = task_of(recipe, target, sampling)
+    _claim(work, recipe, model.digest, task.sampling, samples)
+    shown, held = samples_lib.split(samples)
+    width = recipe.length or packing.row_length(samples)
+    groups = target.synthesizer.groups(recipe.threshold or target.synthesizer.threshold, "target")
+    frozen = Frozen(target.pretrained.params, losses.membership(groups))
+    own = drafts.own_params(jax.random.key(recipe.seed), task, frozen.target)
+    evaluate = _evaluation(task, frozen, held, recipe, width, _costs(work, task, own, target, held))
+    progress(f"{len(shown.texts)} samples to train on, {len(held.texts)} held out, rows of {width} tokens")
+    seen = fit(
+        work,
+        own,
+        jax.tree_util.Partial(_Loss(task), frozen),
+        lambda step: packing.batches(shown, recipe.rows, width, recipe.seed, step),
+        config_of(recipe),
+        progress,
+        evaluate,
+        curves.draw,
+        data_mesh(),
+    )
+    family = FAMILIES[recipe.family]
+    description = DraftDescription(
+        family=recipe.family,
+        settings=families.to_json(task.config),
+        target=model.digest,
+        shared=dict(family.shared(task.config)),
+        licence=model.licence,
+        source=f"trained by jaxspec for {model.family}: {recipe.loss}, {recipe.steps} steps",
+    )
+    from jaxspec.train import log as logs
+
+    return Trained(pretrained.save(out, description, jax.device_get(seen)), logs.read(work)[-1])
+
+
+def task_of(recipe: Recipe, target: Target, sampling: Sampling) -> Task:
+    """What a recipe asks for with a target.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    config = recipes.config(recipe, target.pretrained.model.shape)
+    longest = FAMILIES[recipe.family].max_length(config)
+    if longest is not None and recipe.block > longest:
+        raise ValueError(f"expected a block of at most {longest} for this draft, got {recipe.block}: change the recipe")
+    settings = losses.deployed(sampling)
+    return Task(recipe.family, config, settings, recipe.loss, recipe.block, recipe.gamma, recipe.anchors, recipe.memory << 20)
+
+
+def config_of(recipe: Recipe) -> TrainConfig:
+    """Steps and rates of a recipe."""
+    return TrainConfig(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=max(1, round(recipe.warmup * recipe.steps)),
+        decay_fraction=recipe.decay,
+        ema_decay=recipe.ema,
+        weight_decay=recipe.weight_decay,
+        checkpoint_every=min(_CHECKPOINT, max(1, recipe.steps // _EVALUATIONS)),
+        log_every=max(1, recipe.steps // _LOGGED),
+        evaluate_every=max(1, recipe.steps // _EVALUATIONS),
+        accumulate=recipe.accumulate,
+        seed=recipe.seed,
+    )
+
+
+class _Loss:
+    """The loss of a task; equal tasks are equal, so that a compiled program is used again."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, frozen: Frozen, own: Params, batch: Packed, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return drafts.loss(self.task, frozen, own, batch, key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Loss) and self.task == other.task
+
+    def __hash__(self) -> int:
+        return hash(self.task)
+
+
+def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples: Samples) -> None:
+    """Writes ``training.json``, or refuses a folder that another training was begun in."""
+    asked = {
+        **dataclasses.asdict(recipe),
+        "target": target,
+        "sampling": dataclasses.asdict(sampling),
+        "samples": f"blake3:{blake3(samples.tokens.tobytes() + samples.start.tobytes()).hexdigest()}",
+    }
+    asked, path = json.loads(json.dumps(asked)), work / "training.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if before is None:
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+    elif differing := [name for name in {**before, **asked} if before.get(name) != asked.get(name)]:
+        name = differing[0]
+        raise ValueError(
+            f"expected the {name} {before.get(name)} that {work} was begun with, got {asked.get(name)}: "
+            "use the same arguments to resume, or remove the folder"
+        )
+
+
+def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
+    """The measured costs, kept in the work folder, so that a resumed run predicts from the same."""
+    path = work / "costs.json"
+    if path.exists():
+        return Costs(**json.loads(path.read_text(encoding="utf-8")))
+    family, dtype = FAMILIES[task.family], jnp.dtype(task.config.target.dtype)
+    params = drafts.full_params(task, jax.tree.map(lambda leaf: leaf.astype(dtype), own), target.pretrained.params)
+    longest = measured_length(task)
+    layers = family.feature_layers(task.config)
+    drafter = Drafter(family.drafter(task.config), params, layers, family.max_length(task.config))
+    requests = target.synthesizer.requests(held.texts[:1], Settings(voice=target.voices[0]))
+    costs = costs_lib.measure(target, drafter, requests, longest)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(costs._asdict()), encoding="utf-8")
+    return costs
+
+
+def measured_length(task: Task) -> int:
+    """The largest K for which acceptance is measured."""
+    return min(_LONGEST, FAMILIES[task.family].max_length(task.config) or _LONGEST)
+
+
+def _evaluation(
+    task: Task, frozen: Frozen, held: Samples, recipe: Recipe, width: int, costs: Costs
+) -> Callable[[Params], Metrics]:
+    """The function that measures a draft on the held-out samples."""
+    batches = packing.held_out(held, recipe.rows, width)[:_MEASURED_BATCHES]
+    keys = jax.random.split(jax.random.key(recipe.seed), len(batches))
+    anchors = [drafts.choose(jax.device_put(batch), _MEASURED_ANCHORS, key) for batch, key in zip(batches, keys, strict=True)]
+
+    def evaluate(own: Params) -> Metrics:
+        parts = zip(batches, anchors, strict=True)
+        sums = [drafts.measure(task, frozen, own, batch, measured_length(task), *at) for batch, at in parts]
+        found: dict[str, Any] = {}
+        for rule, acceptance in drafts.rates(jax.device_get(sums)).items():
+            tokens = drafts.tokens_per_round(acceptance)
+            found |= {f"acceptance_{rule}": acceptance, f"tokens_{rule}": tokens, f"speed_up_{rule}": costs.speed_up(tokens)}
+        return found | {"best_speed_up": np.max(found["speed_up_exact"])}
+
+    return evaluate
