@@ -221,7 +221,7 @@ def test_requests_of_mixed_lengths_do_not_recompile():
     for codes in (40, 80, 120, 160):  # the lengths that waves are rounded up to
         builtin.builtin().decode([np.zeros(codes, np.int32)], Settings())
     before = compilations()
-    for seed in range(100):
+    for seed in range(24):
         speak([texts[seed % 3]], Settings(seed=seed))
     assert compilations() == before
 

@@ -90,8 +90,10 @@ def test_segments_of_any_length_give_the_tokens_of_generate():
     for segment in (1, 2, 100):
         asked = request.check(jax.random.key(2), prompt, length, N, **settings)
         state = speculate.init(*models, asked, 4 + N + K + 1)
+        asked_for = 0
         while bool(speculate.is_running(state)):
-            state = speculate.advance(*models, rule, state, segment)
+            state, asked_for = speculate.advance(*models, rule, state, segment), asked_for + segment
+            assert int(state.counts.rounds.max()) == min(asked_for, int(whole.info.rounds.max()))
         jax.tree.map(np.testing.assert_array_equal, speculate.finish(state, N), whole)
 
 

@@ -138,7 +138,7 @@ def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", as_a_tpu)
     twice = language_model.__wrapped__(config)
     assert autoregressive(jax.random.key(0), twice, params, prompt, length, **GREEDY).tokens.tolist() == said.tokens.tolist()
-    for K in (0, 1, 3):
+    for K in (0, 3):
         own = draft.model_draft(twice, K)
         fast = generate(jax.random.key(0), twice, params, own, params, verify.exact(), prompt, length, **GREEDY)
         assert fast.tokens.tolist() == said.tokens.tolist()
@@ -161,12 +161,14 @@ def test_a_block_sees_no_later_token():
     config = dataclasses.replace(SMALL, qk_norm=True)
     params, tokens = init_params(jax.random.key(0), config), jnp.arange(9)[None]
 
-    def through(table, position):
+    @jax.jit
+    @jax.grad
+    def gradient(table, position):
         logits, _, _ = Transformer(config).apply({"params": {**params, "table_0": table}}, tokens)
         return logits[0, position].sum()
 
     for position in (0, 4, 8):
-        moved = jnp.abs(jax.grad(through)(params["table_0"], position)).sum(-1)[:9] > 0
+        moved = jnp.abs(gradient(params["table_0"], position)).sum(-1)[:9] > 0
         assert moved.tolist() == [i <= position for i in range(9)]
 
 
