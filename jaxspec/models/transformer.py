@@ -166,25 +166,43 @@ class Attention(nn.Module):
 
     config: Config
 
-    @nn.compact
-    def __call__(self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None) -> tuple[Array, kv.KVCache | None]:
-        """x [B T D], position [B T], mask bool [B T S] -> ([B T D], cache)."""
+    def setup(self) -> None:
+        """Declares the projections."""
         c = self.config
-        batch, block, _ = x.shape
-        q = Linear(c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias, name="query")(x)
-        k = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, name="key")(x)
-        v = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, name="value")(x)
-        q, k, v = (y.reshape(batch, block, -1, c.head_dim) for y in (q, k, v))
+        self.query = Linear(c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)
+        self.key = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)
+        self.value = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)
+        self.out = Linear(c.width, ("heads", "embed"))
         if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="query_norm")(q), RMSNorm(c.norm_eps, name="key_norm")(k)
-        frequency = rope_frequencies(c)
-        q, k = rotate(q, position, frequency), rotate(k, position, frequency)
+            self.query_norm, self.key_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
+
+    def keys_values(self, x: Array, position: Array) -> kv.KVCache:
+        """What queries see of some positions: x [B T D], position int32 [B T] -> keys and values [B T H_kv D_head]."""
+        k, v = (self._heads(project(x)) for project in (self.key, self.value))
+        k = self.key_norm(k) if self.config.qk_norm else k
+        return kv.KVCache(rotate(k, position, rope_frequencies(self.config)), v)
+
+    def __call__(
+        self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None, context: kv.KVCache | None = None
+    ) -> tuple[Array, kv.KVCache | None]:
+        """x [B T D], position [B T], mask bool [B T S] -> ([B T D], cache).
+
+        Without a cache, the keys and values of ``context`` [B C H_kv D_head] precede those of the block, S = C + T.
+        """
+        c = self.config
+        q, (k, v) = self._heads(self.query(x)), self.keys_values(x, position)
+        q = rotate(self.query_norm(q) if c.qk_norm else q, position, rope_frequencies(c))
         if cache is not None:
             cache = kv.write(cache, k, v, position[:, 0])
             k, v = cache
-        weights = self._weights(q.reshape(batch, block, c.kv_heads, -1, c.head_dim), k, mask)
-        out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v).reshape(batch, block, -1)
-        return Linear(c.width, ("heads", "embed"), name="out")(out.astype(x.dtype)), cache
+        elif context is not None:
+            k, v = jnp.concatenate([context.key, k], axis=1), jnp.concatenate([context.value, v], axis=1)
+        weights = self._weights(q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim), k, mask)
+        out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v).reshape(*q.shape[:2], -1)
+        return self.out(out.astype(x.dtype)), cache
+
+    def _heads(self, y: Array) -> Array:
+        return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
     def _weights(self, q: Array, k: Array, mask: Array) -> Array:
         scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
@@ -213,13 +231,23 @@ class Layer(nn.Module):
 
     config: Config
 
-    @nn.compact
-    def __call__(self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None) -> tuple[Array, kv.KVCache | None]:
-        """x [B T D] -> ([B T D], cache)."""
-        eps = self.config.norm_eps
-        y, cache = Attention(self.config, name="attention")(RMSNorm(eps, name="attention_norm")(x), position, mask, cache)
+    def setup(self) -> None:
+        """Declares the two branches."""
+        c = self.config
+        self.attention_norm, self.attention = RMSNorm(c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = RMSNorm(c.norm_eps), SwiGLU(c)
+
+    def __call__(
+        self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None, context: kv.KVCache | None = None
+    ) -> tuple[Array, kv.KVCache | None]:
+        """x [B T D] -> ([B T D], cache), see ``Attention``."""
+        y, cache = self.attention(self.attention_norm(x), position, mask, cache, context)
         x = x + y
-        return x + SwiGLU(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), cache
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+    def keys_values(self, x: Array, position: Array) -> kv.KVCache:
+        """The keys and values of vectors [B T D] that are normalised already."""
+        return self.attention.keys_values(x, position)
 
 
 class Transformer(nn.Module):
