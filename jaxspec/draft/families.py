@@ -5,11 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxspec.common import records
-from jaxspec.draft import smaller
+from jaxspec.draft import block, eagle, medusa, recurrent, smaller
 from jaxspec.draft.family import Family
 from jaxspec.models.transformer import Config, RopeScaling
 
-FAMILIES: dict[str, Family] = {"model": smaller}
+FAMILIES: dict[str, Family] = {
+    "model": smaller,
+    "block": block,
+    "recurrent": recurrent,
+    "eagle": eagle,
+    "medusa": medusa,
+}
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -107,6 +107,12 @@ def score(target: transformer.Config, params: Params, x: Array) -> Array:
     return logits
 
 
+def own_logits(head: Array, x: Array, padding: int) -> Array:
+    """The logits float32 [B T V] of a drafter's own head [V W] for hidden states [B T W]; padded rows are -inf."""
+    y = jnp.moveaxis(jnp.einsum("vw,btw->vbt", head.astype(x.dtype), x, preferred_element_type=jnp.float32), 0, -1)
+    return jnp.where(jnp.arange(len(head))[None, None] < len(head) - padding, y, -jnp.inf) if padding else y
+
+
 def after(anchor: Array, length: int) -> Array:
     """The positions anchor + k, k < length: int32 [B A K] from [B A]."""
     return anchor[:, :, None] + jnp.arange(length, dtype=jnp.int32)[None, None]

@@ -1,0 +1,246 @@
+"""A drafter that proposes a whole block from the target's features: one parallel pass, then a tiny sequential head.
+
+The features of the committed positions are keys and values in every layer of the drafter. The queries are the last token and a
+mask token for each further position. Their outputs give base logits for the whole block at once; a low-rank Markov head then adds
+what the token drafted just before says. Architecture: DFlash (arXiv 2602.06036) and DSpark (arXiv 2607.05147, sampled from the
+anchor on). Here a position attends to those before it only, so that the first K of a block are the same for every K.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as kv
+from jaxspec.draft.drawing import draw
+from jaxspec.draft.family import Packed, after, embed, own_logits, score, take, target_arrays
+from jaxspec.models import transformer
+from jaxspec.models.transformer import Layer, Linear, RMSNorm
+from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a block drafter.
+
+    Attributes:
+        target: the target's shape.
+        reads: the target's hidden states that are its features, see ``transformer.Config.feature_layers``.
+        length: the largest K, with which it is trained.
+        layers, width, heads, kv_heads, head_dim, mlp_width: of its transformer.
+        markov_rank: of the Markov head; 0 is none.
+        markov_top: the Markov head corrects only the logits that are this high in the base's order; 0 corrects all. For large V.
+        own_head: whether it has a head of its own, [V width]; else it shares the target's, and needs the target's width.
+
+    Raises:
+        ValueError: no features, a length below 1, or the target's head at another width.
+    """
+
+    target: transformer.Config
+    reads: tuple[int, ...]
+    length: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    markov_rank: int = 256
+    markov_top: int = 0
+    own_head: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.reads or self.length < 1:
+            raise ValueError(f"expected features and a length of 1 or more, got {self.reads} and {self.length}: give both")
+        if not self.own_head and self.width != self.target.width:
+            raise ValueError(f"expected the target's width {self.target.width} for its head, got {self.width}: set own_head")
+
+
+def shape(config: Config) -> transformer.Config:
+    """The shape of the drafter's layers."""
+    own = {name: getattr(config, name) for name in ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")}
+    return dataclasses.replace(config.target, feature_layers=(), **own)
+
+
+class BlockDrafter(nn.Module):
+    """The drafter's own part; the target's embedding, and its head where it is shared, are applied around it."""
+
+    config: Config
+
+    def setup(self) -> None:
+        """Declares the projection of the features, the layers and the heads."""
+        c, normal, V = self.config, nn.initializers.normal, self.config.target.vocab
+        self.fuse, self.fuse_norm = Linear(c.width, ("embed", "embed")), RMSNorm(c.target.norm_eps)
+        self.narrow = Linear(c.width, ("embed", "embed")) if c.width != c.target.width else None
+        self.mask = self.param("mask", normal(c.width**-0.5), (c.width,), jnp.float32)
+        self.stack = [Layer(shape(c), name=f"layer_{i}") for i in range(c.layers)]
+        self.norm = RMSNorm(c.target.norm_eps)
+        if c.own_head:
+            self.head = self.param("head", normal(c.width**-0.5), (V, c.width), jnp.float32)
+        if c.markov_rank:
+            self.previous = self.param("markov_previous", normal(c.markov_rank**-0.5), (V, c.markov_rank), jnp.float32)
+            self.following = self.param("markov_following", nn.initializers.zeros, (V, c.markov_rank), jnp.float32)
+
+    def context(self, features: Array, position: Array) -> tuple[kv.KVCache, ...]:
+        """The keys and values, for each layer, of features [B T F] at positions int32 [B T]."""
+        fused = self.fuse_norm(self.fuse(features.astype(self.config.target.dtype)))
+        return tuple(layer.keys_values(fused, position) for layer in self.stack)
+
+    def queries(self, last: Array, block: int) -> Array:
+        """What the layers read: the last tokens' embeddings [B A D], each with block - 1 masks after it -> [B A*block width]."""
+        first = last if self.narrow is None else self.narrow(last)
+        mask = jnp.expand_dims(self.mask.astype(first.dtype), (0, 1, 2))
+        mask = jnp.broadcast_to(mask, (*first.shape[:2], block - 1, first.shape[-1]))
+        return jnp.concatenate([first[:, :, None], mask], axis=2).reshape(len(first), -1, first.shape[-1])
+
+    def decode(
+        self, x: Array, position: Array, mask: Array, caches: tuple[kv.KVCache, ...]
+    ) -> tuple[Array, tuple[kv.KVCache, ...]]:
+        """Runs the layers over queries [B T width], whose keys and values go into the caches."""
+        written = []
+        for layer, cache in zip(self.stack, caches, strict=True):
+            x, cache = layer(x, position, mask, cache)
+            written.append(cache)
+        return self.norm(x), tuple(written)
+
+    def train(self, x: Array, position: Array, mask: Array, contexts: tuple[kv.KVCache, ...]) -> Array:
+        """Runs the layers over queries [B T width], with the keys and values of ``contexts`` before their own."""
+        for layer, context in zip(self.stack, contexts, strict=True):
+            x, _ = layer(x, position, mask, None, context)
+        return self.norm(x)
+
+    def score(self, x: Array) -> Array:
+        """The own head: [B T width] -> float32 [B T V]."""
+        return own_logits(self.head, x, self.config.target.padding)
+
+    def markov(self, logits: Array, previous: Array) -> Array:
+        """Adds what the token before says: logits [... V], the token drafted or committed before int32 [...] -> [... V]."""
+        c = self.config
+        if not c.markov_rank:
+            return logits
+        row = self.previous[jnp.minimum(previous, c.target.vocab - 1)]  # a prompt may end in an id that is only in the tables
+        if not c.markov_top:
+            return logits + jnp.einsum("...r,vr->...v", row, self.following, preferred_element_type=jnp.float32)
+        _, top = jax.lax.top_k(logits, c.markov_top)
+        added = jnp.einsum("...r,...mr->...m", row, self.following[top], preferred_element_type=jnp.float32)
+        return jnp.put_along_axis(logits, top, jnp.take_along_axis(logits, top, axis=-1) + added, axis=-1, inplace=False)
+
+
+def init_params(key: Array, config: Config, target_params: Params) -> Params:
+    """Random parameters; the Markov head corrects nothing yet. The key is consumed."""
+
+    def everything(module: BlockDrafter) -> Array:
+        position, width = jnp.zeros((1, 2), jnp.int32), config.target.width
+        contexts = module.context(jnp.zeros((1, 2, len(config.reads) * width)), position)
+        x = module.train(module.queries(jnp.zeros((1, 1, width)), 2), position, jnp.ones((1, 2, 4), bool), contexts)
+        logits = module.score(x) if config.own_head else jnp.zeros((1, 2, config.target.vocab))
+        return module.markov(logits, position)
+
+    params: Any = jax.jit(lambda key: nn.meta.unbox(nn.init(everything, BlockDrafter(config))(key)["params"]))(key)
+    return params
+
+
+def shared(config: Config) -> Mapping[str, str]:
+    """The target's embedding and head, whether it is used or not: ``family.embed`` needs both."""
+    return target_arrays(config.target, "embed", "head")
+
+
+def feature_layers(config: Config) -> tuple[int, ...]:
+    """As configured."""
+    return config.reads
+
+
+def max_length(config: Config) -> int | None:
+    """That of training."""
+    return config.length
+
+
+def drafter(config: Config) -> Callable[[int], Draft]:
+    """K -> ``block_draft``."""
+    return functools.partial(block_draft, config)
+
+
+@functools.lru_cache
+def block_draft(config: Config, draft_length: int) -> Draft:
+    """A draft of ``draft_length`` tokens; the same arguments give the same object.
+
+    The cells of its cache below a row's last token hold keys and values of features. Those of the block follow from the last
+    token's on, and are overwritten by features once these are known.
+
+    Raises:
+        ValueError: a draft_length that the drafter was not trained for.
+    """
+    if not 1 <= draft_length <= config.length:
+        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+
+    def run(method: str, params: Params, *arguments: Any) -> Any:
+        return BlockDrafter(config).apply({"params": params}, *arguments, method=method)
+
+    def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
+        first, layers, dtype = jnp.zeros_like(prompt_length), config.layers, jnp.dtype(config.target.dtype)
+        empty = [kv.init(len(prompt), cells, config.kv_heads, config.head_dim, dtype) for _ in range(layers)]
+        return _remember(run, params, tuple(empty), features, first)
+
+    def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
+        caches = _remember(run, params, state, context.features, context.length - 1 - context.num_fresh)
+        x = run("queries", params, embed(config.target, params, context.last[:, None]), draft_length)
+        last = context.length - 1
+        position = last[:, None] + jnp.arange(draft_length, dtype=jnp.int32)[None]
+        mask = kv.visible(last, draft_length, caches[0].key.shape[1])
+        x, caches = run("decode", params, x, position, mask, caches)
+        base = _base(config, params, x)
+
+        def propose_one(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            """Samples token i of the proposal, given the one before it."""
+            previous, tokens = carry
+            logits = run("markov", params, jax.lax.dynamic_index_in_dim(base, i, axis=1, keepdims=False), previous)
+            token, probs, tokens = draw(keys, logits, tokens, context, i)
+            return (token, tokens), (token, probs)
+
+        slots = jnp.arange(draft_length, dtype=jnp.int32)
+        _, (tokens, probs) = jax.lax.scan(propose_one, (context.last, context.tokens), slots)
+        return Proposal(tokens.T, probs.swapaxes(0, 1)), caches
+
+    return Draft(draft_length, init, propose)
+
+
+def _remember(run: Callable, params: Params, caches: DraftState, features: Array | None, first: Array) -> DraftState:
+    """Writes the keys and values of features [B T F], the first of which has position ``first`` [B]."""
+    if features is None:
+        raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+    position = first[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
+    fresh = run("context", params, features, position)
+    return tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
+
+
+def _base(config: Config, params: Params, x: Array) -> Array:
+    """The logits float32 [B T V] of the layers' outputs, before the Markov head."""
+    if not config.own_head:
+        return score(config.target, params, x)
+    logits: Any = BlockDrafter(config).apply({"params": params}, x, method="score")
+    return logits
+
+
+def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
+    """The logits after every anchor in one pass, see ``family.Family``: blocks do not see each other."""
+
+    def run(method: str, *arguments: Any) -> Any:
+        return BlockDrafter(config).apply({"params": params}, *arguments, method=method)
+
+    rows, anchors = anchor.shape
+    position, index = transformer.positions(batch.segment), jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    same = take(batch.segment, anchor)[:, :, None] == batch.segment[:, None]
+    before = jnp.repeat(same & (index[None, None] < anchor[:, :, None]), length, axis=1)  # [B A*K T]
+    block, slot = jnp.divmod(jnp.arange(anchors * length, dtype=jnp.int32), length)
+    own = (block[:, None] == block[None]) & (slot[None] <= slot[:, None])  # [A*K A*K]
+    mask = jnp.concatenate([before, jnp.broadcast_to(own[None], (rows, *own.shape))], axis=2)
+
+    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), length)
+    place = (take(position, anchor)[:, :, None] + slot[None, None, :length]).reshape(rows, -1)
+    x = run("train", x, place, mask, run("context", features, position))
+    base = _base(config, params, x).reshape(rows, anchors, length, -1)
+    return run("markov", base, take(batch.tokens, after(anchor, length)))
