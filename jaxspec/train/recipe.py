@@ -107,13 +107,15 @@ def config(recipe: Recipe, target: transformer.Config) -> Any:
     kv_heads, head_dim, mlp_width) in the table ``shape``, the others being the target's. ``trained`` may name "head" where head
     and embeddings are one.
 
+    In the families that read the target's features, ``reads`` is a list of hidden states, in which -1 is the output of the final
+    norm, or a number of layers that are spread as DFlash does. Dimensions that are left out are the target's.
+
     Raises:
         ValueError: the settings are not those of the family, or do not fit the target.
     """
     family, settings = FAMILIES[recipe.family], dict(recipe.draft)
     target = dataclasses.replace(target, feature_layers=())
-    if recipe.family == "model":
-        settings = _of_model(settings, target)
+    settings = _of_model(settings, target) if recipe.family == "model" else _on_features(family.Config, settings, target)
     try:
         return family.Config(target=target, **{name: _hashable(value) for name, value in settings.items()})
     except TypeError as error:
@@ -132,6 +134,37 @@ def _of_model(settings: dict[str, Any], target: transformer.Config) -> dict[str,
     if "trained" in settings and target.tied:
         settings["trained"] = tuple("table_0" if path == "head" else path for path in settings["trained"])
     return settings
+
+
+def _on_features(kind: Any, settings: dict[str, Any], target: transformer.Config) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    shape = {name: getattr(target, name) for name in _SHAPE if name in fields}
+    if "reads" in fields and "reads" in settings:
+        settings["reads"] = resolve_reads(settings["reads"], target.layers)
+    return shape | settings
+
+
+def resolve_reads(reads: list[int] | int, depth: int) -> tuple[int, ...]:
+    """The hidden states of a target that a recipe names, see ``transformer.Config.feature_layers``.
+
+    Args:
+        reads: a list, -1 being the output of the final norm, or how many layers, from the second to the third last.
+        depth: layers of the target.
+
+    Raises:
+        ValueError: the target has no such hidden states.
+
+    >>> resolve_reads(5, 36), resolve_reads(5, 24), resolve_reads([0, -1], 6)
+    ((1, 9, 17, 25, 33), (1, 6, 11, 16, 21), (0, 6))
+    """
+    if isinstance(reads, int):
+        if not 1 <= reads <= depth:
+            raise ValueError(f"expected 1 to {depth} hidden states of the target, got {reads}: change the recipe")
+        first, last = min(1, depth - 1), max(depth - 3, min(1, depth - 1))
+        return tuple(sorted({int(first + i * (last - first) / max(reads - 1, 1) + 0.5) for i in range(reads)}))
+    if any(not -depth - 1 <= i <= depth for i in reads):
+        raise ValueError(f"expected hidden states from {-depth - 1} to {depth}, got {reads}: change the recipe")
+    return tuple(sorted({i % (depth + 1) for i in reads}))
 
 
 def _shape(values: Mapping[str, Any], target: transformer.Config) -> transformer.Config:
