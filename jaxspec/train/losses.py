@@ -116,11 +116,11 @@ def group_variation(log_p: Array, q: Array, token: Array, groups: Membership | N
     """
     if groups is None:
         raise ValueError("expected groups for the loss group, got none: pass their membership")
-    return _group_variation(jnp.exp(log_p) - q, groups)
+    return variation_on_groups(jnp.exp(log_p) - q, groups)
 
 
-def _group_variation(difference: Array, groups: Membership) -> Array:
-    """sum over groups of |sum over their tokens of w (p - q)| / 2, for some rows at a time."""
+def variation_on_groups(difference: Array, groups: Membership) -> Array:
+    """TV(P_c, Q_c) from p - q [R V], some rows at a time: float32 [R]."""
     rows, vocab = difference.shape
     at_once = max(1, min(rows, _ENTRIES // groups.token.shape[0]))
     padded = jnp.pad(difference, ((0, -rows % at_once), (0, 0))).reshape(-1, at_once, vocab)

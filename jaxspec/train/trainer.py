@@ -22,8 +22,8 @@ from jaxspec.draft.families import FAMILIES
 from jaxspec.draft.family import Packed
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Drafter, Settings
+from jaxspec.train import acceptance, curves, drafts, losses, packing
 from jaxspec.train import costs as costs_lib
-from jaxspec.train import curves, drafts, losses, packing
 from jaxspec.train import recipe as recipes
 from jaxspec.train import samples as samples_lib
 from jaxspec.train.costs import Costs
@@ -38,7 +38,7 @@ _LONGEST = 8  # K up to which acceptance is measured
 _EVALUATIONS = 20  # in a run
 _LOGGED = 200  # rows of the log in a run
 _CHECKPOINT = 250  # steps at most
-_MEASURED_ANCHORS = 48  # of each packed row
+_MEASURED_ANCHORS = 64  # of each packed row
 _MEASURED_BATCHES = 8
 
 
@@ -224,16 +224,17 @@ def _evaluation(
 ) -> Callable[[Params], Metrics]:
     """The function that measures a draft on the held-out samples."""
     batches = packing.held_out(held, recipe.rows, width)[:_MEASURED_BATCHES]
-    keys = jax.random.split(jax.random.key(recipe.seed), len(batches))
-    anchors = [drafts.choose(jax.device_put(batch), _MEASURED_ANCHORS, key) for batch, key in zip(batches, keys, strict=True)]
+    anchors = [acceptance.windows(batch, _MEASURED_ANCHORS, recipe.seed + i) for i, batch in enumerate(batches)]
 
     def evaluate(own: Params) -> Metrics:
-        parts = zip(batches, anchors, strict=True)
-        sums = [drafts.measure(task, frozen, own, batch, measured_length(task), *at) for batch, at in parts]
+        places = zip(batches, anchors, strict=True)
+        parts = [acceptance.measure(task, frozen, own, batch, measured_length(task), *at) for batch, at in places]
+        parts = jax.device_get(parts)
+        rates, tokens = acceptance.by_position(parts), acceptance.tokens_per_round(parts)
         found: dict[str, Any] = {}
-        for rule, acceptance in drafts.rates(jax.device_get(sums)).items():
-            tokens = drafts.tokens_per_round(acceptance)
-            found |= {f"acceptance_{rule}": acceptance, f"tokens_{rule}": tokens, f"speed_up_{rule}": costs.speed_up(tokens)}
+        for rule in rates:
+            speed_up = costs.speed_up(tokens[rule])
+            found |= {f"acceptance_{rule}": rates[rule], f"tokens_{rule}": tokens[rule], f"speed_up_{rule}": speed_up}
         return found | {"best_speed_up": np.max(found["speed_up_exact"])}
 
     return evaluate
