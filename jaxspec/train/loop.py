@@ -6,9 +6,10 @@ over the devices of this machine; the weights are then replicated.
 
 import contextlib
 import dataclasses
-import errno
+import logging
 import math
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -183,15 +184,24 @@ class _Finite:
 
 def _save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
     """Writes a checkpoint; the one before it is removed when this one is complete."""
+    full = OSError(
+        f"expected room for the checkpoint of step {step} in {manager.directory}, got a full disk: free some space and run it "
+        "again; the checkpoint before is kept"
+    )
+    if shutil.disk_usage(str(manager.directory)).free < sum(leaf.nbytes for leaf in jax.tree.leaves(state)):
+        raise full
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # Orbax logs the trace of an error that is raised here
     try:
         manager.save(step, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
     except Exception as error:  # Orbax raises many kinds of errors
         if isinstance(error, OSError) or any(reason in str(error) for reason in _DISK_FULL):
-            raise OSError(
-                errno.ENOSPC, f"expected room for a checkpoint of step {step}, got {error}: free some space and run it again"
-            ) from error
+            raise full from error
         raise
+    finally:
+        logger.setLevel(level)
 
 
 def _as_partial(loss: Loss) -> Loss:

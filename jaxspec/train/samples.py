@@ -86,7 +86,7 @@ def read_shard(path: Path) -> Samples:
         ValueError: the file is damaged or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             lengths = np.asarray(file["prompt_length"], np.int32) if "prompt_length" in file.files else None
             tokens, start = (_integers(file[name]) for name in ("tokens", "start"))
             read = Samples(tokens.astype(np.int32), start.astype(np.int64), lengths, json.loads(str(file["texts"])))
