@@ -107,7 +107,10 @@ def test_the_logits_are_those_of_pytorch(made, load, name):
         np.testing.assert_allclose(np.concatenate([first[row, :length], then[row]]), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llasa", "neutts-air", "orpheus", "cosyvoice2", "cosyvoice3"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("neutts-air", "cosyvoice2")]  # as llasa and cosyvoice3
+
+
+@pytest.mark.parametrize("name", ["llasa", "orpheus", "cosyvoice3", *SLOW])
 def test_both_loops_emit_the_tokens_of_pytorch(made, load, tmp_path, name):
     target, theirs = load(name), reference(made(name)[1])
     convert(str(made(name)[0]), tmp_path / "draft", Options(layers=(1,)))

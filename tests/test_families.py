@@ -1,9 +1,9 @@
 """Every family of trained drafters: what training compares is what the loop proposes from, and the loop stays exact."""
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,6 +56,14 @@ def target_of(family, config):
     return dataclasses.replace(TARGET, feature_layers=family.feature_layers(config))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits(family, config, params, tokens, segment, anchor):
+    """What training computes for rows of segments: [B A K V]."""
+    batch, model = Packed(tokens, segment, segment > 0), transformer.Transformer(target_of(family, config))
+    features = model.apply({"params": TARGET_PARAMS}, tokens, segment=segment)[1]
+    return family.logits(config, params, batch, features, anchor, K)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_compares_the_distributions_that_are_proposed(name):
     """For rows of a running loop, whatever was accepted before: the proposal's probs are the softmax of ``logits``."""
@@ -82,31 +90,25 @@ def test_training_compares_the_distributions_that_are_proposed(name):
         for row, (at, new) in enumerate(zip(lengths, drafted, strict=True)):
             rows[row, at : at + K] = new
         segment = (np.arange(rows.shape[1])[None] < lengths[:, None] + K).astype(np.int32)
-        batch = Packed(jnp.asarray(rows), jnp.asarray(segment), jnp.asarray(segment > 0))
-        features = transformer.Transformer(target).apply({"params": TARGET_PARAMS}, batch.tokens)[1]
-        wanted = family.logits(config, params, batch, features, jnp.asarray(lengths)[:, None] - 1, K)[:, 0]
+        wanted = logits(family, config, params, rows, segment, lengths[:, None] - 1)[:, 0]
         np.testing.assert_allclose(probs, jax.nn.softmax(wanted), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_sequences_do_not_see_each_other_nor_what_follows(name):
     family, config, params = build(name)
-    target, rng = target_of(family, config), np.random.default_rng(1)
-    rows = rng.integers(0, V, (3, 7)).astype(np.int32)
-    anchor = np.array([[1, 3]], np.int32)
-
-    def logits(tokens, segment, anchor):
-        batch = Packed(*(jnp.asarray(x) for x in (tokens, segment, segment > 0)))
-        features = transformer.Transformer(target).apply({"params": TARGET_PARAMS}, batch.tokens, segment=batch.segment)[1]
-        return np.asarray(family.logits(config, params, batch, features, jnp.asarray(anchor), K))
-
-    ones = np.ones((1, 7), np.int32)
-    alone = [logits(row[None], ones, anchor) for row in rows]
-    packed = logits(rows.reshape(1, -1), np.repeat([[1, 2, 3]], 7, axis=1), np.concatenate([anchor + 7 * i for i in range(3)], 1))
+    rows = np.random.default_rng(1).integers(0, V, (3, 7)).astype(np.int32)
+    anchor, ones = np.array([[1, 3]], np.int32), np.ones((1, 7), np.int32)
+    alone = [np.asarray(logits(family, config, params, row[None], ones, anchor)) for row in rows]
+    segment, anchors = (
+        np.repeat(np.array([[1, 2, 3]], np.int32), 7, axis=1),
+        np.concatenate([anchor + 7 * i for i in range(3)], 1),
+    )
+    packed = logits(family, config, params, rows.reshape(1, -1), segment, anchors)
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=2e-5)
     changed = rows[:1].copy()
     changed[0, 1 + K :] = (changed[0, 1 + K :] + 1) % V  # tokens that none of the first anchor's distributions follows
-    np.testing.assert_allclose(logits(changed, ones, anchor)[:, 0], alone[0][:, 0], atol=2e-5)
+    np.testing.assert_allclose(logits(family, config, params, changed, ones, anchor)[:, 0], alone[0][:, 0], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

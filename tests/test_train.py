@@ -99,7 +99,7 @@ def test_codes_that_share_digits_share_embeddings():
     assert jnp.linalg.norm(table[near[0]] - table[near[1]]) < jnp.linalg.norm(table[far[0]] - table[far[1]])
 
 
-@pytest.mark.parametrize("kind", ["codes", "distil"])
+@pytest.mark.parametrize("kind", ["codes", pytest.param("distil", marks=pytest.mark.slow)])
 def test_training_lowers_the_loss_and_resumes_to_the_same_weights(tmp_path, kind):
     corpus.write_shard(tmp_path / "a.npz", [recording()] * 4)
     reading = Reading(buckets=(32,), tokens=64, disturb=0.0)
