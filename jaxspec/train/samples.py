@@ -72,7 +72,7 @@ def write_shard(path: Path, samples: Samples) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    arrays = {"tokens": samples.tokens, "start": samples.start, "texts": np.array(json.dumps(samples.texts))}
+    arrays: dict[str, Any] = {"tokens": samples.tokens, "start": samples.start, "texts": np.array(json.dumps(samples.texts))}
     if samples.prompt_length is not None:
         arrays["prompt_length"] = samples.prompt_length
     with replacing(path) as partial, partial.open("wb") as file:
