@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -11,12 +11,14 @@ from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.sample import Deployment
 from jaxspec.sampling import Sampling
 from jaxspec.train import recipe as recipes
-from jaxspec.train import speech, trainer
+from jaxspec.train import speech
 from jaxspec.train.costs import named
 from jaxspec.train.log import locked
 from jaxspec.train.samples import Samples
 from jaxspec.train.speech import Target
-from jaxspec.train.trainer import Trained
+
+if TYPE_CHECKING:
+    from jaxspec.train.trainer import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class TrainDraft(Deployment):
 
     def run(self) -> None:
         """Trains; each line of progress goes to standard error."""
+        from jaxspec.train import trainer  # imports Orbax, which is slow
+
         recipe = recipes.read(self.recipe, **({} if self.steps is None else {"steps": self.steps}))
         if (self.texts is None) == (self.data is None):
             raise ValueError("expected either --texts or --data, got both or neither: give one of them")
@@ -54,6 +58,8 @@ class TrainDraft(Deployment):
 
     def _samples(self, recipe: recipes.Recipe, target: Target) -> tuple[Samples, Sampling]:
         """The samples to train on, and how the target is sampled when the draft is used."""
+        from jaxspec.train import trainer
+
         if self.data is not None:
             found = speech.read(self.data, target)
             trainer.begin(self.out, recipe, target)
@@ -66,13 +72,13 @@ class TrainDraft(Deployment):
         return speech.read(folder / "samples", target), self.settings().sampling(target.sampling)
 
 
-def figures(trained: Trained, out: Path) -> dict[str, Any]:
+def figures(trained: "Trained", out: Path) -> dict[str, Any]:
     """The result as JSON values."""
     description = trained.description
     return {"folder": str(out), "parameters": description.parameters, "digest": description.digest, **trained.last}
 
 
-def card(trained: Trained, out: Path) -> str:
+def card(trained: "Trained", out: Path) -> str:
     """The result as text."""
     description, last = trained.description, trained.last
     lines = [f"draft {description.family}: {description.parameters / 1e6:,.2f} M parameters in {out}"]
