@@ -3,7 +3,8 @@
 The features of the committed positions are keys and values in every layer of the drafter. The queries are the last token and a
 mask token for each further position. Their outputs give base logits for the whole block at once; a low-rank Markov head then adds
 what the token drafted just before says. Architecture: DFlash (arXiv 2602.06036) and DSpark (arXiv 2607.05147, sampled from the
-anchor on). Here a position attends to those before it only, so that the first K of a block are the same for every K.
+anchor on), with two changes. A position attends to those before it only, so that the first K of a block are the same for every K;
+and the newest features are added to every query, so that a drafter of one layer need not find them by attention.
 """
 
 import dataclasses
@@ -75,6 +76,7 @@ class BlockDrafter(nn.Module):
         """Declares the projection of the features, the layers and the heads."""
         c, normal, V = self.config, nn.initializers.normal, self.config.target.vocab
         self.fuse, self.fuse_norm = Linear(c.width, ("embed", "embed")), RMSNorm(c.target.norm_eps)
+        self.newest = Linear(c.width, ("embed", "embed"))
         self.narrow = Linear(c.width, ("embed", "embed")) if c.width != c.target.width else None
         self.mask = self.param("mask", normal(c.width**-0.5), (c.width,), jnp.float32)
         self.stack = [Layer(shape(c), name=f"layer_{i}") for i in range(c.layers)]
@@ -85,17 +87,27 @@ class BlockDrafter(nn.Module):
             self.previous = self.param("markov_previous", normal(c.markov_rank**-0.5), (V, c.markov_rank), jnp.float32)
             self.following = self.param("markov_following", nn.initializers.zeros, (V, c.markov_rank), jnp.float32)
 
-    def context(self, features: Array, position: Array) -> tuple[kv.KVCache, ...]:
-        """The keys and values, for each layer, of features [B T F] at positions int32 [B T]."""
+    def context(self, features: Array, position: Array) -> tuple[Array, tuple[kv.KVCache, ...]]:
+        """Features [B T F] at positions int32 [B T], fused [B T width], and their keys and values for each layer."""
         fused = self.fuse_norm(self.fuse(features.astype(self.config.target.dtype)))
-        return tuple(layer.keys_values(fused, position) for layer in self.stack)
+        return fused, tuple(layer.keys_values(fused, position) for layer in self.stack)
 
-    def queries(self, last: Array, block: int) -> Array:
-        """What the layers read: the last tokens' embeddings [B A D], each with block - 1 masks after it -> [B A*block width]."""
+    def queries(self, last: Array, newest: Array, block: int) -> Array:
+        """What the layers read at the positions of some blocks.
+
+        Args:
+            last: embeddings of the last tokens [B A D].
+            newest: fused features of the positions that predicted them [B A width].
+            block: T.
+
+        Returns:
+            [B A*T width].
+        """
         first = last if self.narrow is None else self.narrow(last)
         mask = jnp.expand_dims(self.mask.astype(first.dtype), (0, 1, 2))
         mask = jnp.broadcast_to(mask, (*first.shape[:2], block - 1, first.shape[-1]))
-        return jnp.concatenate([first[:, :, None], mask], axis=2).reshape(len(first), -1, first.shape[-1])
+        x = jnp.concatenate([first[:, :, None], mask], axis=2) + self.newest(newest)[:, :, None]
+        return x.reshape(len(first), -1, first.shape[-1])
 
     def decode(
         self, x: Array, position: Array, mask: Array, caches: tuple[kv.KVCache, ...]
@@ -131,16 +143,24 @@ class BlockDrafter(nn.Module):
 
 
 def init_params(key: Array, config: Config, target_params: Params) -> Params:
-    """Random parameters; the Markov head corrects nothing yet. The key is consumed."""
+    """Random parameters, and the target's last layers where the drafter's have their shape. The key is consumed.
+
+    The Markov head corrects nothing yet.
+    """
 
     def everything(module: BlockDrafter) -> Array:
         position, width = jnp.zeros((1, 2), jnp.int32), config.target.width
-        contexts = module.context(jnp.zeros((1, 2, len(config.reads) * width)), position)
-        x = module.train(module.queries(jnp.zeros((1, 1, width)), 2), position, jnp.ones((1, 2, 4), bool), contexts)
+        fused, contexts = module.context(jnp.zeros((1, 2, len(config.reads) * width)), position)
+        queries = module.queries(jnp.zeros((1, 1, width)), fused[:, :1], 2)
+        x = module.train(queries, position, jnp.ones((1, 2, 4), bool), contexts)
         logits = module.score(x) if config.own_head else jnp.zeros((1, 2, config.target.vocab))
         return module.markov(logits, position)
 
     params: Any = jax.jit(lambda key: nn.meta.unbox(nn.init(everything, BlockDrafter(config))(key)["params"]))(key)
+    if shape(config) == dataclasses.replace(config.target, layers=config.layers, feature_layers=()):
+        first = config.target.layers - config.layers
+        params |= {f"layer_{i}": target_params[f"layer_{first + i}"] for i in range(config.layers)}
+        params |= {"norm": target_params["norm"]}
     return params
 
 
@@ -168,8 +188,8 @@ def drafter(config: Config) -> Callable[[int], Draft]:
 def block_draft(config: Config, draft_length: int) -> Draft:
     """A draft of ``draft_length`` tokens; the same arguments give the same object.
 
-    The cells of its cache below a row's last token hold keys and values of features. Those of the block follow from the last
-    token's on, and are overwritten by features once these are known.
+    Between rounds it keeps the newest fused features [B width] and its caches. The cells below a row's last token hold keys and
+    values of features. Those of the block follow from the last token's on, and are overwritten by features once these are known.
 
     Raises:
         ValueError: a draft_length that the drafter was not trained for.
@@ -180,15 +200,29 @@ def block_draft(config: Config, draft_length: int) -> Draft:
     def run(method: str, params: Params, *arguments: Any) -> Any:
         return BlockDrafter(config).apply({"params": params}, *arguments, method=method)
 
+    def read(params: Params, features: Array | None, first: Array, caches: tuple[kv.KVCache, ...]) -> tuple[Array, tuple]:
+        """Fuses features [B T F], the first of which has position ``first`` [B], and writes their keys and values."""
+        if features is None:
+            raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+        position = first[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
+        fused, fresh = run("context", params, features, position)
+        return fused, tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
+
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        first, layers, dtype = jnp.zeros_like(prompt_length), config.layers, jnp.dtype(config.target.dtype)
-        empty = [kv.init(len(prompt), cells, config.kv_heads, config.head_dim, dtype) for _ in range(layers)]
-        return _remember(run, params, tuple(empty), features, first)
+        dtype = jnp.dtype(config.target.dtype)
+        empty = [kv.init(len(prompt), cells, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers)]
+        fused, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
+        newest = take(fused, jnp.maximum(prompt_length - 2, 0))
+        return jnp.where((prompt_length > 1)[:, None], newest, 0), caches  # a prompt of one token has no features yet
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
-        caches = _remember(run, params, state, context.features, context.length - 1 - context.num_fresh)
-        x = run("queries", params, embed(config.target, params, context.last[:, None]), draft_length)
+        newest, caches = state
         last = context.length - 1
+        fused, caches = read(params, context.features, last - context.num_fresh, caches)
+        fresh = take(fused, jnp.maximum(context.num_fresh - 1, 0))
+        newest = jnp.where((context.num_fresh > 0)[:, None], fresh, newest)
+        embedded = embed(config.target, params, context.last[:, None])
+        x = run("queries", params, embedded, newest[:, None], draft_length)
         position = last[:, None] + jnp.arange(draft_length, dtype=jnp.int32)[None]
         mask = kv.visible(last, draft_length, caches[0].key.shape[1])
         x, caches = run("decode", params, x, position, mask, caches)
@@ -203,18 +237,9 @@ def block_draft(config: Config, draft_length: int) -> Draft:
 
         slots = jnp.arange(draft_length, dtype=jnp.int32)
         _, (tokens, probs) = jax.lax.scan(propose_one, (context.last, context.tokens), slots)
-        return Proposal(tokens.T, probs.swapaxes(0, 1)), caches
+        return Proposal(tokens.T, probs.swapaxes(0, 1)), (newest, caches)
 
     return Draft(draft_length, init, propose)
-
-
-def _remember(run: Callable, params: Params, caches: DraftState, features: Array | None, first: Array) -> DraftState:
-    """Writes the keys and values of features [B T F], the first of which has position ``first`` [B]."""
-    if features is None:
-        raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
-    position = first[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
-    fresh = run("context", params, features, position)
-    return tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
 
 
 def _base(config: Config, params: Params, x: Array) -> Array:
@@ -239,8 +264,11 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     own = (block[:, None] == block[None]) & (slot[None] <= slot[:, None])  # [A*K A*K]
     mask = jnp.concatenate([before, jnp.broadcast_to(own[None], (rows, *own.shape))], axis=2)
 
-    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), length)
+    fused, contexts = run("context", features, position)
+    newest = take(fused, jnp.maximum(anchor - 1, 0))
+    newest = jnp.where((take(position, anchor) > 0)[:, :, None], newest, 0)
+    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), newest, length)
     place = (take(position, anchor)[:, :, None] + slot[None, None, :length]).reshape(rows, -1)
-    x = run("train", x, place, mask, run("context", features, position))
+    x = run("train", x, place, mask, contexts)
     base = _base(config, params, x).reshape(rows, anchors, length, -1)
     return run("markov", base, take(batch.tokens, after(anchor, length)))
