@@ -3,6 +3,13 @@
 import checkpoints
 import pytest
 
+from jaxspec.checkpoint import pretrained
+from jaxspec.checkpoint.descriptions import DraftDescription
+from jaxspec.draft import families, smaller
+from jaxspec.models import builtin as voices
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.load import builtin_target
+
 FOLDERS = {
     "llasa": ("llasa", {}),
     "target": ("llasa", {"head": "speech"}),  # which says codes and nothing else
@@ -29,3 +36,13 @@ def folder(tmp_path_factory):
         return made[name]
 
     return get
+
+
+def voice_draft(folder):
+    """Saves the built-in voice's own draft as one that was trained for it; returns its folder."""
+    voice = builtin()
+    target = builtin_target(voice.target_params)
+    settings = families.to_json(smaller.Config(target.model.shape, shape=voices.load().draft))
+    description = DraftDescription("model", settings, target.model.digest)
+    pretrained.save(folder, description, voice.drafter.params)
+    return folder

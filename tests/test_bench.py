@@ -1,11 +1,13 @@
 """The benchmark in small: its figures agree with each other, and what the loop costs is counted, not timed."""
 
+import dataclasses
 import functools
 import io
 import json
 
 import checkpoints
 import commands
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 
 from jaxspec import request as requests
 from jaxspec import speculate, verify
-from jaxspec.bench import cases, measure, picture, presets, roofline, suite
+from jaxspec.bench import cases, loading, measure, picture, presets, roofline, suite
 from jaxspec.bench.cases import Case
 from jaxspec.bench.settings import Settings as BenchSettings
 from jaxspec.common.stopwatch import compilations
@@ -22,7 +24,7 @@ from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis import builtin
-from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.contract import Drafter, Settings
 from jaxspec.synthesis.pipeline import speak
 
 TINY = Config((64, 8), 64, 16, 2, 2, 1, 8, 32)
@@ -77,23 +79,55 @@ def test_bench_takes_the_ngram_draft():
     code, printed, err = run("bench", *SMALL, "--draft", "ngram", "--verify", "exact", "--json")
     assert code == 0, err
     _, row = json.loads(printed)["rows"]
-    assert json.loads(printed)["draft"] == "ngram"
+    assert json.loads(printed)["drafts"] == ["ngram"]
     assert row["draft_s"] > 0
     assert "roofline_target" in row
     assert "roofline_draft" not in row
 
 
-@pytest.mark.parametrize(("draft", "bound"), [("ngram", False), ("folder", True)])
-def test_a_converted_model_is_benchmarked_with_any_draft(draft, bound, tmp_path):
+def test_drafts_of_a_converted_model_are_compared_side_by_side(tmp_path):
     target = checkpoints.converted(tmp_path, "llasa")
-    draft = checkpoints.converted(tmp_path, "llasa", layers=(0,)) if draft == "folder" else draft
-    arguments = ["--preset", target, "--draft", draft, "--verify", "exact", "--new-tokens", "8", "--repeats", "1"]
-    code, printed, err = run("bench", *arguments, "--json")
+    folder = checkpoints.converted(tmp_path, "llasa", layers=(0,))
+    arguments = ["--preset", target, "--draft", "ngram", folder, "--verify", "exact", "--new-tokens", "8", "--repeats", "1"]
+    code, printed, err = run("bench", *arguments, "--draft-lengths", "2", "--out-dir", tmp_path / "out", "--json")
     assert code == 0, err
-    _, row = json.loads(printed)["rows"]
-    assert row["prompt"] == 0  # as long as the texts make it
-    assert row["context"] > 8
-    assert ("roofline_draft" in row) == bound
+    plain, *drafted = json.loads(printed)["rows"]
+    assert [row["draft"] for row in (plain, *drafted)] == ["", "ngram", str(folder)]
+    assert [("roofline_draft" in row) for row in drafted] == [False, True]
+    assert "draft_over_step" not in plain
+    for row in drafted:
+        assert row["prompt"] == 0  # as long as the texts make it
+        assert row["context"] > 8
+        assert row["draft_over_step"] > 0
+        assert row["round_over_step"] == pytest.approx(row["round_s"] / plain["round_s"])
+        shares = row["accepted_per_position"]
+        assert 1 + sum(shares) >= row["tokens_per_round"] >= 1
+        assert 1 >= shares[0] >= shares[1] >= 0
+        assert row["acceptance_rate"] >= sum(shares) / 2 - 1e-6  # fewer than K a round are drafted at the end of a row
+    table = (tmp_path / "out" / "bench.md").read_text().split("Drafts:")[1]
+    assert [line.split("|")[1].strip() for line in table.splitlines() if "| exact |" in line] == ["ngram", str(folder)]
+
+
+def test_the_plain_loop_computes_no_features():
+    """And a loop with a draft computes those that the draft reads, at the same parameters."""
+    reads = Drafter(functools.partial(ngram_draft, vocab=64), (), feature_layers=(1,))
+    one = dataclasses.replace(models(None, None), drafts={"reads": cases.DraftModel(reads, None)})
+    token, length = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+
+    def features(draft):
+        lm = one.lm(draft)
+        return lm.apply(one.target_params, token, lm.init_cache(1, 4), length)[1]
+
+    assert features("") is None
+    assert features("reads").shape == (1, 1, TINY.width)
+
+
+def test_the_built_in_voice_is_benchmarked_with_a_folder(tmp_path):
+    folder = folders.voice_draft(tmp_path / "draft")
+    loaded = loading.load(BenchSettings(draft=("builtin", str(folder))), "float32").drafts
+    own, saved = (jax.tree.leaves(draft.drafter.params) for draft in loaded.values())
+    assert list(loaded) == ["builtin", str(folder)]
+    assert all((a == b).all() for a, b in zip(own, saved, strict=True))
 
 
 def models(drafter, acceptance):
@@ -101,9 +135,9 @@ def models(drafter, acceptance):
     keys = jax.random.split(jax.random.key(0), 2)
     params = [presets.random_params(key, TINY) for key in keys]
     requests = cases.random_requests(TINY, 1, 400, Sampling())
-    return cases.Models(
-        "tiny", TINY, params[0], TINY, drafter, params[1], presets.neighbours(64, 63, 5), requests, acceptance=acceptance
-    )
+    drafts = {"builtin": cases.DraftModel(Drafter(drafter, params[1]), TINY)}
+    groups = presets.neighbours(64, 63, 5)
+    return cases.Models("tiny", TINY, params[0], drafts, lambda threshold: groups, requests, acceptance=acceptance)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +147,9 @@ def models(drafter, acceptance):
 )
 def test_synthetic_acceptance_is_of_each_position(drafter):
     plain = Case("autoregressive", 0, 8, 4)
-    _, row = measure.run(models(drafter, 0.7), [plain, Case("coarse-grained", 3, 8, 4)], repeats=1, progress=lambda line: None)
+    _, row = measure.run(
+        models(drafter, 0.7), [plain, Case("coarse-grained", 3, 8, 4, "builtin")], repeats=1, progress=lambda line: None
+    )
     # About 1,260 rounds, whose counts of tokens have a deviation of 1.2: the mean is within four standard errors, 6e-5 of alarms.
     assert row["tokens_per_round"] == pytest.approx(roofline.expected_tokens(0.7, 3), abs=0.15)
 
@@ -123,7 +159,14 @@ def result_of(batches, auto=True):
     rows = []
     for batch in batches:
         for rule, k in (("autoregressive", 0), ("exact", 3), ("coarse-grained", 3), *[("auto", 0)] * auto):
-            row = {"rule": rule, "draft_length": k, "batch": batch, "prompt": 64, "dtype": "float32"}
+            row = {
+                "rule": rule,
+                "draft_length": k,
+                "draft": "builtin" if k else "",
+                "batch": batch,
+                "prompt": 64,
+                "dtype": "float32",
+            }
             row |= {"round_s": 0.01 + 0.01 * k, "codes_per_s": 100.0 * batch + k, "codes_per_s_spread": [90.0, 110.0 * batch]}
             row |= {"tokens_per_round": 1 + k / 2, "speed_up": 1.1}
             if k:
@@ -201,8 +244,9 @@ def test_a_pass_reads_the_weights_that_it_multiplies():
         ([*NEEDED, "--batches", "0"], "batches"),
         (["--preset", "llasa-8b", "--synthetic-acceptance", "0.5", "--batches", "4096"], "weights 39.0 GB"),
         (["--preset", "builtin", "--peer", "transformers"], "--peer"),
-        (["--draft", "folder"], "expected --draft ngram, or none, with the preset builtin, got 'folder'"),
-        ([*NEEDED, "--draft", "3"], "expected --draft ngram, or none, with the preset small, got '3'"),
+        (["--draft", "folder"], "expected a folder that `jaxspec convert` made at folder, got no such folder"),
+        ([*NEEDED, "--draft", "3"], "expected --draft builtin or ngram with the preset small, whose weights are random, got '3'"),
+        ([*NEEDED, "--draft", "ngram", "ngram"], "expected different drafts, got ngram, ngram: name each once"),
         (["--preset", "."], "expected --draft with ., got none: give ngram, or a folder"),
     ],
 )

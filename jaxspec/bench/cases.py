@@ -1,7 +1,7 @@
 """What is benchmarked: the cases, and the models, requests and verifiers that they run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.groups import Groups
-from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
-from jaxspec.synthesis.contract import Requests
-from jaxspec.types import Array, Draft, LanguageModel, Params, Verdict, Verify
+from jaxspec.synthesis.contract import Drafter, Requests, target_of
+from jaxspec.types import Array, LanguageModel, Params, Verdict, Verify
 from jaxspec.verify.exact import count_accepted
 from jaxspec.verify.rules import by_name
 
@@ -29,34 +28,44 @@ class Case(NamedTuple):
         draft_length: K.
         batch: B.
         prompt: tokens of each prompt; 0 where texts determine the prompts.
+        draft: the name of what drafts; "" without a draft.
+        threshold: of the groups; None is the model's own.
     """
 
     rule: str
     draft_length: int
     batch: int
     prompt: int
+    draft: str = ""
+    threshold: float | None = None
 
     @property
     def method(self) -> str:
-        """The rule with its draft length."""
-        return f"{self.rule} K={self.draft_length}" if self.draft_length else self.rule
+        """The rule with its threshold where one is given, the draft length and the draft."""
+        rule = self.rule if self.threshold is None else f"{self.rule} {self.threshold:g}"
+        return f"{rule} K={self.draft_length}" + (f" {self.draft}" if self.draft else "") if self.draft_length else rule
 
     def __str__(self) -> str:
         return f"{self.method} batch={self.batch}" + (f" prompt={self.prompt}" if self.prompt else "")
 
 
+class DraftModel(NamedTuple):
+    """A drafter to be timed, and its shape for its roofline; None where it is not a transformer."""
+
+    drafter: Drafter
+    shape: Config | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Models:
-    """A target and a draft to be timed.
+    """A target and its drafts to be timed.
 
     Attributes:
         name: of the preset.
-        target: the shape of the target.
+        target: the shape of the target, without features.
         target_params: its parameters.
-        draft: the shape of the draft, for its roofline; None where the draft is not a transformer.
-        drafter: K -> the draft; the same K gives the same object.
-        draft_params: its parameters.
-        groups: for the coarse-grained verifier.
+        drafts: by name.
+        groups: threshold, None for the model's own -> the groups of the coarse-grained verifiers.
         requests: (case, number of the repeat) -> its requests; real models get other texts in each.
         beta: of the tolerance verifier.
         acceptance: the probability that a drafted token is accepted, drawn in place of the verdict, which is computed all the
@@ -66,21 +75,19 @@ class Models:
     name: str
     target: Config
     target_params: Params
-    draft: Config | None
-    drafter: Callable[[int], Draft]
-    draft_params: Params
-    groups: Groups
+    drafts: Mapping[str, DraftModel]
+    groups: Callable[[float | None], Groups]
     requests: Callable[[Case, int], Requests]
     beta: float = 0.2
     acceptance: float | None = None
 
-    def lm(self) -> LanguageModel:
-        """The target's functions."""
-        return transformer.language_model(self.target)
+    def lm(self, draft: str = "") -> LanguageModel:
+        """The target's functions with the features that a draft reads; the plain loop's, which computes none, for ""."""
+        return target_of(self.target, self.drafts[draft].drafter if draft else None)
 
-    def verifier(self, rule: str) -> Verify:
+    def verifier(self, rule: str, threshold: float | None = None) -> Verify:
         """A verifier by name, with the synthetic acceptance where one is given."""
-        made = by_name(rule, self.beta, lambda: self.groups)
+        made = by_name(rule, self.beta, lambda: self.groups(threshold))
         return made if self.acceptance is None else jax.tree_util.Partial(_synthetic, jnp.float32(self.acceptance), made)
 
 

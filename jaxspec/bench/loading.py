@@ -2,26 +2,27 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxspec.bench import presets
-from jaxspec.bench.cases import Case, Models, random_requests
-from jaxspec.bench.settings import Settings
+from jaxspec.bench.cases import Case, DraftModel, Models, random_requests
+from jaxspec.bench.settings import OWN, Settings
 from jaxspec.checkpoint import descriptions, pretrained
+from jaxspec.checkpoint.pretrained import Pretrained
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
 from jaxspec.models.card import Model
-from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis import converted
-from jaxspec.synthesis.contract import Requests, Synthesizer
+from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.contract import Drafter, Requests, Synthesizer
 from jaxspec.synthesis.contract import Settings as SynthesisSettings
-from jaxspec.synthesis.load import NGRAM, load_drafter
-from jaxspec.synthesis.load import load as load_synthesizer
+from jaxspec.synthesis.load import NGRAM, builtin_target, load_drafter
 from jaxspec.text.held_out import held_out
 
 
@@ -41,78 +42,106 @@ def load(settings: Settings, dtype: str) -> Models:
 
 
 def _builtin(settings: Settings) -> Models:
-    _check_named(settings)
-    voice = voices.load()
-    return _real(settings, load_synthesizer(draft=settings.draft), voice.target, None if settings.draft else voice.draft)
+    synthesizer = builtin()
+    return _real(settings, synthesizer, builtin_target(synthesizer.target_params), own_draft(synthesizer))
 
 
 def _converted(settings: Settings, dtype: str) -> Models:
-    if settings.draft is None:
-        raise ValueError(
-            f"expected --draft with {settings.preset}, got none: give ngram, or a folder that `jaxspec convert --layers` made"
-        )
     target = pretrained.load(settings.preset, dtype)
-    synthesizer = converted.synthesizer(target, load_drafter(settings.draft, target))
-    description = None if settings.draft == NGRAM else descriptions.read(settings.draft)
-    draft = dataclasses.replace(description.shape, dtype=dtype) if isinstance(description, Model) else None
-    return _real(settings, synthesizer, target.model.shape, draft)
+    return _real(settings, converted.synthesizer(target), target, None)
+
+
+def own_draft(synthesizer: Synthesizer) -> DraftModel | None:
+    """The draft that comes with the built-in voice; None for other synthesizers, which come without."""
+    return DraftModel(synthesizer.drafter, voices.load().draft) if synthesizer.drafter else None
+
+
+def draft_models(names: Sequence[str], target: Pretrained, own: DraftModel | None) -> dict[str, DraftModel]:
+    """Drafts for a target, by name.
+
+    Args:
+        names: "builtin", "ngram" or folders.
+        target: that they draft for.
+        own: the draft that comes with the target; None where there is none.
+
+    Raises:
+        ValueError: there is no draft of a name, or it does not fit the target.
+    """
+    return {name: _draft_model(name, target, own) for name in names}
+
+
+def _draft_model(name: str, target: Pretrained, own: DraftModel | None) -> DraftModel:
+    if name == OWN:
+        if own is None:
+            raise ValueError(f"expected a draft for {target.folder}, got none: give ngram or a folder as --draft")
+        return own
+    description = None if name == NGRAM else descriptions.read(name)
+    shape = dataclasses.replace(description.shape, dtype=target.model.shape.dtype) if isinstance(description, Model) else None
+    return DraftModel(load_drafter(name, target), shape)
 
 
 def _random(settings: Settings, dtype: str) -> Models:
-    _check_named(settings)
+    if unknown := set(settings.drafts) - {OWN, NGRAM}:
+        raise ValueError(
+            f"expected --draft {OWN} or {NGRAM} with the preset {settings.preset}, whose weights are random, got "
+            f"{min(unknown)!r}: give the folder of its target as --preset"
+        )
     pair = presets.pair(settings.preset, dtype)
-    pair = pair._replace(draft=None) if settings.draft == NGRAM else pair
+    pair = pair if OWN in settings.drafts else pair._replace(draft=None)
     _check_fits(settings, pair)
     target_key, draft_key = jax.random.split(jax.random.key(0))
-    if pair.draft is None:
-        drafter, draft_params = functools.partial(ngram_draft, vocab=pair.target.vocab), ()
-    else:
-        drafter = functools.partial(model_draft, transformer.language_model(pair.draft))
-        draft_params = presets.random_params(draft_key, pair.draft)
+    drafts = {NGRAM: DraftModel(Drafter(functools.partial(ngram_draft, vocab=pair.target.vocab), ()), None)}
+    if pair.draft is not None:
+        make = functools.partial(model_draft, transformer.language_model(pair.draft))
+        drafts[OWN] = DraftModel(Drafter(make, presets.random_params(draft_key, pair.draft)), pair.draft)
+    groups = presets.neighbours(pair.target.vocab, pair.target.vocab - pair.stops)
     return Models(
         name=settings.preset,
         target=pair.target,
         target_params=presets.random_params(target_key, pair.target),
-        draft=pair.draft,
-        drafter=drafter,
-        draft_params=draft_params,
-        groups=presets.neighbours(pair.target.vocab, pair.target.vocab - pair.stops),
+        drafts={name: drafts[name] for name in settings.drafts},
+        groups=lambda threshold: groups,
         requests=random_requests(pair.target, pair.stops, settings.new_tokens, Sampling(temperature=0.8, top_p=0.95)),
         acceptance=settings.synthetic_acceptance,
     )
 
 
-def _check_named(settings: Settings) -> None:
-    """Raises ValueError where a preset by name is given the folder of a draft."""
-    if settings.draft not in (None, NGRAM):
-        raise ValueError(
-            f"expected --draft ngram, or none, with the preset {settings.preset}, got {settings.draft!r}: give the folder of its "
-            "target as --preset"
-        )
-
-
-def _real(settings: Settings, synthesizer: Synthesizer, target: Config, draft: Config | None) -> Models:
+def _real(settings: Settings, synthesizer: Synthesizer, target: Pretrained, own: DraftModel | None) -> Models:
     """Models that synthesize the held-out sentences, other ones in each repeat."""
-    texts = held_out()
+    drafts = draft_models(settings.drafts, target, own)
+    for name, draft in drafts.items():
+        longest, asked = draft.drafter.max_length, max(settings.draft_lengths)
+        if longest is not None and asked > longest:
+            raise ValueError(f"expected draft lengths of at most {longest} for {name}, got {asked}: it was trained for that")
+    return Models(
+        name=settings.preset,
+        target=target.model.shape,
+        target_params=synthesizer.target_params,
+        drafts=drafts,
+        groups=lambda threshold: synthesizer.groups(synthesizer.threshold if threshold is None else threshold, "target"),
+        requests=text_requests(synthesizer, held_out(), settings.new_tokens),
+    )
+
+
+def text_requests(synthesizer: Synthesizer, texts: Sequence[str], new_tokens: int) -> Callable[[Case, int], Requests]:
+    """The first pieces of some texts, other ones in each repeat.
+
+    Args:
+        synthesizer: makes the prompts.
+        texts: that can be spoken.
+        new_tokens: of each row, at most.
+
+    Returns:
+        (case, number of the repeat) -> its requests.
+    """
 
     def requests(case: Case, repeat: int) -> Requests:
         some = [synthesizer.pieces(texts[(repeat * case.batch + i) % len(texts)])[0] for i in range(case.batch)]
-        asked = synthesizer.requests(some, SynthesisSettings(max_codes=settings.new_tokens))
-        capacity, limit = max(asked.max_new_tokens, settings.new_tokens), np.minimum(asked.limit, settings.new_tokens)
+        asked = synthesizer.requests(some, SynthesisSettings(max_codes=new_tokens))
+        capacity, limit = max(asked.max_new_tokens, new_tokens), np.minimum(asked.limit, new_tokens)
         return asked._replace(max_new_tokens=capacity, limit=limit)
 
-    if synthesizer.drafter is None:
-        raise ValueError(f"expected a draft for {settings.preset}, got none: give --draft")
-    return Models(
-        name=settings.preset,
-        target=dataclasses.replace(target, feature_layers=synthesizer.drafter.feature_layers),
-        target_params=synthesizer.target_params,
-        draft=draft,
-        drafter=synthesizer.drafter.make,
-        draft_params=synthesizer.drafter.params,
-        groups=synthesizer.groups(synthesizer.threshold, "target"),
-        requests=requests,
-    )
+    return requests
 
 
 def _check_fits(settings: Settings, pair: presets.Pair) -> None:

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,10 +14,11 @@ from jaxspec import request as requests
 from jaxspec import rounds, speculate
 from jaxspec.bench.cases import Case, Models
 from jaxspec.common.stopwatch import Stopwatch, compilations
+from jaxspec.draft import ngram_draft
 from jaxspec.state import Generation
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Requests
-from jaxspec.types import Draft, Verify
+from jaxspec.types import Draft, Params, Verify
 
 PARTS = ("draft", "target", "verify_and_commit")
 _PART_ROUNDS = 5  # of each part, in each repeat
@@ -31,6 +32,7 @@ def run(
     repeats: int,
     progress: Callable[[str], None] = print,
     before_repeat: Callable[[], None] = lambda: None,
+    parts: bool = True,
 ) -> list[dict[str, Any]]:
     """Times every case once in each repeat, after one run of each that compiles.
 
@@ -41,6 +43,7 @@ def run(
         repeats: how often each case is timed.
         progress: receives a line for each step.
         before_repeat: called before each repeat.
+        parts: also time the parts of rounds.
 
     Returns:
         A row of figures for each case, see ``_row``.
@@ -50,7 +53,7 @@ def run(
     for case in cases:
         watch = Stopwatch()
         with watch("run"):
-            timed[case] = _autotuned(models, case, timed) if case.rule == "auto" else _Timed(models, case)
+            timed[case] = _autotuned(models, case, timed) if case.rule == "auto" else _Timed(models, case, parts)
             timed[case].repeat(0)
         timed[case].clear()
         compile_s[case] = watch.seconds["compile"]
@@ -66,34 +69,48 @@ def run(
     for case, row in rows.items():
         plain = rows[Case("autoregressive", 0, case.batch, case.prompt)]
         row["speed_up"] = row["codes_per_s"] / plain["codes_per_s"]
+        row["round_over_step"] = row["round_s"] / plain["round_s"]
     return list(rows.values())
+
+
+class _Method(NamedTuple):
+    """What speculates: a draft with its parameters, and a rule."""
+
+    draft: Draft
+    params: Params
+    verify: Verify
 
 
 class _Timed:
     """The programs of one case, and what they took in each repeat."""
 
-    def __init__(self, models: Models, case: Case):
-        self.models, self.case, self.lm = models, case, models.lm()
-        plain = case.rule == "autoregressive"
-        self.method = None if plain else (models.drafter(case.draft_length), models.verifier(case.rule))
+    def __init__(self, models: Models, case: Case, parts: bool = True):
+        self.models, self.case, self.lm, self.parts = models, case, models.lm(case.draft), parts
+        self.method: _Method | None = None
+        if case.rule != "autoregressive":
+            drafter = models.drafts[case.draft].drafter
+            rule = models.verifier(case.rule, case.threshold)
+            self.method = _Method(drafter.make(case.draft_length), drafter.params, rule)
         self._propose = jax.jit(rounds.propose, static_argnums=0, donate_argnums=2)
         self._score = jax.jit(rounds.score, static_argnums=0, donate_argnums=3)
         self._verify_and_commit = jax.jit(rounds.verify_and_commit, donate_argnums=1)
+        self._step = jax.jit(rounds.plain_step, static_argnums=0, donate_argnums=2)
         self.clear()
 
     def clear(self) -> None:
         """Discards the times."""
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("prefill", "loop", *PARTS)}
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("prefill", "loop", "step", *PARTS)}
         self.tokens: list[int] = []
         self.rounds: list[int] = []
         self.context: list[float] = []  # mean number of tokens that a row attends to
-        self.counts = np.zeros(3, np.int64)  # accepted, drafted, rounds of all rows
+        self.counts = np.zeros(4, np.int64)  # accepted, drafted, rounds and exact matches of all rows
+        self.positions = np.zeros(self.case.draft_length, np.int64)  # rounds that accepted each position
 
     def repeat(self, number: int) -> None:
         """Runs the prefill, the whole loop, and the parts of a round."""
         self.loop(number)
-        if self.method is not None:
-            self._time_parts(number, *self.method)
+        if self.method is not None and self.parts:
+            self._time_parts(number, self.method)
 
     def loop(self, number: int) -> None:
         """Times the loop, and without any round, which leaves the prefill."""
@@ -104,22 +121,27 @@ class _Timed:
         self.tokens.append(int(generation.length.sum()))
         self.rounds.append(int(info.rounds.max()))
         self.context.append(float(np.mean(asked.prompt_length)) + float(generation.length.mean()) / 2)
-        self.counts += np.array([int(info.accepted.sum()), int(info.drafted.sum()), int(info.rounds.sum())])
+        some = info.accepted, info.drafted, info.rounds, info.exact_matches
+        self.counts += np.array([int(count.sum()) for count in some])
+        self.positions += np.asarray(info.accepted_per_position.sum(0))
 
     def _generate(self, number: int, asked: Requests) -> Generation:
         target = jax.random.key(number), self.lm, self.models.target_params
         if self.method is None:
             return speculate.autoregressive(*target, **asked._asdict())
-        draft, verify = self.method
-        return speculate.generate(*target, draft, self.models.draft_params, verify, **asked._asdict())
+        return speculate.generate(*target, *self.method, **asked._asdict())
 
-    def _time_parts(self, number: int, draft: Draft, verify: Verify) -> None:
+    def _time_parts(self, number: int, method: "_Method") -> None:
+        """Times the parts of some rounds, and a plain step beside each of them."""
         asked = self.models.requests(self.case, number)
-        target_params, draft_params = self.models.target_params, self.models.draft_params
+        target_params, (draft, draft_params, verify) = self.models.target_params, method
         request = requests.check(jax.random.key(number), **asked._asdict())
         cells = asked.prompt.shape[1] + asked.max_new_tokens + draft.length + 1
+        plain = self.models.lm()
         state = speculate.init(self.lm, target_params, draft, draft_params, request, cells)
+        stepped = speculate.init(plain, target_params, ngram_draft(0, self.models.target.vocab), (), request, cells)
         for _ in range(_PART_ROUNDS):
+            stepped = self._time("step", lambda s=stepped: self._step(plain, target_params, s))
             proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s))
             probs, features, state = self._time("target", lambda s=state, p=proposal: self._score(self.lm, target_params, p, s))
             parts = proposal, probs, features
@@ -151,7 +173,7 @@ class _Autotuned:
         self.tokens: list[int] = []
         self.rounds: list[int] = []
         self.context: list[float] = []
-        self.counts = np.zeros(3, np.int64)
+        self.counts = np.zeros(4, np.int64)
         self.chosen: list[str] = []
 
     def repeat(self, number: int) -> None:
@@ -175,7 +197,7 @@ def _row(case: Case, timed: _Timed | _Autotuned) -> dict[str, Any]:
     prefill, loop = np.array(timed.seconds["prefill"]), np.array(timed.seconds["loop"])
     decode = np.maximum(loop - prefill, 1e-9)
     rates = np.array(timed.tokens) / decode
-    accepted, drafted, rounds = (int(n) for n in timed.counts)
+    accepted, drafted, rounds, exact = (int(n) for n in timed.counts)
     row = {
         **case._asdict(),
         "context": statistics.mean(timed.context),
@@ -184,15 +206,22 @@ def _row(case: Case, timed: _Timed | _Autotuned) -> dict[str, Any]:
         "codes_per_s": float(np.median(rates)),
         "codes_per_s_spread": [float(rates.min()), float(rates.max())],
         "tokens_per_round": sum(timed.tokens) / max(rounds, 1),
+        "quality_loss": (accepted - exact) / max(sum(timed.tokens), 1),
         "peak_bytes": _peak_bytes(),
     }
     if drafted:
         row["acceptance_rate"] = accepted / drafted
+        row["exact_match_rate"] = exact / max(accepted, 1)
     if isinstance(timed, _Autotuned):
         return row | {"chosen": statistics.mode(timed.chosen)}
     if timed.method is None:
         return row
-    return row | {f"{name}_s": float(np.median(timed.seconds[name])) for name in PARTS}
+    row["accepted_per_position"] = (timed.positions / max(rounds, 1)).tolist()
+    if not timed.parts:
+        return row
+    steps, drafting = (np.array(timed.seconds[name]) for name in ("step", "draft"))
+    medians = {f"{name}_s": float(np.median(timed.seconds[name])) for name in PARTS}
+    return row | medians | {"draft_over_step": float(np.median(drafting / steps))}
 
 
 def _peak_bytes() -> int:

@@ -104,7 +104,8 @@ def _autoregressive(models: Models) -> Callable[[Requests, int], int]:
 
 
 def _speculative(models: Models, draft_length: int) -> Callable[[Requests, int], int]:
-    arguments = models.lm(), models.target_params, models.drafter(draft_length), models.draft_params
+    name, draft = next(iter(models.drafts.items()))
+    arguments = models.lm(name), models.target_params, draft.drafter.make(draft_length), draft.drafter.params
     verify = models.verifier("exact")
 
     def generate(asked: Requests, count: int) -> int:
@@ -139,8 +140,9 @@ def _theirs(models: Models, batch: int, draft_length: int) -> dict[str, Callable
         "transformers generate": method(),
         "transformers generate, static cache, torch.compile": method(cache_implementation="static"),
     }
-    if batch == 1 and models.draft is not None:
-        draft = _torch_model(models.draft, models.draft_params, device)
+    first = next(iter(models.drafts.values()))
+    if batch == 1 and first.shape is not None:
+        draft = _torch_model(first.shape, first.drafter.params, device)
         draft.generation_config.num_assistant_tokens = draft_length
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0

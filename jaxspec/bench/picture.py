@@ -1,6 +1,7 @@
 """The picture of a benchmark: speedup, parts of a round, throughput, and the share of the roofline."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +29,9 @@ def draw(result: Mapping[str, Any], title: str) -> "Figure":
     rows = result["rows"]
     names = _Names(rows)
     drafted = [row for row in rows if row["draft_length"]]
-    figure = Figure(figsize=(14, max(8.0, 0.42 * len(rows) + 5)), layout="constrained")
-    axes = figure.subplots(2, 2)
+    compared = len({(row["draft"], row["draft_length"]) for row in drafted}) > 1
+    figure = Figure(figsize=(14, max(8.0, 0.42 * len(rows) + 5) + 5 * compared), layout="constrained")
+    axes = figure.subplots(2 + compared, 2)
     _speedups(axes[0, 0], rows, drafted, names)
     _parts(axes[0, 1], drafted, names)
     if len({row["batch"] for row in rows}) > 1:
@@ -37,6 +39,9 @@ def draw(result: Mapping[str, Any], title: str) -> "Figure":
     else:
         _throughput(axes[1, 0], rows, names)
     _roofline(axes[1, 1], rows, names)
+    if compared:
+        _by_length(axes[2, 0], drafted, names, "tokens_per_round", "codes a round")
+        _by_length(axes[2, 1], drafted, names, "draft_over_step", "the draft's part of a round, in plain steps")
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -46,12 +51,21 @@ class _Names:
 
     def __init__(self, rows: Sequence[Row]):
         self.differing = {name for name in ("batch", "prompt", "dtype") if len({row[name] for row in rows}) > 1}
+        self.drafts = len({row["draft"] for row in rows if row["draft"]}) > 1
 
     def method(self, row: Row) -> str:
-        """The rule with K, and the dtype where it differs."""
-        name = f"{row['rule']} K={row['draft_length']}" if row["draft_length"] else row["rule"]
+        """The draft where it differs, the rule with K, and the dtype where it differs."""
+        name = f"{self._draft(row)}{row['rule']} K={row['draft_length']}" if row["draft_length"] else row["rule"]
         name += f" P={row['prompt']}" if "prompt" in self.differing else ""
         return name + (f" {row['dtype']}" if "dtype" in self.differing else "")
+
+    def _draft(self, row: Row) -> str:
+        return f"{Path(row['draft']).name} " if self.drafts else ""
+
+    def line(self, row: Row) -> str:
+        """The case without K."""
+        shape = [f"{name[0].upper()}={row[name]}" for name in ("batch", "prompt", "dtype") if name in self.differing]
+        return " ".join([f"{self._draft(row)}{row['rule']}", *shape])
 
     def case(self, row: Row) -> str:
         """The method, and the batch where it differs."""
@@ -96,6 +110,19 @@ def _parts(axes: "Axes", drafted: Sequence[Row], names: _Names) -> None:
     axes.set(title="a round and its parts", xlabel="ms")
     _name_rows(axes, drafted, names)
     _below(axes, 4)
+
+
+def _by_length(axes: "Axes", drafted: Sequence[Row], names: _Names, value: str, title: str) -> None:
+    """A line for each draft and rule over K."""
+    from matplotlib import colormaps
+
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
+    for line in dict.fromkeys(map(names.line, drafted)):
+        points = sorted((row["draft_length"], row[value]) for row in drafted if names.line(row) == line)
+        axes.plot(*zip(*points, strict=True), "o-", label=line)
+    axes.set(title=title, xlabel="K, codes drafted in a round", ylim=(0, None))
+    axes.set_xticks(sorted({row["draft_length"] for row in drafted}))
+    _below(axes, 3)
 
 
 def _throughput(axes: "Axes", rows: Sequence[Row], names: _Names) -> None:

@@ -1,12 +1,15 @@
 """The result of a benchmark as a table, JSON and Markdown."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from jaxspec.bench import picture
 from jaxspec.common.files import replacing
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = Mapping[str, Any]
 
@@ -27,7 +30,22 @@ def _method(row: Row) -> str:
     return f"auto ({row['chosen']})" if "chosen" in row else row["rule"]
 
 
+def _ratio(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[name]:.2f}" if name in row else ""
+
+
+def by_position(row: Row) -> list[float]:
+    """How often each position was accepted in the rounds that accepted all positions before it.
+
+    >>> by_position({"accepted_per_position": [0.5, 0.25, 0.0]})
+    [0.5, 0.5, 0.0]
+    """
+    shares = row.get("accepted_per_position", [])
+    return [share / before if before else 0.0 for share, before in zip(shares, [1.0, *shares], strict=False)]
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
+    "draft": lambda row: row["draft"],
     "verifier": _method,
     "K": lambda row: str(row["draft_length"] or ""),
     "batch": lambda row: str(row["batch"]),
@@ -50,6 +68,17 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "recompiled": lambda row: str(row["compilations_after_warm_up"]),
 }
 
+# Of the drafts side by side; "/ step" is in plain steps that were timed beside it.
+DRAFT_COLUMNS: dict[str, Callable[[Row], str]] = {
+    **{name: COLUMNS[name] for name in ("draft", "verifier", "K", "batch", "prompt", "dtype")},
+    "draft / step": _ratio("draft_over_step"),
+    "round / step": _ratio("round_over_step"),
+    "acceptance by position": lambda row: " ".join(f"{rate:.2f}" for rate in by_position(row)),
+    "codes/round": COLUMNS["codes/round"],
+    "accepted by exact": _percent("exact_match_rate"),
+    "speedup": COLUMNS["speedup"],
+}
+
 
 def show(result: Mapping[str, Any], file: TextIO) -> None:
     """Prints the table and what it was measured on.
@@ -59,14 +88,10 @@ def show(result: Mapping[str, Any], file: TextIO) -> None:
         file: where to print.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title(result))
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "verifier" else "right")
-    for row in result["rows"]:
-        table.add_row(*(cell(row) for cell in COLUMNS.values()))
-    Console(file=file, width=230).print(table)
+    console = Console(file=file, width=230)
+    console.print(_table(title(result), COLUMNS, result["rows"]))
+    console.print(_table("drafts", DRAFT_COLUMNS, drafted(result)))
     for peer in result.get("peers", []):
         line = (
             f"{peer['name']}: {peer['codes_per_s']:.1f} codes/s; jaxspec {peer['against']} is {peer['ratio']:.2f} times as fast"
@@ -74,18 +99,38 @@ def show(result: Mapping[str, Any], file: TextIO) -> None:
         print(line, file=file)
 
 
+def _table(name: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=name)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("draft", "verifier") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
+
+
+def drafted(result: Mapping[str, Any]) -> list[Row]:
+    """The rows with a draft."""
+    return [row for row in result["rows"] if row["draft_length"]]
+
+
 def title(result: Mapping[str, Any]) -> str:
     """What was measured, in one line."""
     names = ("processor", "jax", "python", "commit")
-    draft = f", draft {result['draft']}" if result.get("draft") else ""
+    draft = f", draft {', '.join(result['drafts'])}"
     measured = ", ".join(f"{name} {result[name]}" for name in names)
     return f"{result['preset']}{draft}, {result['acceptance']} acceptance; {measured}"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table in Markdown."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(cell(row) for cell in COLUMNS.values()) for row in result["rows"]]
+    """The tables in Markdown."""
+    return f"{_markdown(COLUMNS, result['rows'])}\nDrafts:\n\n{_markdown(DRAFT_COLUMNS, drafted(result))}"
+
+
+def _markdown(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 

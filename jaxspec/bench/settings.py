@@ -9,6 +9,8 @@ from jaxspec.bench import presets
 from jaxspec.bench.cases import Case
 from jaxspec.verify.rules import RULES, Rule
 
+OWN = "builtin"  # the name of a preset's own draft
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -16,8 +18,8 @@ class Settings:
 
     preset: str = "builtin"
     """builtin (the voice), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a folder that `jaxspec convert` made."""
-    draft: str | None = None
-    """ngram, or for a converted model the folder of a draft; by default the preset's own draft."""
+    draft: tuple[str, ...] = ()
+    """What drafts, several side by side: builtin (the preset's own draft, the default), ngram, or for real weights folders."""
     verify: tuple[Rule, ...] = ("exact", "coarse-grained")
     """Verifiers to time."""
     draft_lengths: tuple[int, ...] = (3,)
@@ -40,6 +42,11 @@ class Settings:
     """Time transformers on the same weights in the same run (preset small)."""
 
     @property
+    def drafts(self) -> tuple[str, ...]:
+        """The names of the drafts."""
+        return self.draft or (OWN,)
+
+    @property
     def real(self) -> bool:
         """Whether the weights are real: the built-in voice's, or a folder's."""
         return self.preset == "builtin" or Path(self.preset).is_dir()
@@ -59,6 +66,13 @@ class Settings:
         for name, values, known in (("verifiers", self.verify, RULES), ("dtypes", self.dtypes, ("float32", "bfloat16"))):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"expected {name} among {', '.join(known)}, got {unknown[0]!r}: choose one of these")
+        if self.real and self.preset != OWN and OWN in self.drafts:
+            raise ValueError(
+                f"expected --draft with {self.preset}, got none: give ngram, or a folder that `jaxspec convert --layers` or "
+                "`jaxspec train-draft` made"
+            )
+        if len(set(self.drafts)) < len(self.drafts):
+            raise ValueError(f"expected different drafts, got {', '.join(self.drafts)}: name each once")
         counts = (*self.draft_lengths, *self.batches, *self.prompts, self.new_tokens, self.repeats)
         if min(counts) < 1:
             raise ValueError(f"expected draft lengths, batches, prompts, new tokens and repeats of 1 or more, got {min(counts)}")
@@ -76,5 +90,6 @@ class Settings:
         """Every case of one dtype, the autoregressive ones first."""
         shapes = list(itertools.product(self.batches, (0,) if self.real else self.prompts))
         plain = [Case("autoregressive", 0, *shape) for shape in shapes]
-        drafted = [Case(rule, k, *shape) for shape in shapes for rule in self.verify for k in self.draft_lengths]
+        methods = list(itertools.product(self.drafts, self.verify, self.draft_lengths))
+        drafted = [Case(rule, k, *shape, draft) for shape in shapes for draft, rule, k in methods]
         return plain + drafted + [Case("auto", 0, *shape) for shape in shapes if self.auto]

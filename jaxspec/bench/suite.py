@@ -16,6 +16,8 @@ from jaxspec.bench.peers import time_transformers
 from jaxspec.bench.roofline import Rates
 from jaxspec.bench.settings import Settings
 
+DRAFT = "draft "  # before the names of drafts among the measured rates
+
 
 def bench(settings: Settings, progress: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs a benchmark.
@@ -25,7 +27,7 @@ def bench(settings: Settings, progress: Callable[[str], None] = print) -> dict[s
         progress: receives a line for each step.
 
     Returns:
-        {"preset", "draft", "acceptance": "real" or "synthetic", "rows": a dict for each case, "peers", "device": measured rates
+        {"preset", "drafts", "acceptance": "real" or "synthetic", "rows": a dict for each case, "peers", "device": measured rates
         by dtype, versions and commit}. Keys that end in _s are seconds.
 
     Raises:
@@ -48,7 +50,7 @@ def bench(settings: Settings, progress: Callable[[str], None] = print) -> dict[s
         device[dtype] = best
     return {
         "preset": settings.preset,
-        "draft": settings.draft,
+        "drafts": settings.drafts,
         "acceptance": "real" if settings.real else "synthetic",
         "rows": rows,
         "peers": peers,
@@ -59,7 +61,7 @@ def bench(settings: Settings, progress: Callable[[str], None] = print) -> dict[s
 
 def _meters(models: Models, dtype: str) -> dict[str, Callable[[], float]]:
     """The rates that bound the models: reading as many bytes as each has of weights, and multiplying."""
-    configs = {"target": models.target, "draft": models.draft}
+    configs = {"target": models.target} | {f"{DRAFT}{name}": draft.shape for name, draft in models.drafts.items()}
     reading = {
         f"{name}_bytes_per_s": roofline.reading(dtype, int(roofline.model_pass(config, 1, 1, 0).bytes))
         for name, config in configs.items()
@@ -103,9 +105,10 @@ def _with_roofline(row: dict[str, Any], models: Models, best: dict[str, float]) 
         return row | {"roofline_step": one / row["round_s"]}
     scoring = roofline.model_pass(models.target, batch, k + 1, cells).bound_s(rates)
     row = row | {"roofline_target": scoring / row["target_s"]}
-    if models.draft is None:
+    shape = models.drafts[row["draft"]].shape
+    if shape is None:
         return row
-    rates = rates._replace(bytes_per_s=best["draft_bytes_per_s"])
-    drafting = k * roofline.model_pass(models.draft, batch, 1, cells).bound_s(rates)
+    rates = rates._replace(bytes_per_s=best[f"{DRAFT}{row['draft']}_bytes_per_s"])
+    drafting = k * roofline.model_pass(shape, batch, 1, cells).bound_s(rates)
     ideal = row["tokens_per_round"] * one / (scoring + drafting)
     return row | {"roofline_draft": drafting / row["draft_s"], "ideal_speed_up": ideal}
