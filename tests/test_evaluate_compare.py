@@ -158,7 +158,7 @@ def test_any_drafter_by_name_and_the_draft_alone_only_where_it_is_the_voices_own
     drafts, targets = set(), {}
 
     def resolve(synthesizer, settings):
-        drafts.add(synthesizer.drafter.make(settings.draft_length))
+        drafts.add(synthesizer.drafter.make(settings.draft_length or 3))
 
     def speak(texts, settings, synthesizer, decoding, speak=compare.speak):
         targets.setdefault(settings.verify, set()).add(id(synthesizer.target_params))
@@ -184,7 +184,7 @@ def test_a_draft_that_was_trained_for_the_voice_is_loaded_from_its_folder(tmp_pa
     pretrained.save(tmp_path / "draft", description, voice.drafter.params)
     loaded = load(draft=tmp_path / "draft")
     assert loaded.drafter.params["table_1"] is voice.target_params["table_1"]
-    np.testing.assert_array_equal(loaded.drafter.params["head"], voice.draft_params["head"])
+    np.testing.assert_array_equal(loaded.drafter.params["head"], voice.drafter.params["head"])
     assert loaded.drafter.make(2).length == 2
     pretrained.save(tmp_path / "other", dataclasses.replace(description, target="blake3:0"), voice.drafter.params)
     with pytest.raises(ValueError, match="expected the target blake3:0 for the draft"):

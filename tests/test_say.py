@@ -107,7 +107,7 @@ def test_auto_tries_both_loops_and_goes_on_with_the_quicker():
     synthesizer = builtin.builtin()._replace(max_batch=2)
     spoken = speak(["One day we met."] * 8, Settings(verify="auto"), synthesizer, autotuner=Recording(candidates))
     assert spoken.counts["verify"] == "auto"
-    assert len(spoken.counts["accepted_per_position"]) == Settings.draft_length
+    assert len(spoken.counts["accepted_per_position"]) == 3
     replay = Autotuner(candidates)
     for turn, (batch, candidate, tokens, seconds) in enumerate(told):
         assert candidate == (candidates[turn] if turn < 2 else replay.choose(batch))

@@ -18,7 +18,7 @@ from jaxspec.verify.rules import RULES
     [
         *(("beta", value) for value in (-0.1, 1.1, math.nan, "0.2", True)),
         *(("threshold", value) for value in (-1, 1.5, math.nan, False)),
-        *(("draft_length", value) for value in (-1, 1.0, True, None)),
+        *(("draft_length", value) for value in (-1, 1.0, True)),
         *(("max_codes", value) for value in (0, 2.5, True)),
         *(("seed", value) for value in (-1, 0.5, True, "1")),
         *(("temperature", value) for value in (-1, math.nan, math.inf)),

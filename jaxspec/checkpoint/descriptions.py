@@ -9,6 +9,40 @@ from jaxspec.checkpoint import store
 from jaxspec.common import records
 from jaxspec.models import card
 from jaxspec.models.card import Model
+from jaxspec.verify.rules import RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """How a draft is used best, as `jaxspec tune` measured it: the defaults of what decodes with it.
+
+    Attributes:
+        verify: the rule, or "autoregressive" where the draft does not pay.
+        draft_length: K.
+        threshold: of the groups; None for a rule without groups.
+        max_quality_loss: that was asked for. quality_loss: that was measured, see ``bench.tuning``.
+        tokens_per_round, speed_up: that were measured.
+        batch: the rows that were decoded together.
+        device, version: what it was measured on, and by which jaxspec.
+
+    Raises:
+        ValueError: an unknown rule, or a K below 1.
+    """
+
+    verify: str
+    draft_length: int
+    threshold: float | None
+    max_quality_loss: float
+    quality_loss: float
+    tokens_per_round: float
+    speed_up: float
+    batch: int
+    device: str
+    version: str
+
+    def __post_init__(self) -> None:
+        if self.verify not in (*RULES, "autoregressive") or self.draft_length < 1:
+            raise ValueError(f"verify {self.verify!r} with draft_length {self.draft_length!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +57,7 @@ class DraftDescription:
         licence: of the weights.
         source, files: where they come from.
         digest: of the stored parameters. parameters: how many numbers are stored.
+        tuned: the fields of ``Tuned``, as JSON values; empty before `jaxspec tune`.
     """
 
     family: str
@@ -34,6 +69,7 @@ class DraftDescription:
     files: tuple[str, ...] = ()
     digest: str = ""
     parameters: int = 0
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +134,26 @@ def read_as(folder: str | Path, kind: type[_Kind]) -> _Kind:
         came, wanted = _NAMES[type(description)], _NAMES[kind]
         raise ValueError(f"expected a {wanted} in {folder}, got a {came}: give the folder of a {wanted}")
     return description
+
+
+def tuned_of(description: DraftDescription, folder: str | Path) -> Tuned | None:
+    """How a draft is used best; None before `jaxspec tune`.
+
+    Raises:
+        ValueError: the description is damaged there.
+    """
+    try:
+        return records.from_json(Tuned, description.tuned) if description.tuned else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected what `jaxspec tune` writes as tuned in {folder}, got {error}: run it again") from error
+
+
+def write_tuned(folder: str | Path, tuned: Tuned) -> None:
+    """Writes how a draft is used best into its description, atomically.
+
+    Raises:
+        ValueError: the folder holds no draft that was trained.
+        OSError: it cannot be written.
+    """
+    description = dataclasses.replace(read_as(folder, DraftDescription), tuned=dataclasses.asdict(tuned))
+    store.write_description(Path(folder), to_json(description))

@@ -12,7 +12,7 @@ import jax
 from blake3 import blake3
 
 from jaxspec.checkpoint import descriptions, store, tensors
-from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription
+from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription, Tuned
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec import snac, xcodec2
 from jaxspec.common import records
@@ -50,6 +50,7 @@ class PretrainedDraft(NamedTuple):
         folder: where it was loaded from.
         feature_layers: the hidden states of the target that it reads, see ``with_features``.
         max_length: the largest K; None: any.
+        tuned: how it is used best; None before `jaxspec tune`.
     """
 
     drafter: Callable[[int], Draft]
@@ -57,6 +58,7 @@ class PretrainedDraft(NamedTuple):
     folder: Path
     feature_layers: tuple[int, ...] = ()
     max_length: int | None = None
+    tuned: Tuned | None = None
 
 
 class PretrainedCodec(NamedTuple):
@@ -203,7 +205,7 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
     params = store.read_params(folder, dtype, everywhere, _arrays_of(target, description.shared, folder))
     family = FAMILIES[description.family]
     drafter, layers, longest = family.drafter(config), family.feature_layers(config), family.max_length(config)
-    return PretrainedDraft(functools.cache(drafter), params, folder, layers, longest)
+    return PretrainedDraft(functools.cache(drafter), params, folder, layers, longest, descriptions.tuned_of(description, folder))
 
 
 def _arrays_of(target: Pretrained, shared: Mapping[str, str], folder: Path) -> dict[str, jax.Array]:

@@ -37,6 +37,7 @@ def card(description: Description) -> str:
         shared = ", ".join(f"{ours} (the target's {theirs})" for ours, theirs in description.shared.items())
         settings = _fields(description.settings)
         rows = {"draft": description.family, "settings": settings, "target": description.target, "shared": shared}
+        rows["tuned"] = _fields(description.tuned)
     else:
         rows = {"codec": description.family, "shape": _fields(description.shape)}
     rows["parameters"] = f"{description.parameters:,}" if description.parameters else ""

@@ -69,14 +69,16 @@ class Say:
     voice: str | None = Settings.voice
     """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
     verify: Verifier | None = None
-    """How drafted codes are accepted; by default coarse-grained, and autoregressive without a draft. block- verifies them as a
+    """How drafted codes are accepted; by default as `jaxspec tune` chose for the draft, else coarse-grained, and autoregressive
+    without a draft. block- verifies them as a
     whole, which accepts more of them. auto tries both on the batches of many texts and continues with the faster one."""
     beta: float = Settings.beta
     """The tolerance of --verify tolerance, 0 to 1."""
     threshold: float | None = Settings.threshold
-    """The cosine above which two codes share a group, for --verify coarse-grained; by default 0.85, and 0.4 for a model."""
-    draft_length: int = Settings.draft_length
-    """How many codes are drafted in a round; 0 is autoregressive."""
+    """The cosine above which two codes share a group, for --verify coarse-grained; by default as `jaxspec tune` chose for the
+    draft, else 0.85, and 0.4 for a model."""
+    draft_length: int | None = Settings.draft_length
+    """How many codes are drafted in a round; 0 is autoregressive; by default as `jaxspec tune` chose for the draft, else 3."""
     temperature: float | None = Settings.temperature
     """0 is greedy; by default 0.8, or the model's own."""
     top_k: int | None = Settings.top_k

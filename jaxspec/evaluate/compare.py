@@ -18,8 +18,8 @@ from jaxspec.evaluate.plan import BUILTIN_DRAFT, DRAFT_ALONE, Plan
 from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, VOICES, Voice
-from jaxspec.synthesis.contract import Settings, Synthesizer
-from jaxspec.synthesis.decoding import Decoding, resolve
+from jaxspec.synthesis.contract import Settings, Synthesizer, target_of
+from jaxspec.synthesis.decoding import PLAIN, Decoding, resolve
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak
 from jaxspec.text.held_out import held_out
@@ -66,7 +66,7 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
     for name, candidate in candidates.items():
         row, utterances = _generated_row(name, candidate, references, plan.seeds, advance)
         rows.append(row | {"speed_up": speed_ups[name]})
-        if name == "autoregressive":
+        if name == PLAIN:
             rows += _swapped_rows(plan, base, utterances, references, advance)
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     return {"rows": rows, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft, **versions}
@@ -87,6 +87,8 @@ def _counter(plan: Plan, candidates: int, progress: Progress) -> Advance:
 
 def _candidates(plan: Plan, base: Synthesizer, voice: Voice) -> dict[str, Candidate]:
     candidates = {name: Candidate(settings, base, resolve(base, settings)) for name, settings in plan.settings().items()}
+    without = base._replace(target=target_of(voice.target, None))  # the plain loop needs no features
+    candidates[PLAIN] = candidates[PLAIN]._replace(synthesizer=without)
     if DRAFT_ALONE in candidates:
         draft = transformer.language_model(voice.draft), jax.device_put(voice.draft_params)
         alone = base._replace(target=draft[0], target_params=draft[1])

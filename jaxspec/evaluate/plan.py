@@ -32,8 +32,8 @@ class Plan:
     """Which vectors the groups are built from: the target's embeddings or the codec's code vectors."""
     draft: str = BUILTIN_DRAFT
     """What drafts: builtin (the voice's own draft), ngram, or the folder of a draft that was trained for the voice."""
-    draft_length: int = Settings.draft_length
-    """Codes to draft in a round (K)."""
+    draft_length: int | None = Settings.draft_length
+    """Codes to draft in a round (K); by default as `jaxspec tune` chose for the draft, else 3."""
     temperature: float = SAMPLING.temperature
     """Sampling temperature; 0 is greedy."""
 
@@ -43,7 +43,7 @@ class Plan:
             raise ValueError(f"expected {fewest} to {most} sentences, got {self.sentences}: choose a number in that range")
         if self.seeds < 1:
             raise ValueError(f"expected 1 seed or more, got {self.seeds}: the sentences are synthesised once for each seed")
-        if self.draft_length < 1:
+        if self.draft_length is not None and self.draft_length < 1:
             raise ValueError(f"expected a draft length of 1 or more, got {self.draft_length}: the verifiers need drafted codes")
         self.settings()
 

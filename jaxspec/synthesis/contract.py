@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.checkpoint.descriptions import Tuned
 from jaxspec.common.compilation_cache import describe
 from jaxspec.groups import Groups
 from jaxspec.models import transformer
@@ -54,8 +55,8 @@ class Settings:
         rows of ``matrix``: the "target"'s embeddings or, of the built-in voice, the "codec"'s code vectors); one of these with
         "block-" before it, which verifies whole blocks; "autoregressive" (no draft); or "auto": the first batch of each size is
         autoregressive, the second coarse-grained, and the rest use whichever was faster, so the samples depend on the machine
-        too. The default is coarse-grained, and autoregressive where there is no draft.
-    draft_length: K; 0 is autoregressive.
+        too. The default is what `jaxspec tune` chose for the draft, else coarse-grained, and autoregressive without a draft.
+    draft_length: K; 0 is autoregressive. The default is what `jaxspec tune` chose, else 3, or as many as the draft can propose.
     temperature, top_k, top_p, min_p: see ``jaxspec.Sampling``.
     seed: any integer from 0 up.
     max_codes: the most tokens of a piece of text.
@@ -70,7 +71,7 @@ class Settings:
     beta: float = 0.2
     threshold: float | None = None
     matrix: str = "target"
-    draft_length: int = 3
+    draft_length: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -88,7 +89,8 @@ class Settings:
             raise ValueError(f"expected a beta from 0 (exact) to 1 (accept everything), got {self.beta!r}: the paper uses 0.4")
         if self.threshold is not None and not (_is_number(self.threshold) and -1 < self.threshold <= 1):
             raise ValueError(f"expected a threshold in (-1, 1], as it is a cosine, got {self.threshold!r}: 0.85 is usual")
-        _check_whole("a draft length", self.draft_length, 0, "0 is autoregressive")
+        if self.draft_length is not None:
+            _check_whole("a draft length", self.draft_length, 0, "0 is autoregressive")
         _check_whole("a seed", self.seed, 0, "0 is the default")
         if self.max_codes is not None:
             _check_whole("max_codes", self.max_codes, 1, "leave it out for the model's own limit")
@@ -136,12 +138,14 @@ class Drafter(NamedTuple):
         params: its parameters, on the device.
         feature_layers: the hidden states of the target that it reads, see ``transformer.Config``.
         max_length: the largest K; None: any.
+        tuned: how it is used best, as `jaxspec tune` measured it; None: unknown.
     """
 
     make: Callable[[int], Draft]
     params: Params
     feature_layers: tuple[int, ...] = ()
     max_length: int | None = None
+    tuned: Tuned | None = None
 
 
 class Synthesizer(NamedTuple):

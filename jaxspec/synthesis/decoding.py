@@ -1,5 +1,6 @@
 """The settings resolved against a synthesizer, once: which verifier, which draft; and one batch of tokens made by them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ for _kind in (Generation, Info):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxspec.{_kind.__name__}")
 
 PLAIN = "autoregressive"
+DRAFT_LENGTH = 3  # K of a draft that was not tuned
 
 
 class Decoding(NamedTuple):
@@ -30,35 +32,52 @@ class Decoding(NamedTuple):
     verify: Verify | None = None  # None where there is no draft
 
 
+def with_defaults(synthesizer: Synthesizer, settings: Settings) -> Settings:
+    """The settings with a verifier, a draft length and a threshold where they name none: those that were tuned for the draft."""
+    drafter = synthesizer.drafter
+    if drafter is None:
+        usual = Settings(verify=PLAIN, draft_length=DRAFT_LENGTH)
+    elif drafter.tuned is not None:
+        usual = Settings(**{name: getattr(drafter.tuned, name) for name in ("verify", "draft_length", "threshold")})
+    else:
+        usual = Settings(verify="coarse-grained", draft_length=min(DRAFT_LENGTH, drafter.max_length or DRAFT_LENGTH))
+    threshold = synthesizer.threshold if usual.threshold is None else usual.threshold
+    return dataclasses.replace(
+        settings,
+        verify=settings.verify or usual.verify,
+        draft_length=usual.draft_length if settings.draft_length is None else settings.draft_length,
+        threshold=threshold if settings.threshold is None else settings.threshold,
+    )
+
+
 def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
-    """The verifier and the draft that the settings name.
+    """The verifier and the draft that the settings name, or those that were tuned for the draft.
 
     Raises:
-        ValueError: the settings need a draft, and there is none.
+        ValueError: the settings need a draft, and there is none, or one of a shorter draft length.
     """
-    name = settings.verify or "coarse-grained"
-    if settings.draft_length == 0 or name == PLAIN:
+    settings = with_defaults(synthesizer, settings)
+    name, length, drafter = settings.verify, settings.draft_length, synthesizer.drafter
+    assert name is not None
+    assert length is not None
+    if length == 0 or name == PLAIN:
         return Decoding(PLAIN)
-    if synthesizer.drafter is None:
-        if settings.verify is None:
-            return Decoding(PLAIN)
+    if drafter is None:
         raise ValueError(f"expected a draft for {name}, got none: give --draft, or --verify {PLAIN}")
-    drafter = synthesizer.drafter
-    if drafter.max_length is not None and settings.draft_length > drafter.max_length:
-        raise ValueError(
-            f"expected a draft length of at most {drafter.max_length}, got {settings.draft_length}: it was trained for that"
-        )
-    draft = drafter.make(settings.draft_length)
+    if drafter.max_length is not None and length > drafter.max_length:
+        raise ValueError(f"expected a draft length of at most {drafter.max_length}, got {length}: it was trained for that")
+    draft = drafter.make(length)
     if description := description_of(drafter.make):
-        describe(draft, f"{description}, K = {settings.draft_length}")
+        describe(draft, f"{description}, K = {length}")
     return Decoding(name, draft, _verifier(name, synthesizer, settings))
 
 
 def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> Verify:
-    """The verifier of a name, described for ``call``."""
+    """The verifier of a name, with settings that name a threshold, described for ``call``."""
     name = "coarse-grained" if name == "auto" else name
-    threshold = synthesizer.threshold if settings.threshold is None else settings.threshold
-    made = by_name(name, settings.beta, lambda: synthesizer.groups(threshold, settings.matrix))
+    assert settings.threshold is not None
+    threshold, matrix = settings.threshold, settings.matrix
+    made = by_name(name, settings.beta, lambda: synthesizer.groups(threshold, matrix))
     return describe(made, f"verify {name}")
 
 

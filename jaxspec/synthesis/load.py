@@ -84,8 +84,9 @@ def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
     if str(draft) == NGRAM:
         return _ngram(target.model.shape.vocab)
     loaded = pretrained.load_draft(draft, target)
-    description = f"draft {store.read_description(draft)} in {target.model.shape.dtype}"
-    return Drafter(describe(loaded.drafter, description), loaded.params, loaded.feature_layers, loaded.max_length)
+    held = {name: value for name, value in store.read_description(draft).items() if name != "tuned"}
+    described = describe(loaded.drafter, f"draft {held} in {target.model.shape.dtype}")
+    return Drafter(described, loaded.params, loaded.feature_layers, loaded.max_length, loaded.tuned)
 
 
 def _ngram(vocab: int) -> Drafter:
