@@ -9,7 +9,7 @@ import pytest
 
 from jaxspec import speculate, verify
 from jaxspec.common.trees import flatten, unflatten
-from jaxspec.draft import block, eagle, medusa, recurrent, smaller
+from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller
 from jaxspec.draft.families import FAMILIES, from_json, to_json
 from jaxspec.draft.family import Packed
 from jaxspec.models import transformer
@@ -31,6 +31,7 @@ CONFIGS = {
     "recurrent, attention, own head": ("recurrent", recurrent.Config(TARGET, (0, 2), 4, 16, 24, attend=True, own_head=True)),
     "eagle": ("eagle", eagle.Config(TARGET, (0, 1, 2), 4)),
     "medusa": ("medusa", medusa.Config(TARGET, 4)),
+    "mtp": ("mtp", mtp.Config(TARGET, 4)),
 }
 
 

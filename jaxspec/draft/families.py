@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxspec.common import records
-from jaxspec.draft import block, eagle, medusa, recurrent, smaller
+from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller
 from jaxspec.draft.family import Family
 from jaxspec.models.transformer import Config, RopeScaling
 
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     "recurrent": recurrent,
     "eagle": eagle,
     "medusa": medusa,
+    "mtp": mtp,
 }
 
 

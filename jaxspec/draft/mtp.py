@@ -1,0 +1,156 @@
+"""Blocks of multi-token prediction: block k reads the outputs of block k - 1, and predicts one position further.
+
+A block is a norm, a projection and a layer of the target's shape, which attends to all positions before. The first reads what the
+target's head reads; none reads a token, so that the tokens of a proposal are drawn independently of each other. The head is the
+target's, without a norm before it. This is LLaSA+ (github ASLP-lab/LLaSA_Plus), whose own check, that a token is among the
+target's 50 likeliest, is replaced by the verifier that the loop is given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as kv
+from jaxspec.draft.drawing import draw
+from jaxspec.draft.family import Packed, score, take, target_arrays
+from jaxspec.models import transformer
+from jaxspec.models.transformer import Layer, Linear, RMSNorm
+from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
+
+INPUT_EPS = 1e-6  # of the norm before a block's projection, whatever the target's
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of the blocks.
+
+    Attributes:
+        target: the target's shape.
+        length: the largest K, one block for each.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+
+    target: transformer.Config
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"expected a length of 1 or more, got {self.length}: it is the number of blocks")
+
+
+class MtpDrafter(nn.Module):
+    """The first blocks of a drafter."""
+
+    config: Config
+    blocks: int
+
+    @nn.compact
+    def __call__(
+        self, x: Array, position: Array, mask: Array, caches: tuple[kv.KVCache, ...] | None
+    ) -> tuple[Array, tuple[kv.KVCache, ...] | None]:
+        """Features [B T D] at positions int32 [B T] -> the outputs of each block [B T K D], and the caches."""
+        shape = dataclasses.replace(self.config.target, feature_layers=())
+        x, outputs, written = x.astype(shape.dtype), [], []
+        for i in range(self.blocks):
+            x = RMSNorm(INPUT_EPS, name=f"input_norm_{i}")(x)
+            x = Linear(shape.width, ("embed", "embed"), bias=True, name=f"project_{i}")(x)
+            x, cache = Layer(shape, name=f"layer_{i}")(x, position, mask, caches[i] if caches else None)
+            outputs.append(x)
+            written.append(cache)
+        return jnp.stack(outputs, axis=2), tuple(written) if caches else None
+
+
+def init_params(key: Array, config: Config, target_params: Params) -> Params:
+    """Random parameters. The key is consumed."""
+    x, position, mask = jnp.zeros((1, 1, config.target.width)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+    module = MtpDrafter(config, config.length)
+    params: Any = jax.jit(lambda key: nn.meta.unbox(module.init(key, x, position, mask, None)["params"]))(key)
+    return params
+
+
+def shared(config: Config) -> Mapping[str, str]:
+    """The target's head, and the embedding beside which it is stored."""
+    return target_arrays(config.target, "embed", "head")
+
+
+def feature_layers(config: Config) -> tuple[int, ...]:
+    """What the target's head reads."""
+    return (config.target.layers,)
+
+
+def max_length(config: Config) -> int | None:
+    """One token for each block."""
+    return config.length
+
+
+def drafter(config: Config) -> Callable[[int], Draft]:
+    """K -> ``mtp_draft``."""
+    return functools.partial(mtp_draft, config)
+
+
+@functools.lru_cache
+def mtp_draft(config: Config, draft_length: int) -> Draft:
+    """A draft of ``draft_length`` tokens, by as many blocks; the same arguments give the same object.
+
+    Between rounds it keeps a cache for each block, and their outputs [B K D] at the position that predicted the last token.
+
+    Raises:
+        ValueError: a draft_length that the drafter was not trained for.
+    """
+    if not 1 <= draft_length <= config.length:
+        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+
+    def read(params: Params, features: Array | None, first: Array, caches: tuple[kv.KVCache, ...]) -> tuple[Array, tuple]:
+        """The outputs [B T K D] for features [B T D], the first of which has position ``first`` [B]."""
+        if features is None:
+            raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+        T = features.shape[1]
+        position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        mask = kv.visible(first, T, caches[0].key.shape[1])
+        return _run(config, draft_length, params, features, position, mask, caches)
+
+    def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
+        c = config.target
+        empty = [kv.init(len(prompt), cells, c.kv_heads, c.head_dim, jnp.dtype(c.dtype)) for _ in range(draft_length)]
+        outputs, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
+        newest = take(outputs, jnp.maximum(prompt_length - 2, 0))
+        return jnp.where((prompt_length > 1)[:, None, None], newest, 0), caches  # a prompt of one token has no features yet
+
+    def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
+        newest, caches = state
+        outputs, caches = read(params, context.features, context.length - 1 - context.num_fresh, caches)
+        fresh = take(outputs, jnp.maximum(context.num_fresh - 1, 0))
+        newest = jnp.where((context.num_fresh > 0)[:, None, None], fresh, newest)
+        scores = score(config.target, params, newest)
+
+        def propose_one(tokens: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
+            """Samples token i of the proposal."""
+            token, probs, tokens = draw(keys, jax.lax.dynamic_index_in_dim(scores, i, 1, keepdims=False), tokens, context, i)
+            return tokens, (token, probs)
+
+        _, (tokens, probs) = jax.lax.scan(propose_one, context.tokens, jnp.arange(draft_length, dtype=jnp.int32))
+        return Proposal(tokens.T, probs.swapaxes(0, 1)), (newest, caches)
+
+    return Draft(draft_length, init, propose)
+
+
+def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
+    """The logits after every anchor in one pass, see ``family.Family``."""
+    segment, position = batch.segment, transformer.positions(batch.segment)
+    mask = jnp.tri(segment.shape[1], dtype=bool)[None] & (segment[:, :, None] == segment[:, None])
+    outputs, _ = _run(config, length, params, features, position, mask, None)
+    hidden = take(outputs, jnp.maximum(anchor - 1, 0))  # [B A K D], of the position that predicted the anchor
+    hidden = jnp.where((take(position, anchor) > 0)[:, :, None, None], hidden, 0)
+    scores = score(config.target, params, hidden.reshape(len(anchor), -1, hidden.shape[-1]))
+    return scores.reshape(*hidden.shape[:3], -1)
+
+
+def _run(config: Config, blocks: int, params: Params, *arguments: Any) -> Any:
+    return MtpDrafter(config, blocks).apply({"params": params}, *arguments)
