@@ -26,7 +26,7 @@ LINES = [
 
 def test_every_page_has_commands_and_says_what_is_verified():
     assert {name for name, _ in LINES} == {page.name for page in PAGES}
-    assert len(PAGES) == 5
+    assert len(PAGES) == 6
     for page in PAGES:
         verified = page.read_text(encoding="utf-8").split("## What is verified\n")[1]
         assert "real weights" in verified, page.name
@@ -43,8 +43,9 @@ def test_a_command_parses(own_cache, monkeypatch, page, line):
 def test_the_python_runs(tmp_path, monkeypatch):
     checkpoints.converted(tmp_path, "llasa").rename(tmp_path / "llasa-1b")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGES[1].read_text(encoding="utf-8"), re.DOTALL)
+    index = next(page for page in PAGES if page.name == "index.md")
+    (block,) = re.findall(r"```python\n(.*?)```", index.read_text(encoding="utf-8"), re.DOTALL)
     names = {}
-    exec(compile(block, PAGES[1].name, "exec"), names)
+    exec(compile(block, index.name, "exec"), names)
     assert names["draft"].params["table_0"] is names["target"].params["table_0"]
     assert names["draft"].drafter(4).length == 4

@@ -1,4 +1,4 @@
-"""The command `convert`: a PyTorch checkpoint to a folder that jaxspec loads."""
+"""The command `convert`: a PyTorch checkpoint, or a published drafter, to a folder that jaxspec loads."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from jaxspec.convert.pipeline import Converted
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Converts a PyTorch checkpoint (language model or codec) to a folder that the other commands read."""
+    """Converts a PyTorch checkpoint (language model, codec or drafter) to a folder that the other commands read."""
 
     source: tyro.conf.Positional[str]
     """A directory, a weight file (.safetensors, .pt, .bin), or a Hugging Face hub id."""
@@ -22,6 +22,8 @@ class Convert:
     """The new folder."""
     family: Literal["llasa", "neutts-air", "orpheus", "cosyvoice2", "cosyvoice3", "xcodec2", "neucodec", "snac"] | None = None
     """The family; by default recognised from the files."""
+    target: Path | None = None
+    """For a published drafter: the folder of its converted target."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository; by default its main branch."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -38,11 +40,16 @@ class Convert:
     def run(self) -> None:
         """Converts, and prints what was written."""
         jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators free
-        from jaxspec.convert import pipeline
+        from jaxspec.convert import drafters, pipeline
 
         layers = parse_layers(self.layers) if self.layers is not None else None
         options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to)
-        converted = pipeline.convert(self.source, self.dest, options, self.revision)
+        if self.target is None:
+            converted = pipeline.convert(self.source, self.dest, options, self.revision)
+        elif options == pipeline.Options(dtype=self.dtype):
+            converted = drafters.convert(self.source, self.dest, self.target, self.dtype, self.revision)
+        else:
+            raise ValueError("expected no --family, --layers, --head or --pad-to with --target, got one: leave it out")
         report(card(converted, self.dest), {"folder": str(self.dest), **converted._asdict()}, self.json)
 
 

@@ -70,6 +70,7 @@ CODECS = {
     "snac": (snac, snac_codec, "MIT"),
 }
 FAMILIES = (*VOCABULARIES, *cosyvoice_model.VERSIONS, *CODECS)
+DRAFTERS = {"llasa-plus": "mtp_1_proj.weight"}  # published drafters, see ``convert.drafters``, and a tensor of each
 MAX_PAD = 2**16
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
@@ -168,8 +169,11 @@ def recognise(tensors: dict[str, Tensor], tokenizer: "Tokenizer | None") -> str:
         One of ``FAMILIES``.
 
     Raises:
-        ValueError: the family is unknown.
+        ValueError: the family is unknown, or a drafter's.
     """
+    for name, mark in DRAFTERS.items():
+        if mark in tensors:
+            raise ValueError(f"expected the target of the drafter {name}, got none: give its folder by --target")
     if "generator.head.out.weight" in tensors or "acoustic_decoder.head.linear.weight" in tensors:
         head = tensors.get("generator.head.out.weight") or tensors["acoustic_decoder.head.linear.weight"]
         return "neucodec" if head.shape[0] == 1922 else "xcodec2"
