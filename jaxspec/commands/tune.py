@@ -80,8 +80,8 @@ class Tune(Candidates):
 
 def table(rows: list[dict[str, Any]], max_quality_loss: float) -> str:
     """The measured rows, the fastest first; those that lose too much are marked."""
-    heads: tuple[str, ...] = ("rule", "threshold", "K", "round / step", "acceptance", "codes/round", "quality loss", "speedup")
-    cells = [heads]
+    heads = ("rule", "threshold", "K", "round / step", "acceptance", "codes/round", "quality loss", "speedup")
+    cells: list[tuple[str, ...]] = [heads]
     for row in sorted(rows, key=lambda row: -row["speed_up"]):
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
         acceptance = f"{row['acceptance_rate']:.0%}" if "acceptance_rate" in row else ""
