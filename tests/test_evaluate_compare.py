@@ -176,6 +176,18 @@ def test_any_drafter_by_name_and_the_draft_alone_only_where_it_is_the_voices_own
     assert len(targets["autoregressive"] - targets["exact"]) == 1
 
 
+def test_blocks_are_compared_where_they_are_asked_for():
+    some = {"betas": (0.2,), "thresholds": (0.7, 0.85)}
+    usual, more = Plan(**some).settings(), Plan(blocks=True, **some).settings()
+    added = {name: (one.verify, one.threshold) for name, one in more.items() if name not in usual}
+    assert added == {
+        "block-exact": ("block-exact", None),
+        "block-coarse-grained 0.7": ("block-coarse-grained", 0.7),
+        "block-coarse-grained 0.85": ("block-coarse-grained", 0.85),
+    }
+    assert usual == {name: more[name] for name in usual}
+
+
 def test_a_draft_that_was_trained_for_the_voice_is_loaded_from_its_folder(tmp_path):
     voice = builtin()
     target = builtin_target(voice.target_params)

@@ -28,6 +28,8 @@ class Plan:
     """The tolerances to compare."""
     thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.85)
     """The cosine thresholds of the coarse-grained verifier to compare."""
+    blocks: bool = False
+    """Compare block verification of the exact and the coarse-grained rule too."""
     matrix: Literal["target", "codec"] = "target"
     """Which vectors the groups are built from: the target's embeddings or the codec's code vectors."""
     draft: str = BUILTIN_DRAFT
@@ -59,4 +61,6 @@ class Plan:
             rows[f"tolerance {beta:g}"] = dataclasses.replace(base, verify="tolerance", beta=beta)
         for threshold in self.thresholds:
             rows[f"coarse-grained {threshold:g}"] = dataclasses.replace(base, verify="coarse-grained", threshold=threshold)
-        return rows
+        blocks = ("exact", "coarse-grained") if self.blocks else ()
+        some = {name: one for name, one in rows.items() if one.verify in blocks}
+        return rows | {f"block-{name}": dataclasses.replace(one, verify=f"block-{one.verify}") for name, one in some.items()}

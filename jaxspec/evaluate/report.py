@@ -25,7 +25,7 @@ _COLUMNS = {
     "speed_up": ("speedup", "{:.2f}x"),
 }
 _KINDS = {"recorded": "#8c8c8c", "codes swapped": "#dd8452", "generated": "#4c72b0"}
-_MARKERS = {"exact": "o", "tolerance": "s", "coarse-grained": "^"}
+_MARKERS = {"exact": "o", "tolerance": "s", "coarse-grained": "^", "block-exact": "D", "block-coarse-grained": "v"}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -137,6 +137,8 @@ def _draw_rates(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
 def _draw_tradeoff(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     for verifier, marker in _MARKERS.items():
         some = [row for row in rows if row["row"].split()[0] == verifier]
+        if not some:
+            continue
         points = sorted((row["tokens_per_round"], 100 * row["wer"], row["row"]) for row in some)
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker=marker, label=verifier)
         for x, y, name in points:
