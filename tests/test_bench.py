@@ -192,6 +192,25 @@ def test_no_legend_of_the_picture_covers_its_panel_and_none_is_empty(batches):
             assert any(len(line.get_xdata()) > 1 for line in axes.lines)
 
 
+def test_drafts_that_differ_are_drawn_over_k():
+    """Two drafts with two rules at two draft lengths are four lines, and legends hide no panel."""
+    result = result_of([1], auto=False)
+    plain, *some = result["rows"]
+    for row, cost in ((row, cost) for row in some for cost in (0.4, 0.1)):
+        result["rows"].append(row | {"draft": f"folder/{cost}", "draft_length": int(10 * cost), "draft_over_step": cost})
+    result["rows"] = [plain, *(row for row in result["rows"] if "draft_over_step" in row)]
+    result["rows"] += [row | {"draft_length": 7} for row in result["rows"][1:]]
+    figure = picture.draw(result, "title")
+    figure.savefig(io.BytesIO(), format="png")
+    assert len(figure.axes) == 6
+    for axes, value in zip(figure.axes[4:], ("tokens_per_round", "draft_over_step"), strict=True):
+        drawn = sorted(tuple(line.get_ydata()) for line in axes.lines)
+        assert len(drawn) == 4
+        assert {y for ys in drawn for y in ys} == {row[value] for row in result["rows"][1:]}
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+        assert {text.get_text().split()[0] for text in axes.get_legend().get_texts()} == {"0.4", "0.1"}
+
+
 def test_the_rate_of_reading_is_that_of_the_models_size(monkeypatch):
     """What fits in a cache is read faster than memory, so that memory's rate would not bound it."""
     asked = []

@@ -104,7 +104,8 @@ def _table(name: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequenc
 
     table = Table(title=name)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("draft", "verifier") else "right", overflow="fold")
+        justify = "left" if column in ("draft", "verifier") else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "verifier")
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     return table
