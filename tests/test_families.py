@@ -19,6 +19,7 @@ V, K = 12, 3
 TARGET = transformer.Config((V, 5), V, 32, 3, 4, 2, 8, 48, qk_norm=True)
 SMALL = transformer.Config((V, 5), V, 16, 1, 2, 2, 8, 24)
 LAYERS = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 40}
+PUBLISHED = {"hint": False, "bidirectional": True, "own_head": True, "qwen3": True, "rope_theta": 100.0}
 NARROW = {**LAYERS, "width": 16, "heads": 2}
 TARGET_PARAMS = transformer.init_params(jax.random.key(0), TARGET)
 
@@ -27,9 +28,15 @@ CONFIGS = {
     "a smaller shape": ("model", smaller.Config(TARGET, shape=SMALL)),
     "block": ("block", block.Config(TARGET, (0, 3), 4, **LAYERS, markov_rank=6)),
     "block, own head": ("block", block.Config(TARGET, (1,), 4, **NARROW, markov_rank=6, markov_top=5, own_head=True)),
+    "block, DSpark": ("block", block.Config(TARGET, (0, 1), 4, **LAYERS, markov_rank=6, **PUBLISHED, partial_head=True)),
+    "block, DFlash": (
+        "block",
+        block.Config(TARGET, (1,), 8, **LAYERS, markov_rank=0, **PUBLISHED, from_anchor=False, window=3),
+    ),
     "recurrent": ("recurrent", recurrent.Config(TARGET, (3,), 4, 32, 40)),
     "recurrent, attention, own head": ("recurrent", recurrent.Config(TARGET, (0, 2), 4, 16, 24, attend=True, own_head=True)),
     "eagle": ("eagle", eagle.Config(TARGET, (0, 1, 2), 4)),
+    "eagle, own head": ("eagle", eagle.Config(TARGET, (1,), 4, own_head=True, partial_head=True)),
     "medusa": ("medusa", medusa.Config(TARGET, 4)),
     "mtp": ("mtp", mtp.Config(TARGET, 4)),
 }
@@ -128,7 +135,7 @@ def test_the_same_config_gives_the_same_draft(name):
 @pytest.mark.parametrize("name", [name for name, (family, _) in CONFIGS.items() if family != "model"])
 def test_a_length_beyond_training_is_refused(name):
     family, config, _ = build(name)
-    assert family.max_length(config) == 4
-    for length in (0, 5):
-        with pytest.raises(ValueError, match=f"expected a draft length from 1 to 4, got {length}"):
+    assert family.max_length(config) == config.length
+    for length in (0, config.length + 1):
+        with pytest.raises(ValueError, match=f"expected a draft length from 1 to {config.length}, got {length}"):
             family.drafter(config)(length)

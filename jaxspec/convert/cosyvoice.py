@@ -85,6 +85,17 @@ def unmerge(
     return tensors | found, [f"rows from {last} of {embed.name}", f"rows of text and from {last} of {head.name}"]
 
 
+def first_merged_code(folder: Path) -> int:
+    """The merged vocabulary's id of code 0, for a converted folder of either layout.
+
+    Raises:
+        ValueError: the tokenizer is missing or damaged.
+    """
+    made = card.tokenizer_of(folder)
+    found = made.token_to_id(MERGED_CODES.format(0))
+    return made.get_vocab_size() if found is None else found  # a merged vocabulary adds the codes after the text
+
+
 def backbone(folder: Path) -> dict[str, Any]:
     """The config.json of the backbone beside ``llm.pt``; that of Qwen2-0.5B where there is none."""
     path = folder / BACKBONE / "config.json"

@@ -1,14 +1,13 @@
 """Converts a published drafter for a target that is converted already, to a folder of kind "draft".
 
-A family of published drafters is one function, which gives the drafter's config and a table of rules. What a file repeats of its
-target is left out; a drafter whose copy differs from the target is noted, as it was trained for another.
+A family of published drafters is one function of ``convert.published`` and one row of ``pipeline.DRAFTERS``. What a file repeats
+of its target is left out; where the copy differs, that is noted, as the drafter was trained for another target.
 """
 
+import functools
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,31 +16,13 @@ from jaxspec.checkpoint import descriptions, pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.checkpoint.tensors import Tensor, cast
 from jaxspec.common.trees import flatten
-from jaxspec.convert import llama
-from jaxspec.convert.core import Rule, plan, transpose
+from jaxspec.convert.core import plan
 from jaxspec.convert.pipeline import DRAFTERS, DTYPES, Converted
-from jaxspec.convert.source import Source, open_source
-from jaxspec.draft import families, mtp
+from jaxspec.convert.published import READERS
+from jaxspec.convert.source import open_source
+from jaxspec.draft import families
 from jaxspec.models import transformer
 from jaxspec.models.card import Model
-
-
-class Reading(NamedTuple):
-    """What a family of published drafters makes of its files.
-
-    Attributes:
-        family: a name in ``jaxspec.draft.families.FAMILIES``.
-        config: of the drafter.
-        tensors: by the names that the rules know.
-        rules: see ``core.Rule``.
-        copies: tensors that repeat arrays of the target, by the paths of these; they are compared.
-    """
-
-    family: str
-    config: Any
-    tensors: Mapping[str, Tensor]
-    rules: Sequence[Rule]
-    copies: Mapping[str, Tensor]
 
 
 def convert(
@@ -69,7 +50,8 @@ def convert(
     name = recognise(opened.tensors)
     reading = READERS[name](opened, model, Path(target))
     family = families.FAMILIES[reading.family]
-    abstract = jax.eval_shape(lambda: family.init_params(jax.random.key(0), reading.config, {}))
+    init = functools.partial(family.init_params, jax.random.key(0), reading.config)
+    abstract = jax.eval_shape(init, transformer.abstract_params(model.shape))
     params, dropped = plan(reading.tensors, reading.rules, {path: leaf.shape for path, leaf in flatten(abstract).items()})
     own = "bfloat16" if all(tensor.dtype == DTYPES["bfloat16"] for tensor in params.values()) else "float32"
     params = {path: cast(tensor, DTYPES[dtype or own]) for path, tensor in params.items()}
@@ -97,6 +79,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
 
 def _compare(copies: Mapping[str, Tensor], model: Model, folder: Path) -> list[str]:
     """A note for each of the target's arrays whose copy differs; bfloat16 is compared, as either may be stored so."""
+    if not copies:
+        return []
     others = flatten(transformer.abstract_params(model.shape)).keys() - copies.keys()
     theirs = flatten(store.read_params(folder, "bfloat16", shared=dict.fromkeys(others, jax.numpy.zeros(0))))
     different = [
@@ -105,43 +89,3 @@ def _compare(copies: Mapping[str, Tensor], model: Model, folder: Path) -> list[s
         if not np.array_equal(cast(tensor, DTYPES["bfloat16"]).all(), np.asarray(theirs[path])[: tensor.shape[0]])
     ]
     return [f"{name} differs from the target's: trained for another target, the draft will guess less" for name in different]
-
-
-def _layers(tensors: Mapping[str, Tensor], pattern: str, first: int = 0) -> tuple[dict[str, Tensor], list[int]]:
-    """Renames tensors as transformers names those of a model's layers.
-
-    Args:
-        tensors: by name.
-        pattern: of the layers' names, with a group for the number of the layer and one for what follows.
-        first: the number of the first layer.
-
-    Returns:
-        All tensors, and the numbers of the layers, from 0.
-    """
-    renamed, found = {}, set()
-    for name, tensor in tensors.items():
-        if match := re.fullmatch(pattern, name):
-            found.add(int(match[1]) - first)
-            name = f"model.layers.{int(match[1]) - first}.{match[2]}"
-        renamed[name] = tensor
-    return renamed, sorted(found)
-
-
-def _llasa_plus(opened: Source, model: Model, target: Path) -> Reading:
-    """LLaSA+: frozen LLaSA with blocks of multi-token prediction, numbered from 1."""
-    tensors, blocks = _layers(opened.tensors, r"mtp_(\d+)_block\.(.*)", first=1)
-    own = [
-        rule
-        for i in range(len(blocks))
-        for rule in (
-            Rule(rf"mtp_{i + 1}_local_RMSNorm\.weight", f"input_norm_{i}/scale"),
-            Rule(rf"mtp_{i + 1}_proj\.weight", f"project_{i}/kernel", transpose),
-            Rule(rf"mtp_{i + 1}_proj\.bias", f"project_{i}/bias"),
-        )
-    ]
-    rules = [*own, *llama.RULES, Rule(r"llm\..*", None)]
-    norm = opened.tensors.get("llm.model.norm.weight")
-    return Reading("mtp", mtp.Config(model.shape, len(blocks)), tensors, rules, {"norm/scale": norm} if norm else {})
-
-
-READERS: dict[str, Callable[[Source, Model, Path], Reading]] = {"llasa-plus": _llasa_plus}

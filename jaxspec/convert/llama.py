@@ -90,7 +90,7 @@ def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
         raise ValueError("expected silu, no sliding window and no mlp_bias in config.json, got others: they are not supported")
     try:
         heads, width = settings["num_attention_heads"], settings["hidden_size"]
-        theta, scaling = _rope(settings)
+        theta, scaling = rope(settings)
         return Config(
             width=width,
             layers=settings["num_hidden_layers"],
@@ -109,8 +109,15 @@ def architecture(settings: Mapping[str, Any], **vocabulary: Any) -> Config:
         raise ValueError(f"expected a complete config.json, got {error} missing or of another type: download it again") from error
 
 
-def _rope(settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
+def rope(settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
+
+    Args:
+        settings: ``checked``.
+
+    Raises:
+        ValueError: theta is missing, or the scaling is not supported.
+    """
     rope = settings.get("rope_parameters") or {"rope_theta": settings.get("rope_theta"), **(settings.get("rope_scaling") or {})}
     theta, kind = rope.get("rope_theta") or settings.get("rope_theta"), rope.get("rope_type") or rope.get("type") or "default"
     if theta is None:

@@ -70,7 +70,11 @@ CODECS = {
     "snac": (snac, snac_codec, "MIT"),
 }
 FAMILIES = (*VOCABULARIES, *cosyvoice_model.VERSIONS, *CODECS)
-DRAFTERS = {"llasa-plus": "mtp_1_proj.weight"}  # published drafters, see ``convert.drafters``, and a tensor of each
+DRAFTERS = {  # published drafters, see ``convert.drafters``, and a tensor by which each is recognised
+    "llasa-plus": "mtp_1_proj.weight",
+    "speechspec": "hidden_norm.weight",
+    "angelslim-eagle3": "midlayer.hidden_norm.weight",
+}
 MAX_PAD = 2**16
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 

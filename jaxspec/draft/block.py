@@ -4,7 +4,8 @@ The features of the committed positions are keys and values in every layer of th
 mask token for each further position. Their outputs give base logits for the whole block at once; a low-rank Markov head then adds
 what the token drafted just before says. Architecture: DFlash (arXiv 2602.06036) and DSpark (arXiv 2607.05147, sampled from the
 anchor on), with two changes. A position attends to those before it only, so that the first K of a block are the same for every K;
-and the newest features are added to every query, so that a drafter of one layer need not find them by attention.
+and the newest features are added to every query, so that a drafter of one layer need not find them by attention. The last fields
+of ``Config`` undo both, for the drafters that others published.
 """
 
 import dataclasses
@@ -36,6 +37,14 @@ class Config:
         markov_rank: of the Markov head; 0 is none.
         markov_top: the Markov head corrects only the logits that are this high in the base's order; 0 corrects all. For large V.
         own_head: whether it has a head of its own, [V width]; else it shares the target's, and needs the target's width.
+        partial_head: whether the own head lacks some of the target's ids, which it never proposes.
+        hint: whether the newest features are added to the queries.
+        bidirectional: whether the positions of a block see each other both ways; then the block of ``length`` is computed whole
+            for every K.
+        from_anchor: whether the output at the last token scores the first of the proposal; else that of the mask after it does.
+        window: how many positions before the last token are seen; 0 for all.
+        qwen3: whether the layers are those of Qwen 3 (norms of queries and keys, no biases), whatever the target's.
+        rope_theta: of the layers; 0 for the target's.
 
     Raises:
         ValueError: no features, a length below 1, or the target's head at another width.
@@ -53,6 +62,13 @@ class Config:
     markov_rank: int = 256
     markov_top: int = 0
     own_head: bool = False
+    partial_head: bool = False
+    hint: bool = True
+    bidirectional: bool = False
+    from_anchor: bool = True
+    window: int = 0
+    qwen3: bool = False
+    rope_theta: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.reads or self.length < 1:
@@ -64,7 +80,20 @@ class Config:
 def shape(config: Config) -> transformer.Config:
     """The shape of the drafter's layers."""
     own = {name: getattr(config, name) for name in ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")}
+    own |= {"qkv_bias": False, "qk_norm": True} if config.qwen3 else {}
+    own |= {"rope_theta": config.rope_theta, "rope_scaling": None} if config.rope_theta else {}
     return dataclasses.replace(config.target, feature_layers=(), **own)
+
+
+def _queries(config: Config, length: int) -> int:
+    """How many queries propose ``length`` tokens."""
+    return (config.length if config.bidirectional else length) + (not config.from_anchor)
+
+
+def _scored(config: Config, x: Array, length: int) -> Array:
+    """Of the outputs of blocks [... queries width], those that score the proposal [... K width]."""
+    first = 0 if config.from_anchor else 1
+    return x[..., first : first + length, :]
 
 
 class BlockDrafter(nn.Module):
@@ -76,13 +105,16 @@ class BlockDrafter(nn.Module):
         """Declares the projection of the features, the layers and the heads."""
         c, normal, V = self.config, nn.initializers.normal, self.config.target.vocab
         self.fuse, self.fuse_norm = Linear(c.width, ("embed", "embed")), RMSNorm(c.target.norm_eps)
-        self.newest = Linear(c.width, ("embed", "embed"))
+        if c.hint:
+            self.newest = Linear(c.width, ("embed", "embed"))
         self.narrow = Linear(c.width, ("embed", "embed")) if c.width != c.target.width else None
         self.mask = self.param("mask", normal(c.width**-0.5), (c.width,), jnp.float32)
         self.stack = [Layer(shape(c), name=f"layer_{i}") for i in range(c.layers)]
         self.norm = RMSNorm(c.target.norm_eps)
         if c.own_head:
             self.head = self.param("head", normal(c.width**-0.5), (V, c.width), jnp.float32)
+        if c.partial_head:
+            self.proposed = self.param("proposed", nn.initializers.ones, (V,), jnp.float32)
         if c.markov_rank:
             self.previous = self.param("markov_previous", normal(c.markov_rank**-0.5), (V, c.markov_rank), jnp.float32)
             self.following = self.param("markov_following", nn.initializers.zeros, (V, c.markov_rank), jnp.float32)
@@ -106,7 +138,8 @@ class BlockDrafter(nn.Module):
         first = last if self.narrow is None else self.narrow(last)
         mask = jnp.expand_dims(self.mask.astype(first.dtype), (0, 1, 2))
         mask = jnp.broadcast_to(mask, (*first.shape[:2], block - 1, first.shape[-1]))
-        x = jnp.concatenate([first[:, :, None], mask], axis=2) + self.newest(newest)[:, :, None]
+        x = jnp.concatenate([first[:, :, None], mask], axis=2)
+        x = x + self.newest(newest)[:, :, None] if self.config.hint else x
         return x.reshape(len(first), -1, first.shape[-1])
 
     def decode(
@@ -127,7 +160,8 @@ class BlockDrafter(nn.Module):
 
     def score(self, x: Array) -> Array:
         """The own head: [B T width] -> float32 [B T V]."""
-        return own_logits(self.head, x, self.config.target.padding)
+        y = own_logits(self.head, x, self.config.target.padding)
+        return jnp.where(self.proposed[None, None] > 0, y, -jnp.inf) if self.config.partial_head else y
 
     def markov(self, logits: Array, previous: Array) -> Array:
         """Adds what the token before says: logits [... V], the token drafted or committed before int32 [...] -> [... V]."""
@@ -149,11 +183,11 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     """
 
     def everything(module: BlockDrafter) -> Array:
-        position, width = jnp.zeros((1, 2), jnp.int32), config.target.width
-        fused, contexts = module.context(jnp.zeros((1, 2, len(config.reads) * width)), position)
-        queries = module.queries(jnp.zeros((1, 1, width)), fused[:, :1], 2)
+        position, width, dtype = jnp.zeros((1, 2), jnp.int32), config.target.width, config.target.dtype
+        fused, contexts = module.context(jnp.zeros((1, 2, len(config.reads) * width), dtype), position)
+        queries = module.queries(jnp.zeros((1, 1, width), dtype), fused[:, :1], 2)
         x = module.train(queries, position, jnp.ones((1, 2, 4), bool), contexts)
-        logits = module.score(x) if config.own_head else jnp.zeros((1, 2, config.target.vocab))
+        logits = module.score(x) if config.own_head else jnp.zeros((1, 2, config.target.vocab), jnp.float32)
         return module.markov(logits, position)
 
     params: Any = jax.jit(lambda key: nn.meta.unbox(nn.init(everything, BlockDrafter(config))(key)["params"]))(key)
@@ -196,6 +230,7 @@ def block_draft(config: Config, draft_length: int) -> Draft:
     """
     if not 1 <= draft_length <= config.length:
         raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+    block = _queries(config, draft_length)
 
     def run(method: str, params: Params, *arguments: Any) -> Any:
         return BlockDrafter(config).apply({"params": params}, *arguments, method=method)
@@ -210,6 +245,7 @@ def block_draft(config: Config, draft_length: int) -> Draft:
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
         dtype = jnp.dtype(config.target.dtype)
+        cells += block - draft_length
         empty = [kv.init(len(prompt), cells, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers)]
         fused, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
         newest = take(fused, jnp.maximum(prompt_length - 2, 0))
@@ -222,11 +258,13 @@ def block_draft(config: Config, draft_length: int) -> Draft:
         fresh = take(fused, jnp.maximum(context.num_fresh - 1, 0))
         newest = jnp.where((context.num_fresh > 0)[:, None], fresh, newest)
         embedded = embed(config.target, params, context.last[:, None])
-        x = run("queries", params, embedded, newest[:, None], draft_length)
-        position = last[:, None] + jnp.arange(draft_length, dtype=jnp.int32)[None]
-        mask = kv.visible(last, draft_length, caches[0].key.shape[1])
+        x = run("queries", params, embedded, newest[:, None], block)
+        position, cells = last[:, None] + jnp.arange(block, dtype=jnp.int32)[None], caches[0].key.shape[1]
+        mask = kv.visible(last + block - 1, 1, cells) if config.bidirectional else kv.visible(last, block, cells)
+        if config.window:
+            mask &= jnp.arange(cells, dtype=jnp.int32)[None, None] >= (last - config.window)[:, None, None]
         x, caches = run("decode", params, x, position, mask, caches)
-        base = _base(config, params, x)
+        base = _base(config, params, _scored(config, x, draft_length))
 
         def propose_one(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
             """Samples token i of the proposal, given the one before it."""
@@ -256,19 +294,23 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     def run(method: str, *arguments: Any) -> Any:
         return BlockDrafter(config).apply({"params": params}, *arguments, method=method)
 
-    rows, anchors = anchor.shape
+    (rows, anchors), size = anchor.shape, _queries(config, length)
     position, index = transformer.positions(batch.segment), jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    same = take(batch.segment, anchor)[:, :, None] == batch.segment[:, None]
-    before = jnp.repeat(same & (index[None, None] < anchor[:, :, None]), length, axis=1)  # [B A*K T]
-    block, slot = jnp.divmod(jnp.arange(anchors * length, dtype=jnp.int32), length)
-    own = (block[:, None] == block[None]) & (slot[None] <= slot[:, None])  # [A*K A*K]
-    mask = jnp.concatenate([before, jnp.broadcast_to(own[None], (rows, *own.shape))], axis=2)
+    seen = take(batch.segment, anchor)[:, :, None] == batch.segment[:, None]
+    seen &= index[None, None] < anchor[:, :, None]
+    if config.window:
+        seen &= index[None, None] >= anchor[:, :, None] - config.window
+    block, slot = jnp.divmod(jnp.arange(anchors * size, dtype=jnp.int32), size)
+    own = (block[:, None] == block[None]) & (config.bidirectional | (slot[None] <= slot[:, None]))  # [A*size A*size]
+    own = jnp.broadcast_to(own[None], (rows, *own.shape))
+    mask = jnp.concatenate([jnp.repeat(seen, size, axis=1), own], axis=2)
 
     fused, contexts = run("context", features, position)
     newest = take(fused, jnp.maximum(anchor - 1, 0))
     newest = jnp.where((take(position, anchor) > 0)[:, :, None], newest, 0)
-    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), newest, length)
-    place = (take(position, anchor)[:, :, None] + slot[None, None, :length]).reshape(rows, -1)
-    x = run("train", x, place, mask, contexts)
-    base = _base(config, params, x).reshape(rows, anchors, length, -1)
+    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), newest, size)
+    place = (take(position, anchor)[:, :, None] + slot[None, None, :size]).reshape(rows, -1)
+    x = run("train", x, place, mask, contexts).reshape(rows, anchors, size, -1)
+    x = _scored(config, x, length)
+    base = _base(config, params, x.reshape(rows, anchors * length, -1)).reshape(rows, anchors, length, -1)
     return run("markov", base, take(batch.tokens, after(anchor, length)))

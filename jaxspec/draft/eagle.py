@@ -1,8 +1,8 @@
 """EAGLE-3 as a chain: one layer over the target's features and the tokens after them, which then runs on its own outputs.
 
 The entry at position t joins the features of t with the embedding of token t + 1. For committed positions the features are the
-target's; for drafted ones they are the layer's own outputs, in training too (training-time test). arXiv 2503.01840, with the
-target's head in place of one of its own, and without the tree.
+target's; for drafted ones they are the layer's own outputs, in training too (training-time test). arXiv 2503.01840, without the
+tree, and with the target's head unless it has its own.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, embed, score, take, target_arrays
+from jaxspec.draft.family import Packed, embed, own_logits, score, take, target_arrays
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Attention, Linear, RMSNorm, SwiGLU
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -30,6 +30,9 @@ class Config:
         target: the target's shape.
         reads: the target's hidden states that are its features; the paper takes a low, a middle and a high one.
         length: the largest K, with which it is trained.
+        own_head: whether it has a head of its own, [V D]; else it shares the target's.
+        partial_head: whether the own head lacks some of the target's ids, which it never proposes.
+        bias: whether queries, keys and values have biases where the target's have.
 
     Raises:
         ValueError: no features, or a length below 1.
@@ -38,6 +41,9 @@ class Config:
     target: transformer.Config
     reads: tuple[int, ...]
     length: int
+    own_head: bool = False
+    partial_head: bool = False
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if not self.reads or self.length < 1:
@@ -51,12 +57,17 @@ class EagleDrafter(nn.Module):
 
     def setup(self) -> None:
         """Declares the projection of the features and the layer."""
-        shape = dataclasses.replace(self.config.target, feature_layers=())
+        c, target = self.config, self.config.target
+        shape = dataclasses.replace(target, feature_layers=(), qkv_bias=target.qkv_bias and c.bias)
         self.fuse = Linear(shape.width, ("embed", "embed"))
         self.embed_norm, self.hidden_norm = RMSNorm(shape.norm_eps), RMSNorm(shape.norm_eps)
         self.attention = Attention(shape)
         self.mlp_norm, self.mlp = RMSNorm(shape.norm_eps), SwiGLU(shape)
         self.norm = RMSNorm(shape.norm_eps)
+        if c.own_head:
+            self.head = self.param("head", nn.initializers.normal(shape.width**-0.5), (shape.vocab, shape.width), jnp.float32)
+        if c.partial_head:
+            self.proposed = self.param("proposed", nn.initializers.ones, (shape.vocab,), jnp.float32)
 
     def project(self, features: Array) -> Array:
         """The target's features [B T F] -> [B T D]."""
@@ -82,24 +93,28 @@ class EagleDrafter(nn.Module):
         return out, self.attention.keys_values(x, position) if cache is None else cache
 
     def read(self, hidden: Array) -> Array:
-        """What the target's head reads."""
-        return self.norm(hidden)
+        """What the head reads of outputs [B T D]: logits where the head is the drafter's own, else hidden states."""
+        x = self.norm(hidden)
+        if not self.config.own_head:
+            return x
+        y = own_logits(self.head, x, self.config.target.padding)
+        return jnp.where(self.proposed[None, None] > 0, y, -jnp.inf) if self.config.partial_head else y
 
 
 def init_params(key: Array, config: Config, target_params: Params) -> Params:
     """Random parameters. The key is consumed."""
 
     def everything(module: EagleDrafter) -> Array:
-        width, position = config.target.width, jnp.zeros((1, 1), jnp.int32)
-        hidden = module.project(jnp.zeros((1, 1, len(config.reads) * width)))
-        return module.read(module.layer(hidden, jnp.zeros((1, 1, width)), position, jnp.ones((1, 1, 1), bool))[0])
+        width, position, dtype = config.target.width, jnp.zeros((1, 1), jnp.int32), config.target.dtype
+        hidden = module.project(jnp.zeros((1, 1, len(config.reads) * width), dtype))
+        return module.read(module.layer(hidden, jnp.zeros((1, 1, width), dtype), position, jnp.ones((1, 1, 1), bool))[0])
 
     params: Any = jax.jit(lambda key: nn.meta.unbox(nn.init(everything, EagleDrafter(config))(key)["params"]))(key)
     return params
 
 
 def shared(config: Config) -> Mapping[str, str]:
-    """The target's embedding and head."""
+    """The target's embedding and head, whether it is used or not: ``family.embed`` needs both."""
     return target_arrays(config.target, "embed", "head")
 
 
@@ -146,7 +161,7 @@ def eagle_draft(config: Config, draft_length: int) -> Draft:
 
         def sample(hidden: Array, tokens: Array, i: Array) -> tuple[Array, Array, Array]:
             """Token i of the proposal, from the output of its entry."""
-            scores = score(config.target, params, _run(config, "read", params, hidden[:, None]))[:, 0]
+            scores = _score(config, params, hidden[:, None])[:, 0]
             return draw(keys, scores, tokens, context, i)
 
         def propose_one(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
@@ -197,15 +212,21 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     hidden = jnp.where(first[:, :, None], 0, take(outputs, jnp.maximum(anchor - 1, 0)))
     same = take(segment, anchor)[:, :, None] == segment[:, None]
     mask, own = same & (index[None, None] < anchor[:, :, None]), jnp.eye(anchor.shape[1], dtype=bool)[None]
-    scores = [score(config.target, params, _run(config, "read", params, hidden))]
+    scores = [_score(config, params, hidden)]
     for k in range(1, length):
         mask = jnp.concatenate([mask, jnp.broadcast_to(own, (len(anchor), *own.shape[1:]))], axis=2)
         at = take(position, anchor) - 1 + k
         hidden, fresh = _run(config, "layer", params, hidden, take(embedded, anchor + k), at, mask, None, seen)
         seen = kv.KVCache(*(jnp.concatenate(pair, axis=1) for pair in zip(seen, fresh, strict=True)))
-        scores.append(score(config.target, params, _run(config, "read", params, hidden)))
+        scores.append(_score(config, params, hidden))
     return jnp.stack(scores, axis=2)
 
 
 def _run(config: Config, method: str, params: Params, *arguments: Any) -> Any:
     return EagleDrafter(config).apply({"params": params}, *arguments, method=method)
+
+
+def _score(config: Config, params: Params, hidden: Array) -> Array:
+    """The logits float32 [B T V] of the layer's outputs [B T D]."""
+    x = _run(config, "read", params, hidden)
+    return x if config.own_head else score(config.target, params, x)
