@@ -1,5 +1,6 @@
 """The front of the command line: help, version, interrupts, and which devices are looked for."""
 
+import signal
 import time
 import types
 from unittest import mock
@@ -45,6 +46,8 @@ def test_an_interrupt_is_one_line_for_every_command(monkeypatch, tmp_path):
 
 
 def test_an_interrupt_that_a_callback_ignored_comes_again():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
     class Watched:
         def __del__(self):
             raise KeyboardInterrupt
@@ -54,8 +57,11 @@ def test_an_interrupt_that_a_callback_ignored_comes_again():
         del watched
         time.sleep(5)
 
-    with mock.patch("sys.unraisablehook", cli.interrupt_again), pytest.raises(KeyboardInterrupt):
-        work()
+    try:
+        with mock.patch("sys.unraisablehook", cli.interrupt_again), pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

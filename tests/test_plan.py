@@ -255,6 +255,7 @@ def smaller(monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_each_row_of_a_batch_is_written_in_place(smaller):
     result = plan.plan(Settings("smaller", "v5e:2x2", batch=3, cells=512, prompt_length=64))
     assert "in 30 writes" in result["checks"]["caches"]["what"]

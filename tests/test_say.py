@@ -138,6 +138,7 @@ def test_the_quickest_is_what_was_told_last():
     assert autotuner.choose(8) == "a"
 
 
+@pytest.mark.slow
 def test_coarse_graining_accepts_more_than_the_exact_rule():
     texts = held_out()[:20]  # some 750 rounds: the rates differ by .07, three standard errors
     exact = speak(texts, Settings(verify="exact")).counts

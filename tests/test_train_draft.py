@@ -265,9 +265,7 @@ def test_a_work_folder_belongs_to_one_training(folder, trained, tiny, tmp_path):
     assert not again.exists()
 
 
-@pytest.mark.parametrize(
-    "recipe", ["group", *(pytest.param(name, marks=pytest.mark.slow) for name in ("distil", "pcg", "voice"))]
-)
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.slow) for name in ("group", "distil", "pcg", "voice")])
 def test_a_draft_is_trained_for_the_builtin_voice(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(trainer, "_LONGEST", 2)  # compiles less
     target, rng = speech.load_target("builtin"), np.random.default_rng(0)
