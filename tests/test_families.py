@@ -102,7 +102,10 @@ def test_training_compares_the_distributions_that_are_proposed(name):
         np.testing.assert_allclose(probs, jax.nn.softmax(wanted), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+TWINS = ("block, DSpark", "eagle, own head")  # of other rows, as far as packing goes
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in CONFIGS])
 def test_packed_sequences_do_not_see_each_other_nor_what_follows(name):
     family, config, params = build(name)
     rows = np.random.default_rng(1).integers(0, V, (3, 7)).astype(np.int32)
