@@ -19,7 +19,19 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, after, embed, own_logits, score, take, target_arrays
+from jaxspec.draft.family import (
+    Packed,
+    after,
+    before,
+    check_length,
+    embed,
+    given,
+    newest_of,
+    own_logits,
+    score,
+    take,
+    target_arrays,
+)
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -228,8 +240,7 @@ def block_draft(config: Config, draft_length: int) -> Draft:
     Raises:
         ValueError: a draft_length that the drafter was not trained for.
     """
-    if not 1 <= draft_length <= config.length:
-        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+    check_length(draft_length, config.length)
     block = _queries(config, draft_length)
 
     def run(method: str, params: Params, *arguments: Any) -> Any:
@@ -237,8 +248,7 @@ def block_draft(config: Config, draft_length: int) -> Draft:
 
     def read(params: Params, features: Array | None, first: Array, caches: tuple[kv.KVCache, ...]) -> tuple[Array, tuple]:
         """Fuses features [B T F], the first of which has position ``first`` [B], and writes their keys and values."""
-        if features is None:
-            raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+        features = given(features)
         position = first[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
         fused, fresh = run("context", params, features, position)
         return fused, tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
@@ -248,15 +258,13 @@ def block_draft(config: Config, draft_length: int) -> Draft:
         cells += block - draft_length
         empty = [kv.init(len(prompt), cells, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers)]
         fused, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
-        newest = take(fused, jnp.maximum(prompt_length - 2, 0))
-        return jnp.where((prompt_length > 1)[:, None], newest, 0), caches  # a prompt of one token has no features yet
+        return newest_of(fused, prompt_length - 1), caches
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
         newest, caches = state
         last = context.length - 1
         fused, caches = read(params, context.features, last - context.num_fresh, caches)
-        fresh = take(fused, jnp.maximum(context.num_fresh - 1, 0))
-        newest = jnp.where((context.num_fresh > 0)[:, None], fresh, newest)
+        newest = newest_of(fused, context.num_fresh, newest)
         embedded = embed(config.target, params, context.last[:, None])
         x = run("queries", params, embedded, newest[:, None], block)
         position, cells = last[:, None] + jnp.arange(block, dtype=jnp.int32)[None], caches[0].key.shape[1]
@@ -306,9 +314,7 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     mask = jnp.concatenate([jnp.repeat(seen, size, axis=1), own], axis=2)
 
     fused, contexts = run("context", features, position)
-    newest = take(fused, jnp.maximum(anchor - 1, 0))
-    newest = jnp.where((take(position, anchor) > 0)[:, :, None], newest, 0)
-    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), newest, size)
+    x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), before(fused, anchor, position), size)
     place = (take(position, anchor)[:, :, None] + slot[None, None, :size]).reshape(rows, -1)
     x = run("train", x, place, mask, contexts).reshape(rows, anchors, size, -1)
     x = _scored(config, x, length)

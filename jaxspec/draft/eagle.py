@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, embed, own_logits, score, take, target_arrays
+from jaxspec.draft.family import Packed, before, check_length, embed, given, newest_of, own_logits, score, take, target_arrays
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Attention, Linear, RMSNorm, SwiGLU
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -142,22 +142,19 @@ def eagle_draft(config: Config, draft_length: int) -> Draft:
     Raises:
         ValueError: a draft_length that the drafter was not trained for.
     """
-    if not 1 <= draft_length <= config.length:
-        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+    check_length(draft_length, config.length)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
         c = config.target
         cache = kv.init(len(prompt), cells, c.kv_heads, c.head_dim, jnp.dtype(c.dtype))
         outputs, cache = _committed(config, params, prompt, features, jnp.zeros_like(prompt_length), cache)
-        newest = take(outputs, jnp.maximum(prompt_length - 2, 0))
-        return jnp.where((prompt_length > 1)[:, None], newest, 0), cache  # a prompt of one token has no entry
+        return newest_of(outputs, prompt_length - 1), cache
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
         newest, cache = state
         first = context.length - 1 - context.num_fresh
         outputs, cache = _committed(config, params, context.tokens, context.features, first, cache)
-        fresh = take(outputs, jnp.maximum(context.num_fresh - 1, 0))
-        newest = jnp.where((context.num_fresh > 0)[:, None], fresh, newest)
+        newest = newest_of(outputs, context.num_fresh, newest)
 
         def sample(hidden: Array, tokens: Array, i: Array) -> tuple[Array, Array, Array]:
             """Token i of the proposal, from the output of its entry."""
@@ -188,8 +185,7 @@ def _committed(
     config: Config, params: Params, tokens: Array, features: Array | None, first: Array, cache: kv.KVCache
 ) -> tuple[Array, kv.KVCache]:
     """The outputs [B T D] of the entries with the target's features [B T F], the first of which has position ``first`` [B]."""
-    if features is None:
-        raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+    features = given(features)
     T = features.shape[1]
     position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     following = embed(config.target, params, take(tokens, position + 1))
@@ -208,8 +204,7 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     following = jnp.pad(embedded[:, 1:], ((0, 0), (0, 1), (0, 0)))
     causal = (index[:, None] >= index[None])[None] & (segment[:, :, None] == segment[:, None])
     outputs, seen = _run(config, "layer", params, _run(config, "project", params, features), following, position, causal)
-    first = take(position, anchor) == 0
-    hidden = jnp.where(first[:, :, None], 0, take(outputs, jnp.maximum(anchor - 1, 0)))
+    hidden = before(outputs, anchor, position)
     same = take(segment, anchor)[:, :, None] == segment[:, None]
     mask, own = same & (index[None, None] < anchor[:, :, None]), jnp.eye(anchor.shape[1], dtype=bool)[None]
     scores = [_score(config, params, hidden)]

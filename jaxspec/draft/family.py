@@ -107,6 +107,38 @@ def score(target: transformer.Config, params: Params, x: Array) -> Array:
     return logits
 
 
+def check_length(length: int, longest: int) -> None:
+    """Raises ValueError for a K that a drafter was not trained for."""
+    if not 1 <= length <= longest:
+        raise ValueError(f"expected a draft length from 1 to {longest}, got {length}: it was trained for these")
+
+
+def given(features: Array | None) -> Array:
+    """The features.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if features is None:
+        raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+    return features
+
+
+def newest_of(rows: Array, count: Array, otherwise: Array | None = None) -> Array:
+    """Row count - 1 of rows [B T ...]; where the count [B] is 0, ``otherwise`` [B ...] or zeros.
+
+    In the first round no features are fresh, and a prompt of one token has none that count.
+    """
+    newest = take(rows, jnp.maximum(count - 1, 0))
+    return jnp.where(jnp.expand_dims(count > 0, range(1, newest.ndim)), newest, 0 if otherwise is None else otherwise)
+
+
+def before(rows: Array, anchor: Array, position: Array) -> Array:
+    """The rows [B T ...] at the positions that predicted the anchors int32 [B A]; zeros for the first token of a sequence."""
+    newest = take(rows, jnp.maximum(anchor - 1, 0))
+    return jnp.where(jnp.expand_dims(take(position, anchor) > 0, range(2, newest.ndim)), newest, 0)
+
+
 def own_logits(head: Array, x: Array, padding: int) -> Array:
     """The logits float32 [B T V] of a drafter's own head [V W] for hidden states [B T W]; padded rows are -inf."""
     y = jnp.moveaxis(jnp.einsum("vw,btw->vbt", head.astype(x.dtype), x, preferred_element_type=jnp.float32), 0, -1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, score, take, target_arrays
+from jaxspec.draft.family import Packed, before, check_length, given, newest_of, score, target_arrays
 from jaxspec.models import transformer
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
 
@@ -69,14 +69,13 @@ def medusa_draft(config: Config, draft_length: int) -> Draft:
     Raises:
         ValueError: a draft_length that the drafter was not trained for.
     """
-    if not 1 <= draft_length <= config.length:
-        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+    check_length(draft_length, config.length)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        return _newest(features, prompt_length - 1, jnp.zeros((len(prompt), config.target.width), config.target.dtype))
+        return newest_of(given(features), prompt_length - 1)
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
-        newest = _newest(context.features, context.num_fresh, state)
+        newest = newest_of(given(context.features), context.num_fresh, state)
         scores = score(config.target, params, _heads(params, newest[:, None], draft_length)[:, 0])
 
         def propose_one(tokens: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -92,19 +91,9 @@ def medusa_draft(config: Config, draft_length: int) -> Draft:
 
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
     """The logits after every anchor, see ``family.Family``."""
-    if features is None:
-        raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
-    first = take(transformer.positions(batch.segment), anchor) == 0
-    newest = jnp.where(first[:, :, None], 0, take(features, jnp.maximum(anchor - 1, 0)))
+    newest = before(given(features), anchor, transformer.positions(batch.segment))
     hidden = _heads(params, newest, length)
     return score(config.target, params, hidden.reshape(len(anchor), -1, hidden.shape[-1])).reshape(*hidden.shape[:3], -1)
-
-
-def _newest(features: Array | None, count: Array, otherwise: Array) -> Array:
-    """Row count - 1 of the features [B T D]; ``otherwise`` [B D] where the count [B] is 0."""
-    if features is None:
-        raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
-    return jnp.where((count > 0)[:, None], take(features, jnp.maximum(count - 1, 0)), otherwise)
 
 
 def _heads(params: Params, newest: Array, length: int) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, score, take, target_arrays
+from jaxspec.draft.family import Packed, before, check_length, given, newest_of, score, target_arrays
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -104,13 +104,11 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
     Raises:
         ValueError: a draft_length that the drafter was not trained for.
     """
-    if not 1 <= draft_length <= config.length:
-        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+    check_length(draft_length, config.length)
 
     def read(params: Params, features: Array | None, first: Array, caches: tuple[kv.KVCache, ...]) -> tuple[Array, tuple]:
         """The outputs [B T K D] for features [B T D], the first of which has position ``first`` [B]."""
-        if features is None:
-            raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+        features = given(features)
         T = features.shape[1]
         position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         mask = kv.visible(first, T, caches[0].key.shape[1])
@@ -120,14 +118,12 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
         c = config.target
         empty = [kv.init(len(prompt), cells, c.kv_heads, c.head_dim, jnp.dtype(c.dtype)) for _ in range(draft_length)]
         outputs, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
-        newest = take(outputs, jnp.maximum(prompt_length - 2, 0))
-        return jnp.where((prompt_length > 1)[:, None, None], newest, 0), caches  # a prompt of one token has no features yet
+        return newest_of(outputs, prompt_length - 1), caches
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
         newest, caches = state
         outputs, caches = read(params, context.features, context.length - 1 - context.num_fresh, caches)
-        fresh = take(outputs, jnp.maximum(context.num_fresh - 1, 0))
-        newest = jnp.where((context.num_fresh > 0)[:, None, None], fresh, newest)
+        newest = newest_of(outputs, context.num_fresh, newest)
         scores = score(config.target, params, newest)
 
         def propose_one(tokens: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -146,8 +142,7 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     segment, position = batch.segment, transformer.positions(batch.segment)
     mask = jnp.tri(segment.shape[1], dtype=bool)[None] & (segment[:, :, None] == segment[:, None])
     outputs, _ = _run(config, length, params, features, position, mask, None)
-    hidden = take(outputs, jnp.maximum(anchor - 1, 0))  # [B A K D], of the position that predicted the anchor
-    hidden = jnp.where((take(position, anchor) > 0)[:, :, None, None], hidden, 0)
+    hidden = before(outputs, anchor, position)  # [B A K D]
     scores = score(config.target, params, hidden.reshape(len(anchor), -1, hidden.shape[-1]))
     return scores.reshape(*hidden.shape[:3], -1)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, embed, own_logits, score, take, target_arrays
+from jaxspec.draft.family import Packed, before, check_length, embed, given, newest_of, own_logits, score, take, target_arrays
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -135,13 +135,11 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
     Raises:
         ValueError: a draft_length that the drafter was not trained for.
     """
-    if not 1 <= draft_length <= config.length:
-        raise ValueError(f"expected a draft length from 1 to {config.length}, got {draft_length}: it was trained for these")
+    check_length(draft_length, config.length)
 
     def begin(params: Params, features: Array | None, first: Array, caches: tuple[kv.KVCache, ...]) -> tuple[Array, tuple]:
         """The states [B T width] of features [B T F], the first of which has position ``first`` [B]."""
-        if features is None:
-            raise ValueError("expected the target's features, got none: build the target with the draft's feature layers")
+        features = given(features)
         T = features.shape[1]
         position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         mask = kv.visible(first, T, caches[0].key.shape[1]) if caches else jnp.zeros((1, 1, 1), bool)
@@ -152,14 +150,12 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
         c, dtype = config.target, jnp.dtype(config.target.dtype)
         caches = (kv.init(len(prompt), cells, c.kv_heads, c.head_dim, dtype),) if config.attend else ()
         states, caches = begin(params, features, jnp.zeros_like(prompt_length), caches)
-        newest = take(states, jnp.maximum(prompt_length - 2, 0))
-        return jnp.where((prompt_length > 1)[:, None], newest, 0), caches  # a prompt of one token has no features yet
+        return newest_of(states, prompt_length - 1), caches
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
         newest, caches = state
         states, caches = begin(params, context.features, context.length - 1 - context.num_fresh, caches)
-        fresh = take(states, jnp.maximum(context.num_fresh - 1, 0))
-        newest = jnp.where((context.num_fresh > 0)[:, None], fresh, newest)
+        newest = newest_of(states, context.num_fresh, newest)
 
         def propose_one(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
             """Samples token i of the proposal, given the one before it."""
@@ -180,8 +176,7 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     position, segment = transformer.positions(batch.segment), batch.segment
     causal = jnp.tri(segment.shape[1], dtype=bool)[None]
     states, _ = _run(config, "start", params, features, position, causal & (segment[:, :, None] == segment[:, None]), None)
-    hidden = take(states, jnp.maximum(anchor - 1, 0))  # [B A width], of the position that predicted the anchor
-    hidden = jnp.where((take(position, anchor) > 0)[:, :, None], hidden, 0)
+    hidden = before(states, anchor, position)  # [B A width]
     scores = []
     for k in range(length):
         hidden = _run(config, "step", params, hidden, embed(config.target, params, take(batch.tokens, anchor + k)))
