@@ -58,7 +58,15 @@ def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
     return jax.tree.map(put, cache, blocks)
 
 
+def span(first: Int32[Array, "*rows"], count: int) -> Int32[Array, "*rows {count}"]:
+    """The positions first .. first + count - 1: int32 [... T] from [...].
+
+    >>> span(jnp.array([3, 0], jnp.int32), 2).tolist()
+    [[3, 4], [0, 1]]
+    """
+    return first[..., None] + jnp.expand_dims(jnp.arange(count, dtype=jnp.int32), range(first.ndim))
+
+
 def visible(length: Int32[Array, " B"], block: int, cells: int) -> Bool[Array, "B {block} {cells}"]:
     """Which cells each query of a block sees: bool [B T S], true where s <= length + t."""
-    position = length[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
-    return jnp.arange(cells, dtype=jnp.int32)[None, None] <= position[:, :, None]
+    return jnp.arange(cells, dtype=jnp.int32)[None, None] <= span(length, block)[:, :, None]

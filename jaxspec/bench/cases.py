@@ -11,7 +11,7 @@ import numpy as np
 from jaxspec.groups import Groups
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
-from jaxspec.synthesis.contract import Drafter, Requests, target_of
+from jaxspec.synthesis.contract import Drafter, Requests, Synthesizer, target_of
 from jaxspec.types import Array, LanguageModel, Params, Verdict, Verify
 from jaxspec.verify.exact import count_accepted
 from jaxspec.verify.rules import by_name
@@ -98,6 +98,11 @@ def _synthetic(
     verdict = rule(key, draft_tokens, draft_probs, target_probs)
     uniforms = jax.random.uniform(jax.random.fold_in(key, _ACCEPT_STREAM), draft_tokens.shape, jnp.float32)
     return verdict._replace(num_accepted=count_accepted(uniforms < acceptance), num_exact=None)
+
+
+def groups_of(synthesizer: Synthesizer) -> Callable[[float | None], Groups]:
+    """Threshold, None for the synthesizer's own -> the groups of its codes, by the target's embeddings."""
+    return lambda threshold: synthesizer.groups(synthesizer.threshold if threshold is None else threshold, "target")
 
 
 def random_requests(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:

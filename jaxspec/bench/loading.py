@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxspec.bench import presets
-from jaxspec.bench.cases import Case, DraftModel, Models, random_requests
+from jaxspec.bench.cases import Case, DraftModel, Models, groups_of, random_requests
 from jaxspec.bench.settings import OWN, Settings
 from jaxspec.checkpoint import descriptions, pretrained
 from jaxspec.checkpoint.pretrained import Pretrained
@@ -118,7 +118,7 @@ def _real(settings: Settings, synthesizer: Synthesizer, target: Pretrained, own:
         target=target.model.shape,
         target_params=synthesizer.target_params,
         drafts=drafts,
-        groups=lambda threshold: synthesizer.groups(synthesizer.threshold if threshold is None else threshold, "target"),
+        groups=groups_of(synthesizer),
         requests=text_requests(synthesizer, held_out(), settings.new_tokens),
     )
 

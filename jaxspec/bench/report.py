@@ -1,12 +1,11 @@
 """The result of a benchmark as a table, JSON and Markdown."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jaxspec.bench import picture
-from jaxspec.common.files import replacing
+from jaxspec.common.files import replacing, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,8 +142,7 @@ def save(folder: Path, result: Mapping[str, Any]) -> None:
         result: of ``suite.bench``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "bench.json") as partial:
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "bench.json", result)
     with replacing(folder / "bench.md") as partial:
         partial.write_text(f"{title(result)}\n\n{markdown(result)}", encoding="utf-8")
     with replacing(folder / "bench.png") as partial:

@@ -15,15 +15,15 @@ import jax
 import numpy as np
 
 import jaxspec
-from jaxspec.bench.cases import Case, DraftModel, Models
+from jaxspec.bench.cases import Case, DraftModel, Models, groups_of
 from jaxspec.bench.measure import run
 from jaxspec.checkpoint.descriptions import Tuned
 from jaxspec.synthesis.contract import Requests, Synthesizer
 from jaxspec.synthesis.contract import Settings as SynthesisSettings
+from jaxspec.synthesis.decoding import PLAIN
 from jaxspec.train.speech import Target
 from jaxspec.verify.rules import Rule
 
-PLAIN = "autoregressive"
 _EXACT = ("exact", "block-exact")
 _GROUPED = ("coarse-grained", "block-coarse-grained")
 _AROUND = (-0.05, 0.0, 0.05)  # thresholds that are tried around the model's own
@@ -124,7 +124,7 @@ def measure(
         target=target.pretrained.model.shape,
         target_params=target.pretrained.params,
         drafts={name: draft},
-        groups=lambda threshold: synthesizer.groups(synthesizer.threshold if threshold is None else threshold, "target"),
+        groups=groups_of(synthesizer),
         requests=lambda case, repeat: batches[repeat % len(batches)],
     )
     rows = run(models, cases, len(batches), progress, parts=False)

@@ -24,7 +24,7 @@ import numpy as np
 from blake3 import blake3
 
 from jaxspec.checkpoint.tensors import Tensor
-from jaxspec.common.files import replacing
+from jaxspec.common.files import write_json
 from jaxspec.common.trees import flatten, unflatten
 from jaxspec.types import Params
 
@@ -70,9 +70,7 @@ def creating(folder: str | os.PathLike) -> Iterator[Path]:
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes the JSON of a folder, atomically."""
-    text = json.dumps({"format": FORMAT, **description}, indent=1)
-    with replacing(folder / DESCRIPTION) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / DESCRIPTION, {"format": FORMAT, **description})
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:

@@ -1,13 +1,34 @@
-"""What `say` reads: texts from an argument, a file or standard input, and a reference recording's codes."""
+"""What commands read: texts from an argument, a file or standard input, a reference recording's codes; and how they sample."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from jaxspec.synthesis.contract import Reference
+from jaxspec.synthesis.contract import Reference, Settings
 
 STANDARD_INPUT = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How a target is sampled when a draft is used."""
+
+    temperature: float | None = Settings.temperature
+    """By default 0.8 for the built-in voice, or the model's own."""
+    top_k: int | None = Settings.top_k
+    """Sample from the k most probable codes only; 0 is off; by default the model's own."""
+    top_p: float | None = Settings.top_p
+    """Sample from the most probable codes that together reach this probability; by default 0.95, or the model's own."""
+    min_p: float | None = Settings.min_p
+    """Sample from codes with at least this share of the best one's probability; 0 is off; by default the model's own."""
+    max_codes: int | None = Settings.max_codes
+    """The most tokens of each piece of a text; by default the model's own limit."""
+
+    def settings(self) -> Settings:
+        """The settings without a voice."""
+        return Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)})
 
 
 def read_text(text: str | None) -> str:

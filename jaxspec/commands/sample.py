@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from jaxspec.commands.console import progress_bar, report
-from jaxspec.commands.inputs import read_lines
+from jaxspec.commands.inputs import SamplingOptions, read_lines
 from jaxspec.commands.outputs import make_folder
 from jaxspec.synthesis.contract import Settings
 from jaxspec.train import speech
@@ -15,30 +15,19 @@ from jaxspec.train.speech import Speech, Target
 
 
 @dataclasses.dataclass(frozen=True)
-class Deployment:
+class Deployment(SamplingOptions):
     """How the target is sampled when the draft is used."""
 
-    temperature: float | None = Settings.temperature
-    """By default 0.8 for the built-in voice, or the model's own."""
-    top_k: int | None = Settings.top_k
-    """Sample from the k most probable codes only; 0 is off; by default the model's own."""
-    top_p: float | None = Settings.top_p
-    """Sample from the most probable codes that together reach this probability; by default 0.95, or the model's own."""
-    min_p: float | None = Settings.min_p
-    """Sample from codes with at least this share of the best one's probability; 0 is off; by default the model's own."""
     seed: int = Settings.seed
     """Of the samples, any whole number from 0 up."""
     batch: int | None = None
     """Texts that are sampled together; by default 16 for the built-in voice, and 8 for a model."""
     voice: str | None = None
     """Names separated by commas, which the batches take in turn; by default both of the built-in voice, or the model's first."""
-    max_codes: int | None = Settings.max_codes
-    """The most tokens of each piece of a text; by default the model's own limit."""
 
     def settings(self) -> Settings:
         """The settings without a voice."""
-        names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_codes")
-        return Settings(**{name: getattr(self, name) for name in names})
+        return dataclasses.replace(super().settings(), seed=self.seed)
 
     def speech(self, texts: Path, target: Target) -> Speech:
         """What is sampled from the lines of a file.

@@ -70,8 +70,8 @@ class Say:
     """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
     verify: Verifier | None = None
     """How drafted codes are accepted; by default as `jaxspec tune` chose for the draft, else coarse-grained, and autoregressive
-    without a draft. block- verifies them as a
-    whole, which accepts more of them. auto tries both on the batches of many texts and continues with the faster one."""
+    without a draft. block- verifies them as a whole, which accepts more of them. auto tries both on the batches of many texts and
+    continues with the faster one."""
     beta: float = Settings.beta
     """The tolerance of --verify tolerance, 0 to 1."""
     threshold: float | None = Settings.threshold

@@ -12,14 +12,13 @@ from jaxspec.bench.tuning import PLAIN, Candidates
 from jaxspec.checkpoint import descriptions, store
 from jaxspec.checkpoint.descriptions import DraftDescription, Tuned
 from jaxspec.commands.console import report
-from jaxspec.commands.inputs import read_lines
+from jaxspec.commands.inputs import SamplingOptions, read_lines
 from jaxspec.commands.outputs import check_writable
-from jaxspec.synthesis.contract import Settings
 from jaxspec.synthesis.load import NGRAM
 
 
 @dataclasses.dataclass(frozen=True)
-class Tune(Candidates):
+class Tune(SamplingOptions, Candidates):
     """Chooses rule, threshold and draft length for a draft, the fastest within a quality loss, and writes them into its folder.
 
     `say` and `evaluate` then use them where none are given. A draft without a folder of its own is measured only.
@@ -31,16 +30,6 @@ class Tune(Candidates):
     """The folder of a draft that was trained for the target; or ngram, builtin (the voice's own), or a smaller language model."""
     texts: Path = dataclasses.field(kw_only=True)
     """A text file, one text on each line; every piece of them is decoded once by each candidate. 20 are enough."""
-    temperature: float | None = Settings.temperature
-    """Sampling temperature; by default 0.8, or the model's own, as for the next three."""
-    top_k: int | None = Settings.top_k
-    """Sample from the k most probable codes only; 0 is off."""
-    top_p: float | None = Settings.top_p
-    """Sample from the most probable codes that together reach this probability."""
-    min_p: float | None = Settings.min_p
-    """Sample from codes with at least this share of the best one's probability; 0 is off."""
-    max_codes: int | None = Settings.max_codes
-    """The most tokens of a piece; by default the model's own limit."""
     json: bool = False
     """Print one JSON object on standard output, and the table on standard error."""
 
@@ -55,8 +44,7 @@ class Tune(Candidates):
         from jaxspec.train import speech
 
         self.check()
-        names = ("temperature", "top_k", "top_p", "min_p", "max_codes")
-        settings, lines = Settings(**{name: getattr(self, name) for name in names}), read_lines(self.texts)
+        settings, lines = self.settings(), read_lines(self.texts)
         folder = self._folder()
         target = speech.load_target(self.target)
         draft = draft_models([self.draft], target.pretrained, own_draft(target.synthesizer))[self.draft]

@@ -1,10 +1,12 @@
 """Atomic writes of single files."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -29,3 +31,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a value as JSON, atomically.
+
+    Raises:
+        OSError: the folder is missing or cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

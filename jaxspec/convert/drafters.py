@@ -17,7 +17,7 @@ from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.checkpoint.tensors import Tensor, cast
 from jaxspec.common.trees import flatten
 from jaxspec.convert.core import plan
-from jaxspec.convert.pipeline import DRAFTERS, DTYPES, Converted
+from jaxspec.convert.pipeline import DRAFTERS, DTYPES, Converted, drafter_of, dtype_of
 from jaxspec.convert.published import READERS
 from jaxspec.convert.source import open_source
 from jaxspec.draft import families
@@ -47,14 +47,19 @@ def convert(
     store.check_new(dest)  # before a download
     model = descriptions.read_as(target, Model)
     opened = open_source(source, revision)
-    name = recognise(opened.tensors)
+    name = drafter_of(opened.tensors)
+    if name is None:
+        some = ", ".join(sorted(opened.tensors)[:3])
+        raise ValueError(
+            f"expected a drafter of {', '.join(DRAFTERS)}, got tensors {some} ...: leave --target out for other models"
+        )
     reading = READERS[name](opened, model, Path(target))
     family = families.FAMILIES[reading.family]
     init = functools.partial(family.init_params, jax.random.key(0), reading.config)
     abstract = jax.eval_shape(init, transformer.abstract_params(model.shape))
     params, dropped = plan(reading.tensors, reading.rules, {path: leaf.shape for path, leaf in flatten(abstract).items()})
-    own = "bfloat16" if all(tensor.dtype == DTYPES["bfloat16"] for tensor in params.values()) else "float32"
-    params = {path: cast(tensor, DTYPES[dtype or own]) for path, tensor in params.items()}
+    kind = dtype_of(params, dtype)
+    params = {path: cast(tensor, kind) for path, tensor in params.items()}
     settings, shared = families.to_json(reading.config), dict(family.shared(reading.config))
     files = tuple(path.name for path in opened.files)
     description = DraftDescription(reading.family, settings, model.digest, shared, source=opened.origin, files=files)
@@ -62,19 +67,6 @@ def convert(
     written = pretrained.save(dest, description, params)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in params.values())
     return Converted(name, written.parameters, total, dropped, notes)
-
-
-def recognise(tensors: Mapping[str, Tensor]) -> str:
-    """The family of a published drafter, by the names of its tensors.
-
-    Raises:
-        ValueError: it is none of ``pipeline.DRAFTERS``.
-    """
-    for name, mark in DRAFTERS.items():
-        if mark in tensors:
-            return name
-    some = ", ".join(sorted(tensors)[:3])
-    raise ValueError(f"expected a drafter of {', '.join(DRAFTERS)}, got tensors {some} ...: leave --target out for other models")
 
 
 def _compare(copies: Mapping[str, Tensor], model: Model, folder: Path) -> list[str]:

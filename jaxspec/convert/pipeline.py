@@ -7,7 +7,7 @@ lists them all.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -162,6 +162,11 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
     return Converted(name, written.parameters, total, layout.dropped, layout.notes)
 
 
+def drafter_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The family of a published drafter, one of ``DRAFTERS``, by the names of its tensors; None for anything else."""
+    return next((name for name, mark in DRAFTERS.items() if mark in tensors), None)
+
+
 def recognise(tensors: dict[str, Tensor], tokenizer: "Tokenizer | None") -> str:
     """The family of a checkpoint, by the names of its tensors and its tokens.
 
@@ -175,9 +180,8 @@ def recognise(tensors: dict[str, Tensor], tokenizer: "Tokenizer | None") -> str:
     Raises:
         ValueError: the family is unknown, or a drafter's.
     """
-    for name, mark in DRAFTERS.items():
-        if mark in tensors:
-            raise ValueError(f"expected the target of the drafter {name}, got none: give its folder by --target")
+    if drafter := drafter_of(tensors):
+        raise ValueError(f"expected the target of the drafter {drafter}, got none: give its folder by --target")
     if "generator.head.out.weight" in tensors or "acoustic_decoder.head.linear.weight" in tensors:
         head = tensors.get("generator.head.out.weight") or tensors["acoustic_decoder.head.linear.weight"]
         return "neucodec" if head.shape[0] == 1922 else "xcodec2"
@@ -297,7 +301,7 @@ def _language_model(
         for name in (f"table_{i}", *(("head", "head_bias") if i == 0 else ())):
             if name in tensors and tensors[name].shape[0] == count:  # otherwise ``plan`` reports the mismatch
                 tensors[name] = padded(tensors[name], total[i])
-    dtype = _dtype(options, tensors)
+    dtype = dtype_of(tensors, options.dtype)
     shape = llama.architecture(
         settings,
         input_tables=tuple(total),
@@ -311,9 +315,10 @@ def _language_model(
     return _planned(tensors, llama.RULES, abstract, dtype, make(shape), dropped, notes)._replace(tokenizer=tokenizer)
 
 
-def _dtype(options: Options, tensors: dict[str, Tensor]) -> np.dtype:
+def dtype_of(tensors: Mapping[str, Tensor], name: str | None) -> np.dtype:
+    """The dtype that is asked for by name; by default that of the files, but float32 for float16."""
     own = "bfloat16" if all(tensor.dtype == DTYPES["bfloat16"] for tensor in tensors.values()) else "float32"
-    return DTYPES[options.dtype or own]
+    return DTYPES[name or own]
 
 
 def _planned(

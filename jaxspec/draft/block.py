@@ -10,7 +10,7 @@ of ``Config`` undo both, for the drafters that others published.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,19 +18,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.draft.drawing import draw
+from jaxspec.draft.drawing import draw_in_turn
 from jaxspec.draft.family import (
     Packed,
-    after,
     before,
     check_length,
+    check_reads,
+    check_width,
+    configured_reads,
     embed,
+    embedding_and_head,
     given,
     newest_of,
-    own_logits,
     score,
     take,
-    target_arrays,
+    trained_length,
 )
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
@@ -83,10 +85,8 @@ class Config:
     rope_theta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.reads or self.length < 1:
-            raise ValueError(f"expected features and a length of 1 or more, got {self.reads} and {self.length}: give both")
-        if not self.own_head and self.width != self.target.width:
-            raise ValueError(f"expected the target's width {self.target.width} for its head, got {self.width}: set own_head")
+        check_reads(self.reads, self.length)
+        check_width(self.target, self.width, self.own_head)
 
 
 def shape(config: Config) -> transformer.Config:
@@ -170,11 +170,6 @@ class BlockDrafter(nn.Module):
             x, _ = layer(x, position, mask, None, context)
         return self.norm(x)
 
-    def score(self, x: Array) -> Array:
-        """The own head: [B T width] -> float32 [B T V]."""
-        y = own_logits(self.head, x, self.config.target.padding)
-        return jnp.where(self.proposed[None, None] > 0, y, -jnp.inf) if self.config.partial_head else y
-
     def markov(self, logits: Array, previous: Array) -> Array:
         """Adds what the token before says: logits [... V], the token drafted or committed before int32 [...] -> [... V]."""
         c = self.config
@@ -194,13 +189,12 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     The Markov head corrects nothing yet.
     """
 
-    def everything(module: BlockDrafter) -> Array:
+    def everything(module: BlockDrafter) -> tuple[Array, Array]:
         position, width, dtype = jnp.zeros((1, 2), jnp.int32), config.target.width, config.target.dtype
         fused, contexts = module.context(jnp.zeros((1, 2, len(config.reads) * width), dtype), position)
         queries = module.queries(jnp.zeros((1, 1, width), dtype), fused[:, :1], 2)
         x = module.train(queries, position, jnp.ones((1, 2, 4), bool), contexts)
-        logits = module.score(x) if config.own_head else jnp.zeros((1, 2, config.target.vocab), jnp.float32)
-        return module.markov(logits, position)
+        return x, module.markov(jnp.zeros((1, 2, config.target.vocab), jnp.float32), position)
 
     params: Any = jax.jit(lambda key: nn.meta.unbox(nn.init(everything, BlockDrafter(config))(key)["params"]))(key)
     if shape(config) == dataclasses.replace(config.target, layers=config.layers, feature_layers=()):
@@ -210,19 +204,7 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     return params
 
 
-def shared(config: Config) -> Mapping[str, str]:
-    """The target's embedding and head, whether it is used or not: ``family.embed`` needs both."""
-    return target_arrays(config.target, "embed", "head")
-
-
-def feature_layers(config: Config) -> tuple[int, ...]:
-    """As configured."""
-    return config.reads
-
-
-def max_length(config: Config) -> int | None:
-    """That of training."""
-    return config.length
+shared, feature_layers, max_length = embedding_and_head, configured_reads, trained_length
 
 
 def drafter(config: Config) -> Callable[[int], Draft]:
@@ -249,8 +231,7 @@ def block_draft(config: Config, draft_length: int) -> Draft:
     def read(params: Params, features: Array | None, first: Array, caches: tuple[kv.KVCache, ...]) -> tuple[Array, tuple]:
         """Fuses features [B T F], the first of which has position ``first`` [B], and writes their keys and values."""
         features = given(features)
-        position = first[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
-        fused, fresh = run("context", params, features, position)
+        fused, fresh = run("context", params, features, kv.span(first, features.shape[1]))
         return fused, tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
@@ -267,33 +248,20 @@ def block_draft(config: Config, draft_length: int) -> Draft:
         newest = newest_of(fused, context.num_fresh, newest)
         embedded = embed(config.target, params, context.last[:, None])
         x = run("queries", params, embedded, newest[:, None], block)
-        position, cells = last[:, None] + jnp.arange(block, dtype=jnp.int32)[None], caches[0].key.shape[1]
+        cells = caches[0].key.shape[1]
         mask = kv.visible(last + block - 1, 1, cells) if config.bidirectional else kv.visible(last, block, cells)
         if config.window:
             mask &= jnp.arange(cells, dtype=jnp.int32)[None, None] >= (last - config.window)[:, None, None]
-        x, caches = run("decode", params, x, position, mask, caches)
-        base = _base(config, params, _scored(config, x, draft_length))
+        x, caches = run("decode", params, x, kv.span(last, block), mask, caches)
+        base = score(config.target, params, _scored(config, x, draft_length))
 
-        def propose_one(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-            """Samples token i of the proposal, given the one before it."""
-            previous, tokens = carry
-            logits = run("markov", params, jax.lax.dynamic_index_in_dim(base, i, axis=1, keepdims=False), previous)
-            token, probs, tokens = draw(keys, logits, tokens, context, i)
-            return (token, tokens), (token, probs)
+        def corrected(carry: tuple[()], previous: Array, i: Array) -> tuple[Array, tuple[()]]:
+            """The logits of token i, given the one before it."""
+            return run("markov", params, jax.lax.dynamic_index_in_dim(base, i, axis=1, keepdims=False), previous), carry
 
-        slots = jnp.arange(draft_length, dtype=jnp.int32)
-        _, (tokens, probs) = jax.lax.scan(propose_one, (context.last, context.tokens), slots)
-        return Proposal(tokens.T, probs.swapaxes(0, 1)), (newest, caches)
+        return draw_in_turn(keys, context, draft_length, corrected, ()), (newest, caches)
 
     return Draft(draft_length, init, propose)
-
-
-def _base(config: Config, params: Params, x: Array) -> Array:
-    """The logits float32 [B T V] of the layers' outputs, before the Markov head."""
-    if not config.own_head:
-        return score(config.target, params, x)
-    logits: Any = BlockDrafter(config).apply({"params": params}, x, method="score")
-    return logits
 
 
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
@@ -317,6 +285,5 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), before(fused, anchor, position), size)
     place = (take(position, anchor)[:, :, None] + slot[None, None, :size]).reshape(rows, -1)
     x = run("train", x, place, mask, contexts).reshape(rows, anchors, size, -1)
-    x = _scored(config, x, length)
-    base = _base(config, params, x.reshape(rows, anchors * length, -1)).reshape(rows, anchors, length, -1)
-    return run("markov", base, take(batch.tokens, after(anchor, length)))
+    base = score(config.target, params, _scored(config, x, length))
+    return run("markov", base, take(batch.tokens, kv.span(anchor, length)))

@@ -7,7 +7,7 @@ tree, and with the target's head unless it has its own.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,20 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, before, check_length, embed, given, newest_of, own_logits, score, take, target_arrays
+from jaxspec.draft.family import (
+    Packed,
+    before,
+    check_length,
+    check_reads,
+    configured_reads,
+    embed,
+    embedding_and_head,
+    given,
+    newest_of,
+    score,
+    take,
+    trained_length,
+)
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Attention, Linear, RMSNorm, SwiGLU
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -46,8 +59,7 @@ class Config:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        if not self.reads or self.length < 1:
-            raise ValueError(f"expected features and a length of 1 or more, got {self.reads} and {self.length}: give both")
+        check_reads(self.reads, self.length)
 
 
 class EagleDrafter(nn.Module):
@@ -93,12 +105,8 @@ class EagleDrafter(nn.Module):
         return out, self.attention.keys_values(x, position) if cache is None else cache
 
     def read(self, hidden: Array) -> Array:
-        """What the head reads of outputs [B T D]: logits where the head is the drafter's own, else hidden states."""
-        x = self.norm(hidden)
-        if not self.config.own_head:
-            return x
-        y = own_logits(self.head, x, self.config.target.padding)
-        return jnp.where(self.proposed[None, None] > 0, y, -jnp.inf) if self.config.partial_head else y
+        """What the head reads of outputs [B ... D]."""
+        return self.norm(hidden)
 
 
 def init_params(key: Array, config: Config, target_params: Params) -> Params:
@@ -113,19 +121,7 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     return params
 
 
-def shared(config: Config) -> Mapping[str, str]:
-    """The target's embedding and head, whether it is used or not: ``family.embed`` needs both."""
-    return target_arrays(config.target, "embed", "head")
-
-
-def feature_layers(config: Config) -> tuple[int, ...]:
-    """As configured."""
-    return config.reads
-
-
-def max_length(config: Config) -> int | None:
-    """That of training."""
-    return config.length
+shared, feature_layers, max_length = embedding_and_head, configured_reads, trained_length
 
 
 def drafter(config: Config) -> Callable[[int], Draft]:
@@ -158,8 +154,7 @@ def eagle_draft(config: Config, draft_length: int) -> Draft:
 
         def sample(hidden: Array, tokens: Array, i: Array) -> tuple[Array, Array, Array]:
             """Token i of the proposal, from the output of its entry."""
-            scores = _score(config, params, hidden[:, None])[:, 0]
-            return draw(keys, scores, tokens, context, i)
+            return draw(keys, _score(config, params, hidden), tokens, context, i)
 
         def propose_one(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
             """Runs the layer on its own output and the token before, and samples token i."""
@@ -187,7 +182,7 @@ def _committed(
     """The outputs [B T D] of the entries with the target's features [B T F], the first of which has position ``first`` [B]."""
     features = given(features)
     T = features.shape[1]
-    position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    position = kv.span(first, T)
     following = embed(config.target, params, take(tokens, position + 1))
     mask = kv.visible(first, T, cache.key.shape[1])
     outputs: tuple[Array, kv.KVCache] = _run(
@@ -202,8 +197,8 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     index = jnp.arange(segment.shape[1], dtype=jnp.int32)
     embedded = embed(config.target, params, batch.tokens)
     following = jnp.pad(embedded[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    causal = (index[:, None] >= index[None])[None] & (segment[:, :, None] == segment[:, None])
-    outputs, seen = _run(config, "layer", params, _run(config, "project", params, features), following, position, causal)
+    hidden, mask = _run(config, "project", params, features), transformer.causal(segment)
+    outputs, seen = _run(config, "layer", params, hidden, following, position, mask)
     hidden = before(outputs, anchor, position)
     same = take(segment, anchor)[:, :, None] == segment[:, None]
     mask, own = same & (index[None, None] < anchor[:, :, None]), jnp.eye(anchor.shape[1], dtype=bool)[None]
@@ -222,6 +217,5 @@ def _run(config: Config, method: str, params: Params, *arguments: Any) -> Any:
 
 
 def _score(config: Config, params: Params, hidden: Array) -> Array:
-    """The logits float32 [B T V] of the layer's outputs [B T D]."""
-    x = _run(config, "read", params, hidden)
-    return x if config.own_head else score(config.target, params, x)
+    """The logits float32 [B ... V] of the layer's outputs [B ... D]."""
+    return score(config.target, params, _run(config, "read", params, hidden))

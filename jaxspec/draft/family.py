@@ -102,9 +102,55 @@ def embed(target: transformer.Config, params: Params, tokens: Array) -> Array:
 
 
 def score(target: transformer.Config, params: Params, x: Array) -> Array:
-    """The target's logits float32 [B T V] of hidden states [B T D] after its final norm, from a draft's parameters."""
-    logits: Any = transformer.Transformer(target).apply({"params": params[TARGET]}, x, method="logits")
-    return logits
+    """The logits float32 [B ... V] of normalised hidden states [B ... W], from a draft's parameters.
+
+    They are those of the drafter's own head, ``params["head"]`` [V W], where it has one, else of the target's. Padded rows, and
+    the ids that an own head lacks, which are 0 in ``params["proposed"]`` [V], are -inf.
+    """
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    if "head" in params:
+        y = _own_logits(params["head"], flat, target.padding)
+        y = jnp.where(params["proposed"][None, None] > 0, y, -jnp.inf) if "proposed" in params else y
+    else:
+        y: Any = transformer.Transformer(target).apply({"params": params[TARGET]}, flat, method="logits")
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _own_logits(head: Array, x: Array, padding: int) -> Array:
+    y = jnp.moveaxis(jnp.einsum("vw,btw->vbt", head.astype(x.dtype), x, preferred_element_type=jnp.float32), 0, -1)
+    return jnp.where(jnp.arange(len(head))[None, None] < len(head) - padding, y, -jnp.inf) if padding else y
+
+
+def embedding_and_head(config: Any) -> Mapping[str, str]:
+    """``Family.shared`` of drafters on features: the target's embedding, and its head, without which ``embed`` does not apply."""
+    return target_arrays(config.target, "embed", "head")
+
+
+def trained_length(config: Any) -> int | None:
+    """``Family.max_length`` of drafters that are trained for blocks: that of training."""
+    return config.length
+
+
+def configured_reads(config: Any) -> tuple[int, ...]:
+    """``Family.feature_layers`` of drafters that choose what they read."""
+    return config.reads
+
+
+def last_hidden(config: Any) -> tuple[int, ...]:
+    """``Family.feature_layers`` of drafters that read what the target's head reads."""
+    return (config.target.layers,)
+
+
+def check_reads(reads: tuple[int, ...], length: int) -> None:
+    """Raises ValueError for a config without features, or for no tokens."""
+    if not reads or length < 1:
+        raise ValueError(f"expected features and a length of 1 or more, got {reads} and {length}: give both")
+
+
+def check_width(target: transformer.Config, width: int, own_head: bool) -> None:
+    """Raises ValueError for a drafter that would share the target's head at another width."""
+    if not own_head and width != target.width:
+        raise ValueError(f"expected the target's width {target.width} for its head, got {width}: set own_head")
 
 
 def check_length(length: int, longest: int) -> None:
@@ -137,17 +183,6 @@ def before(rows: Array, anchor: Array, position: Array) -> Array:
     """The rows [B T ...] at the positions that predicted the anchors int32 [B A]; zeros for the first token of a sequence."""
     newest = take(rows, jnp.maximum(anchor - 1, 0))
     return jnp.where(jnp.expand_dims(take(position, anchor) > 0, range(2, newest.ndim)), newest, 0)
-
-
-def own_logits(head: Array, x: Array, padding: int) -> Array:
-    """The logits float32 [B T V] of a drafter's own head [V W] for hidden states [B T W]; padded rows are -inf."""
-    y = jnp.moveaxis(jnp.einsum("vw,btw->vbt", head.astype(x.dtype), x, preferred_element_type=jnp.float32), 0, -1)
-    return jnp.where(jnp.arange(len(head))[None, None] < len(head) - padding, y, -jnp.inf) if padding else y
-
-
-def after(anchor: Array, length: int) -> Array:
-    """The positions anchor + k, k < length: int32 [B A K] from [B A]."""
-    return anchor[:, :, None] + jnp.arange(length, dtype=jnp.int32)[None, None]
 
 
 def take(rows: Array, index: Array) -> Array:

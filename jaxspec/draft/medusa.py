@@ -6,13 +6,23 @@ Block k is h + silu(h W_k) on the hidden state that predicted the last token, an
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, before, check_length, given, newest_of, score, target_arrays
+from jaxspec.draft.drawing import draw_each
+from jaxspec.draft.family import (
+    Packed,
+    before,
+    check_length,
+    embedding_and_head,
+    given,
+    last_hidden,
+    newest_of,
+    score,
+    trained_length,
+)
 from jaxspec.models import transformer
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
 
@@ -42,19 +52,7 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     return {"blocks": jnp.zeros((config.length, config.target.width, config.target.width), jnp.float32)}
 
 
-def shared(config: Config) -> Mapping[str, str]:
-    """The target's head, and the embedding beside which it is stored."""
-    return target_arrays(config.target, "embed", "head")
-
-
-def feature_layers(config: Config) -> tuple[int, ...]:
-    """What the target's head reads."""
-    return (config.target.layers,)
-
-
-def max_length(config: Config) -> int | None:
-    """One token for each block."""
-    return config.length
+shared, feature_layers, max_length = embedding_and_head, last_hidden, trained_length
 
 
 def drafter(config: Config) -> Callable[[int], Draft]:
@@ -77,14 +75,7 @@ def medusa_draft(config: Config, draft_length: int) -> Draft:
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:
         newest = newest_of(given(context.features), context.num_fresh, state)
         scores = score(config.target, params, _heads(params, newest[:, None], draft_length)[:, 0])
-
-        def propose_one(tokens: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
-            """Samples token i of the proposal."""
-            token, probs, tokens = draw(keys, jax.lax.dynamic_index_in_dim(scores, i, 1, keepdims=False), tokens, context, i)
-            return tokens, (token, probs)
-
-        _, (tokens, probs) = jax.lax.scan(propose_one, context.tokens, jnp.arange(draft_length, dtype=jnp.int32))
-        return Proposal(tokens.T, probs.swapaxes(0, 1)), newest
+        return draw_each(keys, context, scores), newest
 
     return Draft(draft_length, init, propose)
 
@@ -92,8 +83,7 @@ def medusa_draft(config: Config, draft_length: int) -> Draft:
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
     """The logits after every anchor, see ``family.Family``."""
     newest = before(given(features), anchor, transformer.positions(batch.segment))
-    hidden = _heads(params, newest, length)
-    return score(config.target, params, hidden.reshape(len(anchor), -1, hidden.shape[-1])).reshape(*hidden.shape[:3], -1)
+    return score(config.target, params, _heads(params, newest, length))
 
 
 def _heads(params: Params, newest: Array, length: int) -> Array:

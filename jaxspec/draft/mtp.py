@@ -8,7 +8,7 @@ target's 50 likeliest, is replaced by the verifier that the loop is given.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, before, check_length, given, newest_of, score, target_arrays
+from jaxspec.draft.drawing import draw_each
+from jaxspec.draft.family import (
+    Packed,
+    before,
+    check_length,
+    embedding_and_head,
+    given,
+    last_hidden,
+    newest_of,
+    score,
+    trained_length,
+)
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -75,19 +85,7 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     return params
 
 
-def shared(config: Config) -> Mapping[str, str]:
-    """The target's head, and the embedding beside which it is stored."""
-    return target_arrays(config.target, "embed", "head")
-
-
-def feature_layers(config: Config) -> tuple[int, ...]:
-    """What the target's head reads."""
-    return (config.target.layers,)
-
-
-def max_length(config: Config) -> int | None:
-    """One token for each block."""
-    return config.length
+shared, feature_layers, max_length = embedding_and_head, last_hidden, trained_length
 
 
 def drafter(config: Config) -> Callable[[int], Draft]:
@@ -110,7 +108,7 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
         """The outputs [B T K D] for features [B T D], the first of which has position ``first`` [B]."""
         features = given(features)
         T = features.shape[1]
-        position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        position = kv.span(first, T)
         mask = kv.visible(first, T, caches[0].key.shape[1])
         return _run(config, draft_length, params, features, position, mask, caches)
 
@@ -125,14 +123,7 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
         outputs, caches = read(params, context.features, context.length - 1 - context.num_fresh, caches)
         newest = newest_of(outputs, context.num_fresh, newest)
         scores = score(config.target, params, newest)
-
-        def propose_one(tokens: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
-            """Samples token i of the proposal."""
-            token, probs, tokens = draw(keys, jax.lax.dynamic_index_in_dim(scores, i, 1, keepdims=False), tokens, context, i)
-            return tokens, (token, probs)
-
-        _, (tokens, probs) = jax.lax.scan(propose_one, context.tokens, jnp.arange(draft_length, dtype=jnp.int32))
-        return Proposal(tokens.T, probs.swapaxes(0, 1)), (newest, caches)
+        return draw_each(keys, context, scores), (newest, caches)
 
     return Draft(draft_length, init, propose)
 
@@ -140,11 +131,8 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
     """The logits after every anchor in one pass, see ``family.Family``."""
     segment, position = batch.segment, transformer.positions(batch.segment)
-    mask = jnp.tri(segment.shape[1], dtype=bool)[None] & (segment[:, :, None] == segment[:, None])
-    outputs, _ = _run(config, length, params, features, position, mask, None)
-    hidden = before(outputs, anchor, position)  # [B A K D]
-    scores = score(config.target, params, hidden.reshape(len(anchor), -1, hidden.shape[-1]))
-    return scores.reshape(*hidden.shape[:3], -1)
+    outputs, _ = _run(config, length, params, features, position, transformer.causal(segment), None)
+    return score(config.target, params, before(outputs, anchor, position))
 
 
 def _run(config: Config, blocks: int, params: Params, *arguments: Any) -> Any:

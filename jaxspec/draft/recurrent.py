@@ -7,7 +7,7 @@ attention over the features of all earlier positions comes first, as in Hydra++.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +15,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.draft.drawing import draw
-from jaxspec.draft.family import Packed, before, check_length, embed, given, newest_of, own_logits, score, take, target_arrays
+from jaxspec.draft.drawing import draw_in_turn
+from jaxspec.draft.family import (
+    Packed,
+    before,
+    check_length,
+    check_reads,
+    check_width,
+    configured_reads,
+    embed,
+    embedding_and_head,
+    given,
+    newest_of,
+    score,
+    take,
+    trained_length,
+)
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
@@ -48,10 +62,8 @@ class Config:
     own_head: bool = False
 
     def __post_init__(self) -> None:
-        if not self.reads or self.length < 1:
-            raise ValueError(f"expected features and a length of 1 or more, got {self.reads} and {self.length}: give both")
-        if not self.own_head and self.width != self.target.width:
-            raise ValueError(f"expected the target's width {self.target.width} for its head, got {self.width}: set own_head")
+        check_reads(self.reads, self.length)
+        check_width(self.target, self.width, self.own_head)
 
 
 class RecurrentDrafter(nn.Module):
@@ -84,9 +96,8 @@ class RecurrentDrafter(nn.Module):
         return state + self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
     def read(self, state: Array) -> Array:
-        """What the head reads of states [B T width]: logits where the head is the drafter's own, else hidden states."""
-        x = self.norm(state)
-        return own_logits(self.head, x, self.config.target.padding) if self.config.own_head else x
+        """What the head reads of states [B ... width]."""
+        return self.norm(state)
 
 
 def layer_shape(config: Config) -> transformer.Config:
@@ -106,19 +117,7 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     return params
 
 
-def shared(config: Config) -> Mapping[str, str]:
-    """The target's embedding and head, whether it is used or not: ``family.embed`` needs both."""
-    return target_arrays(config.target, "embed", "head")
-
-
-def feature_layers(config: Config) -> tuple[int, ...]:
-    """As configured."""
-    return config.reads
-
-
-def max_length(config: Config) -> int | None:
-    """That of training."""
-    return config.length
+shared, feature_layers, max_length = embedding_and_head, configured_reads, trained_length
 
 
 def drafter(config: Config) -> Callable[[int], Draft]:
@@ -141,7 +140,7 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
         """The states [B T width] of features [B T F], the first of which has position ``first`` [B]."""
         features = given(features)
         T = features.shape[1]
-        position = first[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        position = kv.span(first, T)
         mask = kv.visible(first, T, caches[0].key.shape[1]) if caches else jnp.zeros((1, 1, 1), bool)
         states, cache = _run(config, "start", params, features, position, mask, caches[0] if caches else None)
         return states, (cache,) if caches else ()
@@ -157,16 +156,12 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
         states, caches = begin(params, context.features, context.length - 1 - context.num_fresh, caches)
         newest = newest_of(states, context.num_fresh, newest)
 
-        def propose_one(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-            """Samples token i of the proposal, given the one before it."""
-            hidden, previous, tokens = carry
+        def step(hidden: Array, previous: Array, i: Array) -> tuple[Array, Array]:
+            """The logits of token i, given the one before it, and the state that they are read from."""
             hidden = _run(config, "step", params, hidden, embed(config.target, params, previous[:, None])[:, 0])
-            token, probs, tokens = draw(keys, _score(config, params, hidden[:, None])[:, 0], tokens, context, i)
-            return (hidden, token, tokens), (token, probs)
+            return _score(config, params, hidden), hidden
 
-        slots = jnp.arange(draft_length, dtype=jnp.int32)
-        _, (tokens, probs) = jax.lax.scan(propose_one, (newest, context.last, context.tokens), slots)
-        return Proposal(tokens.T, probs.swapaxes(0, 1)), (newest, caches)
+        return draw_in_turn(keys, context, draft_length, step, newest), (newest, caches)
 
     return Draft(draft_length, init, propose)
 
@@ -174,8 +169,7 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:
     """The logits after every anchor in one pass, see ``family.Family``."""
     position, segment = transformer.positions(batch.segment), batch.segment
-    causal = jnp.tri(segment.shape[1], dtype=bool)[None]
-    states, _ = _run(config, "start", params, features, position, causal & (segment[:, :, None] == segment[:, None]), None)
+    states, _ = _run(config, "start", params, features, position, transformer.causal(segment), None)
     hidden = before(states, anchor, position)  # [B A width]
     scores = []
     for k in range(length):
@@ -189,6 +183,5 @@ def _run(config: Config, method: str, params: Params, *arguments: Any) -> Any:
 
 
 def _score(config: Config, params: Params, hidden: Array) -> Array:
-    """The logits float32 [B T V] of states [B T width]."""
-    x = _run(config, "read", params, hidden)
-    return x if config.own_head else score(config.target, params, x)
+    """The logits float32 [B ... V] of states [B ... width]."""
+    return score(config.target, params, _run(config, "read", params, hidden))

@@ -5,8 +5,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxspec import cache as kv
 from jaxspec.common.trees import flatten, unflatten
-from jaxspec.draft.family import Packed, after, take
+from jaxspec.draft.family import TARGET, Packed, score, take
 from jaxspec.draft.model import model_draft
 from jaxspec.models import transformer
 from jaxspec.types import Array, Draft, Params
@@ -88,10 +89,7 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     own = shape(config)
     model = transformer.Transformer(dataclasses.replace(own, feature_layers=(own.layers,)))
     output: Any = model.apply({"params": params}, batch.tokens, segment=batch.segment)
-    hidden = take(output[1], after(anchor, length))  # the head is applied to these only
-    flat = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-    scores: Any = model.apply({"params": params}, flat, method="logits")
-    return scores.reshape(*hidden.shape[:3], -1)
+    return score(own, {TARGET: params}, take(output[1], kv.span(anchor, length)))  # the head is applied to these only
 
 
 def _paths(config: Config) -> list[str]:

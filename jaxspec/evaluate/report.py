@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxspec.common.files import replacing
+from jaxspec.common.files import replacing, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,8 +79,7 @@ def save(folder: Path, result: dict[str, Any]) -> None:
         result: what ``compare.compare`` returns.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "evaluation.json") as partial:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(folder / "evaluation.json", result)
     render(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from jaxspec import cache as kv
 from jaxspec.models.placement import Placement
@@ -96,6 +96,11 @@ def positions(segment: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
     place = jnp.arange(segment.shape[1], dtype=jnp.int32)[None]
     begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
+def causal(segment: Int32[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """What each token of packed sequences sees: itself and those before it in its segment."""
+    return jnp.tri(segment.shape[1], dtype=bool)[None] & (segment[:, :, None] == segment[:, None])
 
 
 def rope_frequencies(config: Config) -> Array:
@@ -303,11 +308,10 @@ class Transformer(nn.Module):
         """
         batch, block = tokens.shape
         length = jnp.zeros(batch, jnp.int32) if length is None else length
-        position = length[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
-        mask = kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
-        if segment is not None:
-            position = positions(segment)
-            mask &= segment[:, :, None] == segment[:, None]
+        if segment is None:
+            position, mask = kv.span(length, block), kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
+        else:
+            position, mask = positions(segment), causal(segment)
         x, hidden, new_cache = self.embed(tokens), [], []
         for i, layer in enumerate(self.stack):
             x, layer_cache = layer(x, position, mask, None if cache is None else cache[i])

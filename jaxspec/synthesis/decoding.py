@@ -11,7 +11,7 @@ from jaxspec import speculate
 from jaxspec.codec.padding import padded_batch
 from jaxspec.common.compilation_cache import call, describe, description_of
 from jaxspec.state import NON_FINITE, Generation, Info
-from jaxspec.synthesis.contract import Settings, Synthesizer
+from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
 from jaxspec.types import Draft, Verify
 from jaxspec.verify.rules import by_name
 
@@ -99,10 +99,27 @@ def tokens_of(
     Raises:
         ValueError: a prompt cannot be made, or the model's logits are not finite.
     """
-    count, batch = len(pieces), padded_batch(len(pieces))
-    requests = synthesizer.requests([*pieces, *[pieces[0]] * (batch - count)], settings)
-    limit = np.where(np.arange(batch) < count, requests.limit, 0)  # rows that fill the batch up emit nothing
-    requests = requests._replace(limit=limit)
+    fill = [pieces[0]] * (padded_batch(len(pieces)) - len(pieces))
+    return generation_of(synthesizer.requests([*pieces, *fill], settings), len(pieces), keys, synthesizer, decoding)
+
+
+def generation_of(requests: Requests, count: int, keys: jax.Array, synthesizer: Synthesizer, decoding: Decoding) -> Generation:
+    """The tokens of the first ``count`` rows of a batch, on the host; the rows that fill it up emit nothing.
+
+    Args:
+        requests: of B rows, B a size of ``padded_batch``.
+        count: n, 1 to B.
+        keys: [B].
+        synthesizer: whose target.
+        decoding: what ``resolve`` made of the settings.
+
+    Returns:
+        A generation of n rows, numpy arrays.
+
+    Raises:
+        ValueError: the model's logits are not finite.
+    """
+    requests = requests._replace(limit=np.where(np.arange(len(requests.limit)) < count, requests.limit, 0))
     target, params, most = synthesizer.target, synthesizer.target_params, requests.max_new_tokens
     checked = speculate.check_request(keys, target, params, *requests)
     if decoding.draft is None or decoding.verify is None or synthesizer.drafter is None:

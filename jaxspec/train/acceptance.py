@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxspec import sampling as sampling_lib
 from jaxspec.draft.family import Packed
-from jaxspec.train.drafts import Frozen, Task, anchors_at_once, full_params, over_anchors, score, slots
+from jaxspec.train.drafts import Frozen, Task, anchors_at_once, full_params, over_anchors, precedes_emitted, score, slots
 from jaxspec.train.losses import variation_on_groups
 from jaxspec.types import Array, Params
 
@@ -47,10 +47,9 @@ def windows(batch: Packed, count: int, seed: int) -> tuple[np.ndarray, np.ndarra
     Returns:
         int32 [B A], and bool [B A]: whether an emitted token follows.
     """
-    emitted, segment = np.asarray(batch.emitted), np.asarray(batch.segment)
-    before = np.pad(emitted[:, 1:] & (segment[:, 1:] == segment[:, :-1]), ((0, 0), (0, 1)))
+    before = np.asarray(precedes_emitted(batch))
     count, rng = min(count, before.shape[1]), np.random.default_rng(seed)
-    spare = np.maximum((segment > 0).sum(1) - count, 0)
+    spare = np.maximum((np.asarray(batch.segment) > 0).sum(1) - count, 0)
     anchor = rng.integers(spare + 1)[:, None] + np.arange(count)[None]
     return anchor.astype(np.int32), np.take_along_axis(before, anchor, axis=1)
 

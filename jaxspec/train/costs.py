@@ -3,17 +3,17 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxspec import request as requests_lib
 from jaxspec import rounds, speculate
+from jaxspec.draft import ngram_draft
 from jaxspec.state import State
 from jaxspec.synthesis.contract import Drafter, Requests, target_of
 from jaxspec.train.speech import Target
-from jaxspec.types import Draft
 from jaxspec.verify.exact import exact
 
 _REPEATS = 12
@@ -39,22 +39,21 @@ def measure(target: Target, drafter: Drafter, requests: Requests, longest: int) 
         requests: of one row.
         longest: the largest K; 1, half of it and itself are measured.
     """
-    lm = target_of(target.pretrained.model.shape, drafter)
+    shape = target.pretrained.model.shape
+    lm, without = target_of(shape, drafter), target_of(shape, None)  # the plain loop computes no features
     params, asked = target.pretrained.params, requests_lib.check(jax.random.key(0), **requests._asdict())
     cells = requests.prompt.shape[1] + requests.max_new_tokens + longest + 1
 
-    def begin(draft: Draft, draft_params: Any) -> State:
-        return speculate.init(lm, params, draft, draft_params, asked, cells)
-
     plain = jax.jit(rounds.plain_step, static_argnums=0, donate_argnums=2)
-    plain_s = _median(lambda state: plain(lm, params, state), begin(Draft(0, _no_state, _propose_nothing), ()))
+    state = speculate.init(without, params, ngram_draft(0, shape.vocab), (), asked, cells)
+    plain_s = _median(lambda state: plain(without, params, state), state)
     round_ = jax.jit(rounds.step, static_argnums=(0, 2), donate_argnums=5)
     lengths = sorted({1, -(-longest // 2), longest})
     seconds = []
     for draft in map(drafter.make, lengths):
         rule = speculate.as_pytree(exact())
         step = lambda state, draft=draft, rule=rule: round_(lm, params, draft, drafter.params, rule, state)  # noqa: E731
-        seconds.append(_median(step, begin(draft, drafter.params)))
+        seconds.append(_median(step, speculate.init(lm, params, draft, drafter.params, asked, cells)))
     return Costs(plain_s, np.interp(np.arange(1, longest + 1), lengths, seconds).tolist())
 
 
@@ -65,14 +64,6 @@ def _median(step: Callable[[State], State], state: State) -> float:
         state = jax.block_until_ready(step(state))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _no_state(params: Any, prompt: Any, prompt_length: Any, cells: int, features: Any) -> tuple[()]:
-    return ()
-
-
-def _propose_nothing(params: Any, keys: Any, context: Any, state: Any) -> Any:
-    raise NotImplementedError  # the plain loop never asks
 
 
 def named(tokens: Sequence[float]) -> str:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxspec.cache import span
 from jaxspec.common.trees import flatten, unflatten
 from jaxspec.draft.families import FAMILIES
-from jaxspec.draft.family import Packed, after, take
+from jaxspec.draft.family import TARGET, Packed, take
+from jaxspec.draft.family import score as head
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
 from jaxspec.train.losses import LOSSES, Membership, slot_weights, warp
@@ -121,6 +123,11 @@ def score(task: Task, target: Params, batch: Packed) -> Scored:
     return Scored(target, rest if rest.shape[-1] else None, features[..., -width:])
 
 
+def precedes_emitted(batch: Packed) -> Array:
+    """Whether an emitted token of the same sequence follows each position: bool [B T]."""
+    return jnp.pad(batch.emitted[:, 1:] & (batch.segment[:, 1:] == batch.segment[:, :-1]), ((0, 0), (0, 1)))
+
+
 def choose(batch: Packed, count: int, key: Array) -> tuple[Array, Array]:
     """Random positions before emitted tokens.
 
@@ -132,8 +139,7 @@ def choose(batch: Packed, count: int, key: Array) -> tuple[Array, Array]:
     Returns:
         int32 [B A], and bool [B A]: false where a row has fewer.
     """
-    width = batch.tokens.shape[1]
-    before = jnp.pad(batch.emitted[:, 1:] & (batch.segment[:, 1:] == batch.segment[:, :-1]), ((0, 0), (0, 1)))
+    width, before = batch.tokens.shape[1], precedes_emitted(batch)
     if count == 0 or count >= width:
         everywhere = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], before.shape)
         return everywhere, before
@@ -158,16 +164,14 @@ def slots(
     Returns:
         the logits of draft and target [B A K V], the tokens int32 [B A K], and which slots count, bool [B A K].
     """
-    family, at = FAMILIES[task.family], after(anchor, length)
+    family, at = FAMILIES[task.family], span(anchor, length)
     draft = family.logits(task.config, params, batch, scored.features, anchor, length)
-    hidden = take(scored.hidden, at)
-    flat = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-    target: Any = transformer.Transformer(task.shape).apply({"params": scored.target}, flat, method="logits")
-    segment = jnp.take_along_axis(batch.segment, anchor, axis=1)[:, :, None]
+    target = head(task.config.target, {TARGET: scored.target}, take(scored.hidden, at))
+    segment = take(batch.segment, anchor)[:, :, None]
     inside = at + 1 < batch.tokens.shape[1]
     counted = chosen[:, :, None] & inside & (take(batch.segment, at + 1) == segment) & take(batch.emitted, at + 1)
     token = jnp.where(counted, take(batch.tokens, at + 1), 0)  # ids of a prompt may lie beyond V
-    return draft, target.reshape(*hidden.shape[:3], -1), token, counted
+    return draft, target, token, counted
 
 
 def over_anchors(some: Callable[[Array, Array], _Tree], anchor: Array, chosen: Array, at_once: int) -> _Tree:

@@ -120,10 +120,10 @@ def fit(
                 watch.add(done, metrics["loss"])
                 evaluating = evaluate is not None and _due(done, config.evaluate_every, config.steps)
                 saving = _due(done, config.checkpoint_every, config.steps)
-                logging = done % config.log_every == 0
-                if logging or evaluating or saving:
+                reporting = done % config.log_every == 0 or evaluating
+                if reporting or saving:
                     watch.check()
-                if logging or evaluating:
+                if reporting:
                     found = evaluate(state.ema_params) if evaluate is not None and evaluating else {}
                     step_s = (time.monotonic() - start) / (done - first)
                     progress(logs.write(directory, done, config.steps, jax.device_get(metrics) | dict(found), step_s))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.common.files import replacing
+from jaxspec.common.files import replacing, write_json
 from jaxspec.models.card import Model
 
 DESCRIPTION = "samples.json"
@@ -199,8 +199,7 @@ def claim(folder: str | os.PathLike[str], description: dict[str, Any]) -> None:
     if (before := read_description(folder)) is None:
         if any(folder.glob("*.npz")):
             raise ValueError(f"expected a new folder or one of jaxspec sample, got other shards in {folder}: choose another")
-        with replacing(folder / DESCRIPTION) as partial:
-            partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / DESCRIPTION, description)
         return
     for name in {**before, **description}:
         if before.get(name) != description.get(name):

@@ -19,7 +19,7 @@ from jaxspec.state import STOP_TOKEN
 from jaxspec.synthesis import converted
 from jaxspec.synthesis.builtin import builtin
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
-from jaxspec.synthesis.decoding import PLAIN, resolve, tokens_of
+from jaxspec.synthesis.decoding import PLAIN, Decoding, generation_of
 from jaxspec.synthesis.load import builtin_target
 from jaxspec.train import samples as samples_lib
 from jaxspec.train.samples import Samples
@@ -135,20 +135,14 @@ def sample(
 
 def _batch(pieces: Sequence[str], index: int, speech: Speech, target: Target) -> Samples:
     """One batch: prompts and emitted tokens, with the stop id, of the rows that ended. A short batch is padded."""
-    full = [*pieces, *[pieces[0]] * (speech.batch - len(pieces))]
-    settings = dataclasses.replace(speech.settings, voice=speech.voices[index % len(speech.voices)], verify=PLAIN)
-    synthesizer = target.synthesizer
-    requests = synthesizer.requests(full, settings)
-    keys = _keys(settings, index, speech.batch)
-    generation = tokens_of(full, keys, synthesizer, settings, resolve(synthesizer, settings))
+    size, synthesizer = padded_batch(speech.batch), target.synthesizer
+    settings = dataclasses.replace(speech.settings, voice=speech.voices[index % len(speech.voices)])
+    requests = synthesizer.requests([*pieces, *[pieces[0]] * (size - len(pieces))], settings)
+    keys = jax.random.split(jax.random.fold_in(settings.key(), np.uint32(index)), size)
+    generation = generation_of(requests, len(pieces), keys, synthesizer, Decoding(PLAIN))
     ended = [i for i in range(len(pieces)) if generation.info.stop_reason[i] == STOP_TOKEN]
     rows = [np.concatenate([_prompt(requests, i), generation.tokens[i, : generation.length[i]]]) for i in ended]
     return samples_lib.of_rows(rows, requests.prompt_length[ended], [pieces[i] for i in ended])
-
-
-def _keys(settings: Settings, index: int, batch: int) -> jax.Array:
-    """A key for each row, padded as ``tokens_of`` wants them."""
-    return jax.random.split(jax.random.fold_in(settings.key(), np.uint32(index)), padded_batch(batch))
 
 
 def _prompt(requests: Requests, i: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
-from jaxspec.common.files import replacing
+from jaxspec.common.files import write_json
 from jaxspec.draft import families
 from jaxspec.draft.families import FAMILIES
 from jaxspec.draft.family import Packed
@@ -24,6 +24,7 @@ from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Drafter, Settings
 from jaxspec.train import acceptance, curves, drafts, losses, packing
 from jaxspec.train import costs as costs_lib
+from jaxspec.train import log as logs
 from jaxspec.train import recipe as recipes
 from jaxspec.train import samples as samples_lib
 from jaxspec.train.costs import Costs
@@ -124,8 +125,6 @@ def train(
         licence=model.licence,
         source=f"trained by jaxspec for {model.family}: {recipe.loss}, {recipe.steps} steps",
     )
-    from jaxspec.train import log as logs
-
     return Trained(pretrained.save(out, description, jax.device_get(seen)), logs.read(work)[-1])
 
 
@@ -187,8 +186,7 @@ def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples:
     asked, path = json.loads(json.dumps(asked)), work / "training.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if before is None:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        write_json(path, asked)
     elif differing := [name for name in {**before, **asked} if before.get(name) != asked.get(name)]:
         name = differing[0]
         raise ValueError(
@@ -209,8 +207,7 @@ def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -
     drafter = Drafter(family.drafter(task.config), params, layers, family.max_length(task.config))
     requests = target.synthesizer.requests(held.texts[:1], Settings(voice=target.voices[0]))
     costs = costs_lib.measure(target, drafter, requests, longest)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(costs._asdict()), encoding="utf-8")
+    write_json(path, costs._asdict())
     return costs
 
 
