@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxspec import generate, verify
 from jaxspec.draft import model_draft
-from jaxspec.state import ACCEPTED, PAD, STOP_TOKEN
+from jaxspec.state import ACCEPTED, BONUS, CORRECTION, PAD, STOP_TOKEN
 from jaxspec.types import Verdict
 
 V, K, N, B = 7, 3, 12, 24
@@ -40,6 +40,8 @@ def test_counts_follow_from_the_origin_of_the_tokens():
     for row in range(B):
         rounds = rounds_of(np.asarray(out.info.origin[row]))
         accepted = [sum(kind == ACCEPTED for kind in one) for one in rounds]
+        for one, count in zip(rounds, accepted, strict=True):
+            assert one[count:] in ([], [BONUS if count == K else CORRECTION])
         assert int(out.info.rounds[row]) == len(rounds)
         assert int(out.info.accepted[row]) == sum(accepted)
         assert out.info.accepted_per_position[row].tolist() == [sum(count > i for count in accepted) for i in range(K)]

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec.bench import chips, hlo, plan, plan_report, plan_shapes, presets, roofline
+from jaxspec.bench import chips, hlo, plan, plan_report, plan_shapes, plan_training, presets, roofline
 from jaxspec.bench.plan_shapes import Settings
+from jaxspec.bench.plan_training import TrainingSettings
 from jaxspec.checkpoint import descriptions, store
 from jaxspec.models import card
 from jaxspec.models.placement import one_device
@@ -300,3 +301,25 @@ def test_float32_caches_and_lookups_of_groups_in_a_toy_are_no_flaws(draft, write
     assert result["memory"]["caches_as_laid_out"] >= 0
     assert plan_report.passes(result), result["checks"]
     assert ("n-gram draft" in plan_report.card(result)) == (draft == "ngram")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("recipe", [pytest.param("recurrent", marks=pytest.mark.slow), "group"])
+def test_a_step_of_training_is_divided_over_the_chips(recipe, monkeypatch):
+    target = Config((300, 8), 300, 256, 4, 4, 2, 64, 512)
+    monkeypatch.setitem(presets.PAIRS, "toy", lambda: presets.Pair(target, None, 1))
+    four = plan_training.plan(TrainingSettings("toy", "v5e:2x2", recipe, 64))
+    assert json.loads(json.dumps(four)) == four
+    assert four["target_parameters"] > 4 * 256 * 512 * 3
+    # Whole, they are the target in bfloat16, and weights, average and two moments in float32.
+    whole = 2 * four["target_parameters"] + 16 * four["trained_parameters"]
+    assert four["memory"]["arguments"] < whole / 2
+    assert four["collectives"]["all-gather"] > 0
+    assert four["memory"]["fits"]
+    assert "on 4 devices of v5e:2x2" in plan_training.card(four)
+
+
+@needs_libtpu
+def test_rows_that_the_chips_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="expected rows that 16 devices times 1 parts divide, got 8: change rows in the recipe"):
+        plan_training.plan(TrainingSettings("small", "v5e:4x4", "pcg"))

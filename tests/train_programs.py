@@ -45,7 +45,7 @@ def train(folder, every=3, size=3, **more):
 
 
 def devices(folder):
-    """The same training on one device and on two."""
+    """The same training on one device and on two, where rows and large arrays are divided."""
     assert len(jax.local_devices()) == 2
     mesh = data_mesh()
     one = train(folder / "one")
@@ -53,6 +53,10 @@ def devices(folder):
         other = train(folder / name, mesh=mesh, config={"accumulate": accumulate})
         if accumulate == 1:
             np.testing.assert_allclose(one["w"], other["w"], rtol=1e-5)
+    start, config = {"w": jnp.ones((3, 8192), jnp.float32)}, TrainConfig(STEPS, 1e-2)
+    whole, divided = (fit(folder / str(on), start, wide_loss, batches, config, mesh=on)["w"] for on in (None, mesh))
+    np.testing.assert_allclose(whole, divided, rtol=1e-4, atol=1e-6)
+    assert [shard.data.shape for shard in divided.addressable_shards] == [(3, 4096)] * 2
 
 
 def full_disk(folder):

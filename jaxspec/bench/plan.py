@@ -88,9 +88,11 @@ def _compile_all(settings: Settings, pair: Pair, placed: Arguments) -> tuple[Any
     start = time.perf_counter()
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
     models = target, placed.target_params, draft, placed.draft_params
-    prefill = _compile(speculate.init.lower(*models, placed.request, settings.cells))
-    loop = _compile(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
-    plain = _compile(speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request))
+    prefill = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
+    loop = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
+    plain = compile_for_tpu(
+        speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request)
+    )
     return prefill, loop, plain, time.perf_counter() - start
 
 
@@ -132,7 +134,12 @@ def _no_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _compile(lowered: Any) -> Any:
+def compile_for_tpu(lowered: Any) -> Any:
+    """Compiles a lowered program.
+
+    Raises:
+        ValueError: it does not fit, as the compiler finds.
+    """
     try:
         with _no_persistent_cache():
             return lowered.compile()
@@ -141,7 +148,7 @@ def _compile(lowered: Any) -> Any:
             raise
         said = str(error).splitlines()[0]
         raise ValueError(
-            f"expected a smaller batch or a shorter cache, got a program that does not fit, as the compiler finds ({said})"
+            f"expected a smaller batch or shorter rows, got a program that does not fit, as the compiler finds ({said})"
         ) from error
 
 
@@ -165,8 +172,7 @@ def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[
     """What the compiler says of the loop's program; its temporaries hold the caches."""
     said = loop.memory_analysis()
     carried = hlo.arrays(program.loop.shape) if program.loop else []
-    total = said.argument_size_in_bytes + said.output_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
-    total -= said.alias_size_in_bytes
+    total = total_bytes(said)
     return {
         "arguments": said.argument_size_in_bytes,
         "temporaries": said.temp_size_in_bytes,
@@ -178,6 +184,12 @@ def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[
         "room": room,
         "fits": total <= room,
     }
+
+
+def total_bytes(said: Any) -> int:
+    """The memory of a device that a program needs, from its ``memory_analysis``."""
+    total = said.argument_size_in_bytes + said.output_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
+    return total - said.alias_size_in_bytes
 
 
 def _entry(program: Program, chip: chips.Chip) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from jaxspec.commands.console import report
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Settings):
-    """Compiles the prefill and the loops for a TPU, without one: memory, operations, time, and checks of the program.
+    """Compiles the prefill and the loops, or a step of training, for a TPU, without one: memory, time, and checks of the program.
 
     Exits with 0 if the program fits in the chip and every check holds, with 1 if not, and with 2 on bad input.
     """
 
+    train_draft: str | None = None
+    """Plan a step of training a draft by this recipe, with the weights divided over all chips, in place of the loops."""
     json: bool = False
     """Print the result as JSON on standard output, and the card on standard error."""
 
@@ -28,9 +30,15 @@ class Plan(Settings):
             SystemExit: with 1, the compiled program does not fit or a check fails.
         """
         jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator, if there is one, alone
-        from jaxspec.bench import plan, plan_report
+        from jaxspec.bench import plan, plan_report, plan_training
 
-        result = plan.plan(self)
-        report(plan_report.card(result), result, self.json)
-        if not plan_report.passes(result):
+        if self.train_draft:
+            result = plan_training.plan(plan_training.TrainingSettings(self.model, self.topology, self.train_draft))
+            report(plan_training.card(result), result, self.json)
+            passes = result["memory"]["fits"]
+        else:
+            result = plan.plan(self)
+            report(plan_report.card(result), result, self.json)
+            passes = plan_report.passes(result)
+        if not passes:
             sys.exit(1)

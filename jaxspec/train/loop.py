@@ -1,7 +1,7 @@
 """The training loop: AdamW, a moving average of the weights, checkpoints to resume from, a log and its plot.
 
-The loop knows no model: it is given weights, a loss and batches. Any pytree of arrays can be trained. The batch may be divided
-over the devices of this machine; the weights are then replicated.
+The loop knows no model: it is given weights, a loss and batches. Any pytree of arrays can be trained. On a mesh the batch is
+divided over the devices, and so is each large array: of the weights, of the optimizer and of the loss (FSDP, arXiv 2304.11277).
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxspec.train import log as logs
 from jaxspec.types import Array, Params
 
+_WHOLE = 2**14  # elements of an array that is not divided
 _DISK_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large")
 
 Metrics = Mapping[str, Any]  # numbers and lists of numbers by name
@@ -94,7 +95,7 @@ def fit(
         evaluate: called with the moving average of the weights every ``evaluate_every`` steps and at the end; what it returns is
             logged.
         draw: draws the picture into ``directory``, after each checkpoint.
-        mesh: with the axis "data", over which the rows of a batch are divided; None: one device.
+        mesh: with the axis "data", over which the rows of a batch and large arrays are divided; None: one device.
 
     Returns:
         the moving average of the weights.
@@ -108,11 +109,11 @@ def fit(
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with logs.locked(directory), _manager(directory) as manager:
-        state = _restore(manager, _init(params, config))
+        state = _restore(manager, init_state(params, config))
         first, start = int(state.step), time.monotonic()
         logs.cut(directory, first)
         put = _put(mesh, config.accumulate)
-        update, state, loss = _update(config), _replicate(state, mesh), _replicate(_as_partial(loss), mesh)
+        update, state, loss = update_step(config), _divide(state, mesh), _divide(_as_partial(loss), mesh)
         watch = _Finite(directory)
         with contextlib.closing(_prefetch(batches(first))) as source:
             for done in range(first + 1, config.steps + 1):
@@ -152,7 +153,7 @@ def load_ema(directory: Path, like: Params) -> Params:
     with _manager(directory.resolve()) as manager:
         if manager.latest_step() is None:
             raise FileNotFoundError(f"expected a checkpoint in {directory}, got none: run that stage first")
-        return _restore(manager, jax.eval_shape(lambda: _init(like, TrainConfig(1, 1.0)))).ema_params
+        return _restore(manager, jax.eval_shape(lambda: init_state(like, TrainConfig(1, 1.0)))).ema_params
 
 
 def _due(done: int, every: int, last: int) -> bool:
@@ -208,8 +209,26 @@ def _as_partial(loss: Loss) -> Loss:
     return jax.tree_util.Partial(loss) if jax.tree_util.all_leaves([loss]) else loss
 
 
-def _replicate(tree: Any, mesh: Mesh | None) -> Any:
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def _divide(tree: Any, mesh: Mesh | None) -> Any:
+    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Large arrays are divided over the axis "data" along the longest of their axes that it divides; the rest are replicated.
+
+    Args:
+        tree: arrays or their shapes.
+        mesh: with the axis "data".
+    """
+
+    def of(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["data"] == 0]
+        if leaf.size <= _WHOLE or not axes:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*(None,) * longest, "data"))
+
+    return jax.tree.map(of, tree)
 
 
 def _put(mesh: Mesh | None, accumulate: int) -> Callable[[Any], Any]:
@@ -239,7 +258,8 @@ def _restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
     return restored
 
 
-def _init(params: Params, config: TrainConfig) -> TrainState:
+def init_state(params: Params, config: TrainConfig) -> TrainState:
+    """The state before the first step."""
     params = jax.tree.map(jnp.copy, params)  # the state is donated, the caller's weights are not
     return TrainState(params, jax.tree.map(jnp.copy, params), _optimizer(config).init(params), jnp.int32(0))
 
@@ -255,7 +275,7 @@ def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.98, weight_decay=config.weight_decay))
 
 
-def _update(config: TrainConfig) -> Callable[[Loss, TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+def update_step(config: TrainConfig) -> Callable[[Loss, TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """One jitted optimizer step; the state is donated."""
     optimizer = _optimizer(config)
 

@@ -20,6 +20,7 @@ from jaxspec.common.files import write_json
 from jaxspec.draft import families
 from jaxspec.draft.families import FAMILIES
 from jaxspec.draft.family import Packed
+from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Drafter, Settings
 from jaxspec.train import acceptance, curves, drafts, losses, packing
@@ -96,7 +97,7 @@ def train(
         OSError: the disk is full.
     """
     work, model = begin(out, recipe, target), target.pretrained.model
-    task = task_of(recipe, target, sampling)
+    task = task_of(recipe, model.shape, sampling)
     _claim(work, recipe, model.digest, task.sampling, samples)
     shown, held = samples_lib.split(samples)
     width = recipe.length or packing.row_length(samples)
@@ -108,7 +109,7 @@ def train(
     seen = fit(
         work,
         own,
-        jax.tree_util.Partial(_Loss(task), frozen),
+        jax.tree_util.Partial(DraftLoss(task), frozen),
         lambda step: packing.batches(shown, recipe.rows, width, recipe.seed, step),
         config_of(recipe),
         progress,
@@ -128,13 +129,13 @@ def train(
     return Trained(pretrained.save(out, description, jax.device_get(seen)), logs.read(work)[-1])
 
 
-def task_of(recipe: Recipe, target: Target, sampling: Sampling) -> Task:
+def task_of(recipe: Recipe, target: transformer.Config, sampling: Sampling) -> Task:
     """What a recipe asks for with a target.
 
     Raises:
         ValueError: they do not fit.
     """
-    config = recipes.config(recipe, target.pretrained.model.shape)
+    config = recipes.config(recipe, target)
     longest = FAMILIES[recipe.family].max_length(config)
     if longest is not None and recipe.block > longest:
         raise ValueError(f"expected a block of at most {longest} for this draft, got {recipe.block}: change the recipe")
@@ -159,17 +160,18 @@ def config_of(recipe: Recipe) -> TrainConfig:
     )
 
 
-class _Loss:
+class DraftLoss:
     """The loss of a task; equal tasks are equal, so that a compiled program is used again."""
 
     def __init__(self, task: Task):
         self.task = task
 
     def __call__(self, frozen: Frozen, own: Params, batch: Packed, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See ``drafts.loss``."""
         return drafts.loss(self.task, frozen, own, batch, key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Loss) and self.task == other.task
+        return isinstance(other, DraftLoss) and self.task == other.task
 
     def __hash__(self) -> int:
         return hash(self.task)
