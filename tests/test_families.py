@@ -9,7 +9,7 @@ import pytest
 
 from jaxspec import speculate, verify
 from jaxspec.common.trees import flatten, unflatten
-from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller
+from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller, streaming
 from jaxspec.draft.families import FAMILIES, from_json, to_json
 from jaxspec.draft.family import Packed
 from jaxspec.models import transformer
@@ -39,6 +39,7 @@ CONFIGS = {
     "eagle, own head": ("eagle", eagle.Config(TARGET, (1,), 4, own_head=True, partial_head=True)),
     "medusa": ("medusa", medusa.Config(TARGET, 4)),
     "mtp": ("mtp", mtp.Config(TARGET, 4)),
+    "streaming": ("streaming", streaming.Config(TARGET, 4, layers=2, rank=6)),
 }
 
 

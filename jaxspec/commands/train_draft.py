@@ -33,8 +33,8 @@ class TrainDraft(Deployment):
     out: Path = dataclasses.field(kw_only=True)
     """The new folder of the draft."""
     recipe: str = dataclasses.field(default="distil", kw_only=True)
-    """ssd, pcg, distil, group, block, recurrent, eagle, medusa, voice (a block drafter for the built-in voice), or a .toml file
-    like those in configs/train."""
+    """ssd, pcg, distil, group, block, recurrent, eagle, medusa, streaming, voice (a block drafter for the built-in voice), or a
+    .toml file like those in configs/train."""
     texts: Path | None = None
     """A text file, one text on each line, from which the target is sampled first."""
     data: Path | None = None

@@ -30,6 +30,7 @@ from jaxspec.draft.family import (
     embedding_and_head,
     given,
     newest_of,
+    parallel_blocks,
     score,
     take,
     trained_length,
@@ -270,20 +271,10 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     def run(method: str, *arguments: Any) -> Any:
         return BlockDrafter(config).apply({"params": params}, *arguments, method=method)
 
-    (rows, anchors), size = anchor.shape, _queries(config, length)
-    position, index = transformer.positions(batch.segment), jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    seen = take(batch.segment, anchor)[:, :, None] == batch.segment[:, None]
-    seen &= index[None, None] < anchor[:, :, None]
-    if config.window:
-        seen &= index[None, None] >= anchor[:, :, None] - config.window
-    block, slot = jnp.divmod(jnp.arange(anchors * size, dtype=jnp.int32), size)
-    own = (block[:, None] == block[None]) & (config.bidirectional | (slot[None] <= slot[:, None]))  # [A*size A*size]
-    own = jnp.broadcast_to(own[None], (rows, *own.shape))
-    mask = jnp.concatenate([jnp.repeat(seen, size, axis=1), own], axis=2)
-
+    size, position = _queries(config, length), transformer.positions(batch.segment)
+    place, mask = parallel_blocks(batch, anchor, size, config.bidirectional, config.window)
     fused, contexts = run("context", features, position)
     x = run("queries", embed(config.target, params, take(batch.tokens, anchor)), before(fused, anchor, position), size)
-    place = (take(position, anchor)[:, :, None] + slot[None, None, :size]).reshape(rows, -1)
-    x = run("train", x, place, mask, contexts).reshape(rows, anchors, size, -1)
+    x = run("train", x, place, mask, contexts).reshape(*anchor.shape, size, -1)
     base = score(config.target, params, _scored(config, x, length))
     return run("markov", base, take(batch.tokens, kv.span(anchor, length)))

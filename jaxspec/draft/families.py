@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxspec.common import records
-from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller
+from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller, streaming
 from jaxspec.draft.family import Family
 from jaxspec.models.transformer import Config, RopeScaling
 
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "eagle": eagle,
     "medusa": medusa,
     "mtp": mtp,
+    "streaming": streaming,
 }
 
 

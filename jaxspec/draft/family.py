@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
+from jaxspec import cache as kv
 from jaxspec.models import transformer
 from jaxspec.types import Array, Draft, Params
 
@@ -189,3 +190,30 @@ def take(rows: Array, index: Array) -> Array:
     """rows [B T ...] at index int32 [B ...], clipped to the last position: [B ... ...]."""
     batch = jnp.arange(len(rows), dtype=jnp.int32).reshape(-1, *[1] * (index.ndim - 1))
     return rows[batch, jnp.minimum(index, rows.shape[1] - 1)]
+
+
+def parallel_blocks(batch: Packed, anchor: Array, size: int, bidirectional: bool = False, window: int = 0) -> tuple[Array, Array]:
+    """The positions of blocks that begin at anchors and run side by side, and what they see.
+
+    A block sees what comes before its anchor in the anchor's sequence, and itself; blocks do not see each other.
+
+    Args:
+        batch: sequences [B T].
+        anchor: int32 [B A].
+        size: positions of a block.
+        bidirectional: whether the positions of a block see those after them too.
+        window: how many positions before the anchor are seen; 0 for all.
+
+    Returns:
+        int32 [B A*size], and bool [B A*size T+A*size]: the rows of the batch come before the blocks.
+    """
+    (rows, anchors), index = anchor.shape, jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    seen = take(batch.segment, anchor)[:, :, None] == batch.segment[:, None]
+    seen &= index[None, None] < anchor[:, :, None]
+    if window:
+        seen &= index[None, None] >= anchor[:, :, None] - window
+    block, slot = jnp.divmod(jnp.arange(anchors * size, dtype=jnp.int32), size)
+    own = (block[:, None] == block[None]) & (bidirectional | (slot[None] <= slot[:, None]))  # [A*size A*size]
+    own = jnp.broadcast_to(own[None], (rows, *own.shape))
+    position = take(transformer.positions(batch.segment), anchor)
+    return kv.span(position, size).reshape(rows, -1), jnp.concatenate([jnp.repeat(seen, size, axis=1), own], axis=2)
