@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,12 +66,12 @@ def target_of(family, config):
     return dataclasses.replace(TARGET, feature_layers=family.feature_layers(config))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def logits(family, config, params, tokens, segment, anchor):
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+def logits(family, config, params, tokens, segment, anchor, length=K):
     """What training computes for rows of segments: [B A K V]."""
     batch, model = Packed(tokens, segment, segment > 0), transformer.Transformer(target_of(family, config))
     features = model.apply({"params": TARGET_PARAMS}, tokens, segment=segment)[1]
-    return family.logits(config, params, batch, features, anchor, K)
+    return family.logits(config, params, batch, features, anchor, length)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -143,3 +144,36 @@ def test_a_length_beyond_training_is_refused(name):
     for length in (0, config.length + 1):
         with pytest.raises(ValueError, match=f"expected a draft length from 1 to {config.length}, got {length}"):
             family.drafter(config)(length)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in TWINS])
+def test_every_parameter_of_a_drafter_matters(name):
+    family, config, params = build(name)
+    own = flatten(family.init_params(jax.random.key(2), config, TARGET_PARAMS)).keys() - {"proposed"}
+    rows, segment = np.random.default_rng(1).integers(0, V + 5, (1, 9)).astype(np.int32), np.ones((1, 9), np.int32)
+    anchor, weight = np.array([[2, 4]], np.int32), jax.random.normal(jax.random.key(4), (V,))
+
+    def value(leaves):
+        made = unflatten(flatten(params) | leaves)
+        scores = logits(family, config, made, rows, segment, anchor, family.max_length(config) or K)
+        return (jax.nn.softmax(scores) * weight[None, None, None]).sum()
+
+    gradient = jax.grad(value)({path: flatten(params)[path] for path in own})
+    assert [path for path, leaf in gradient.items() if not np.abs(leaf).max() > 1e-6] == []
+
+
+def test_streams_see_the_targets_own_keys_and_values():
+    _, config, params = build("streaming")
+    target = dataclasses.replace(TARGET, feature_layers=streaming.feature_layers(config))
+    rows = np.random.default_rng(1).integers(0, V, (2, 5)).astype(np.int32)
+    model = transformer.language_model(target)
+    _, features, cache = model.apply(TARGET_PARAMS, jnp.asarray(rows), model.init_cache(2, 5), jnp.zeros(2, jnp.int32))
+    position = jnp.tile(jnp.arange(5, dtype=jnp.int32)[None], (2, 1))
+    made = streaming._keys_values(config, params, features, position)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), made, cache[-2:])
+    # A stream whose adapters change nothing begins as the hidden state below the layers, which is the target's own.
+    plain = unflatten(
+        {path: 0 * leaf if path.split("/")[0] in ("first", "streams") else leaf for path, leaf in flatten(params).items()}
+    )
+    begun = streaming._begin(config, plain, features[..., :32], jnp.asarray(rows), 2)
+    np.testing.assert_allclose(begun, np.repeat(np.asarray(features)[:, :, None, :32], 2, axis=2), atol=1e-6)

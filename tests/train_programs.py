@@ -53,8 +53,9 @@ def devices(folder):
         other = train(folder / name, mesh=mesh, config={"accumulate": accumulate})
         if accumulate == 1:
             np.testing.assert_allclose(one["w"], other["w"], rtol=1e-5)
-    start, config = {"w": jnp.ones((3, 8192), jnp.float32)}, TrainConfig(STEPS, 1e-2)
-    whole, divided = (fit(folder / str(on), start, wide_loss, batches, config, mesh=on)["w"] for on in (None, mesh))
+    start = lambda: {"w": jnp.ones((3, 8192), jnp.float32)}  # noqa: E731
+    config = TrainConfig(STEPS, 1e-2)
+    whole, divided = (fit(folder / str(on), start(), wide_loss, batches, config, mesh=on)["w"] for on in (None, mesh))
     np.testing.assert_allclose(whole, divided, rtol=1e-4, atol=1e-6)
     assert [shard.data.shape for shard in divided.addressable_shards] == [(3, 4096)] * 2
 

@@ -71,9 +71,9 @@ class Scored(NamedTuple):
 
 
 def own_params(key: Array, task: Task, target: Params) -> Params:
-    """The initial parameters that are trained, float32; the key is consumed."""
+    """The initial parameters that are trained, float32 and no arrays of the target; the key is consumed."""
     own = FAMILIES[task.family].init_params(key, task.config, target)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), own)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), own)
 
 
 def full_params(task: Task, own: Params, target: Params) -> Params:

@@ -87,7 +87,7 @@ def fit(
 
     Args:
         directory: for checkpoints, ``log.jsonl`` and the picture; created if it does not exist.
-        params: the initial weights.
+        params: the initial weights; donated, so that there is no copy of them.
         loss: the function to minimise; arrays of a ``jax.tree_util.Partial`` are arguments of the compiled program.
         batches: batches(step) yields batches without end, starting with that of ``step``, so that a resumed run sees new ones.
         config: steps and rates.
@@ -259,8 +259,7 @@ def _restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
-    """The state before the first step."""
-    params = jax.tree.map(jnp.copy, params)  # the state is donated, the caller's weights are not
+    """The state before the first step; ``params`` become part of it."""
     return TrainState(params, jax.tree.map(jnp.copy, params), _optimizer(config).init(params), jnp.int32(0))
 
 
