@@ -49,6 +49,8 @@ def test_a_verdict_out_of_bounds_ends_its_row_and_no_other(wrong):
     clean = generate(keys, *call, honest, PROMPT, LENGTH, max_new_tokens=N)
     assert out.info.stop_reason.tolist() == [LENGTH_LIMIT, LENGTH_LIMIT, INVALID_VERDICT, LENGTH_LIMIT]
     assert int(out.length[2]) == 0
+    first_round = generate(keys, *call, rule, PROMPT, LENGTH, max_new_tokens=1)
+    assert first_round.info.stop_reason.tolist() == [LENGTH_LIMIT, LENGTH_LIMIT, INVALID_VERDICT, LENGTH_LIMIT]
     np.testing.assert_array_equal(out.tokens[np.array([0, 1, 3])], clean.tokens[np.array([0, 1, 3])])
 
 

@@ -293,7 +293,7 @@ def toy(monkeypatch):
 
 @needs_libtpu
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize(("draft", "writes"), [("1", 8), ("ngram", 4)])
+@pytest.mark.parametrize(("draft", "writes"), [pytest.param("1", 8, marks=pytest.mark.slow), ("ngram", 4)])
 def test_float32_caches_and_lookups_of_groups_in_a_toy_are_no_flaws(draft, writes):
     """XLA keeps the float32 caches as bfloat16, in which a TPU multiplies; and [3, 140] is more than 300, but no gather of V."""
     result = plan.plan(Settings("toy", "v5e:2x2", draft=draft, cells=256, prompt_length=32, dtype="float32"))
