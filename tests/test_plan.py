@@ -47,7 +47,7 @@ def no_compilation_cache():
     ],
 )
 def test_bad_input_is_refused_before_anything_is_compiled(changes, said, monkeypatch):
-    monkeypatch.setattr(plan, "_compile", lambda lowered: pytest.fail("compiled"))
+    monkeypatch.setattr(plan, "compile_for_tpu", lambda lowered: pytest.fail("compiled"))
     monkeypatch.setattr(chips, "devices", lambda topology: pytest.fail("asked for the chip"))
     with pytest.raises(ValueError, match=said):
         plan.plan(Settings(**{"model": "small", "topology": "v5e:2x2"} | changes))
