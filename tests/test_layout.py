@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -24,9 +25,9 @@ TIMED = """
 import sys, time
 start = time.process_time()
 import jax, flax
-base, loaded = time.process_time(), set(sys.modules)
+base = time.process_time()
 import jaxspec
-print(base - start, time.process_time() - base, *set(sys.modules) - loaded)
+print(base - start, time.process_time() - base)
 """
 
 
@@ -80,14 +81,14 @@ def test_the_library_never_imports_torch():
 
 
 def test_import_is_light():
-    """At most a tenth of jax and flax: the least of three runs, each its own baseline, in processor time."""
-    shares = []
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=True)
-        base, added, *modules = done.stdout.split()
-        assert not set(modules) & LATE
-        shares.append(float(added) / float(base))
-    assert min(shares) <= 0.1
+    """At most 1.1 times jax and flax: the median of three runs, each its own baseline, in processor time."""
+
+    def run(code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert not set(run("import sys, jaxspec; print(*sys.modules)")) & LATE
+    runs = [[float(seconds) for seconds in run(TIMED)] for _ in range(3)]
+    assert statistics.median((base + added) / base for base, added in runs) <= 1.1
 
 
 def test_public_names_are_sorted_and_there():

@@ -134,8 +134,12 @@ def _no_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def compile_for_tpu(lowered: Any) -> Any:
+def compile_for_tpu(lowered: Any, smaller: str = "a smaller batch or a shorter cache") -> Any:
     """Compiles a lowered program.
+
+    Args:
+        lowered: the program.
+        smaller: what would fit, for the error.
 
     Raises:
         ValueError: it does not fit, as the compiler finds.
@@ -147,9 +151,7 @@ def compile_for_tpu(lowered: Any) -> Any:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = str(error).splitlines()[0]
-        raise ValueError(
-            f"expected a smaller batch or shorter rows, got a program that does not fit, as the compiler finds ({said})"
-        ) from error
+        raise ValueError(f"expected {smaller}, got a program that does not fit, as the compiler finds ({said})") from error
 
 
 def _caches(settings: Settings, pair: Pair) -> set[tuple]:

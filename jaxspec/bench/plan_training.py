@@ -58,18 +58,17 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
         ImportError: libtpu is not installed.
     """
     recipe = recipes.read(settings.recipe)
-    pair = pair_of(Settings(settings.model, settings.topology, draft="ngram"))
+    dtype: Any = recipe.dtype or "bfloat16"
+    pair = pair_of(Settings(settings.model, settings.topology, draft="ngram", dtype=dtype))
     task = trainer.task_of(recipe, pair.target, Sampling())
     devices, chip = chips.devices(settings.topology), chips.chip_of(settings.topology).device()
     rows, length = recipe.rows, recipe.length or settings.length
-    if rows % (len(devices) * recipe.accumulate):
-        raise ValueError(
-            f"expected rows that {len(devices)} devices times {recipe.accumulate} parts divide, got {rows}: change rows in the "
-            "recipe"
-        )
+    loop.check_rows(rows, len(devices), recipe.accumulate)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     config = trainer.config_of(recipe)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), transformer.abstract_params(pair.target))
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), transformer.abstract_params(pair.target)
+    )
     own = jax.eval_shape(lambda params: drafts.own_params(jax.random.key(0), task, params), params)
     state = jax.eval_shape(lambda own: loop.init_state(own, config), own)
     loss = jax.tree_util.Partial(trainer.DraftLoss(task), Frozen(params, _membership(pair) if recipe.loss in ON_GROUPS else None))
@@ -80,7 +79,7 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
         placed(state, loop.shardings(state, mesh)),
         placed(batch, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("data")), batch)),
     )
-    compiled = compile_for_tpu(update)
+    compiled = compile_for_tpu(update, smaller="fewer or shorter rows, or more chips")
     said = compiled.memory_analysis()
     total, text = total_bytes(said), compiled.as_text()
     return {

@@ -28,12 +28,14 @@ from jaxspec.draft.family import (
     configured_reads,
     embed,
     embedding_and_head,
+    empty_caches,
     given,
     newest_of,
     parallel_blocks,
     score,
     take,
     trained_length,
+    write_each,
 )
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
@@ -233,13 +235,11 @@ def block_draft(config: Config, draft_length: int) -> Draft:
         """Fuses features [B T F], the first of which has position ``first`` [B], and writes their keys and values."""
         features = given(features)
         fused, fresh = run("context", params, features, kv.span(first, features.shape[1]))
-        return fused, tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
+        return fused, write_each(caches, fresh, first)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        dtype = jnp.dtype(config.target.dtype)
-        cells += block - draft_length
-        empty = [kv.init(len(prompt), cells, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers)]
-        fused, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
+        empty = empty_caches(shape(config), config.layers, len(prompt), cells + block - draft_length)
+        fused, caches = read(params, features, jnp.zeros_like(prompt_length), empty)
         return newest_of(fused, prompt_length - 1), caches
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:

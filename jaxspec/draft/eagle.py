@@ -24,6 +24,7 @@ from jaxspec.draft.family import (
     configured_reads,
     embed,
     embedding_and_head,
+    empty_caches,
     given,
     newest_of,
     score,
@@ -141,8 +142,7 @@ def eagle_draft(config: Config, draft_length: int) -> Draft:
     check_length(draft_length, config.length)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        c = config.target
-        cache = kv.init(len(prompt), cells, c.kv_heads, c.head_dim, jnp.dtype(c.dtype))
+        (cache,) = empty_caches(config.target, 1, len(prompt), cells)
         outputs, cache = _committed(config, params, prompt, features, jnp.zeros_like(prompt_length), cache)
         return newest_of(outputs, prompt_length - 1), cache
 

@@ -5,6 +5,7 @@ round to round. ``logits`` gives, in one pass over whole sequences, what it woul
 that training can compare all of them with the target. A test holds the two together for every family.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -184,6 +185,16 @@ def before(rows: Array, anchor: Array, position: Array) -> Array:
     """The rows [B T ...] at the positions that predicted the anchors int32 [B A]; zeros for the first token of a sequence."""
     newest = take(rows, jnp.maximum(anchor - 1, 0))
     return jnp.where(jnp.expand_dims(take(position, anchor) > 0, range(2, newest.ndim)), newest, 0)
+
+
+def empty_caches(shape: transformer.Config, layers: int, batch: int, cells: int) -> tuple[kv.KVCache, ...]:
+    """A cache for each of a drafter's layers, all of one shape."""
+    return transformer.language_model(dataclasses.replace(shape, layers=layers, feature_layers=())).init_cache(batch, cells)
+
+
+def write_each(caches: tuple[kv.KVCache, ...], fresh: tuple[kv.KVCache, ...], first: Array) -> tuple[kv.KVCache, ...]:
+    """Writes the keys and values of each layer to the cells from ``first`` int32 [B] on."""
+    return tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
 
 
 def take(rows: Array, index: Array) -> Array:

@@ -22,6 +22,7 @@ from jaxspec.draft.family import (
     before,
     check_length,
     embedding_and_head,
+    empty_caches,
     given,
     last_hidden,
     newest_of,
@@ -113,9 +114,8 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
         return _run(config, draft_length, params, features, position, mask, caches)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        c = config.target
-        empty = [kv.init(len(prompt), cells, c.kv_heads, c.head_dim, jnp.dtype(c.dtype)) for _ in range(draft_length)]
-        outputs, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
+        empty = empty_caches(config.target, draft_length, len(prompt), cells)
+        outputs, caches = read(params, features, jnp.zeros_like(prompt_length), empty)
         return newest_of(outputs, prompt_length - 1), caches
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:

@@ -25,6 +25,7 @@ from jaxspec.draft.family import (
     configured_reads,
     embed,
     embedding_and_head,
+    empty_caches,
     given,
     newest_of,
     score,
@@ -146,8 +147,7 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
         return states, (cache,) if caches else ()
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        c, dtype = config.target, jnp.dtype(config.target.dtype)
-        caches = (kv.init(len(prompt), cells, c.kv_heads, c.head_dim, dtype),) if config.attend else ()
+        caches = empty_caches(config.target, int(config.attend), len(prompt), cells)
         states, caches = begin(params, features, jnp.zeros_like(prompt_length), caches)
         return newest_of(states, prompt_length - 1), caches
 

@@ -27,6 +27,7 @@ from jaxspec.draft.family import (
     before,
     check_length,
     embed,
+    empty_caches,
     given,
     newest_of,
     parallel_blocks,
@@ -34,6 +35,7 @@ from jaxspec.draft.family import (
     take,
     target_arrays,
     trained_length,
+    write_each,
 )
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Layer, RMSNorm
@@ -116,12 +118,11 @@ def streaming_draft(config: Config, draft_length: int) -> Draft:
         features = given(features)
         fresh = _keys_values(config, params, features, kv.span(first, features.shape[1]))
         below = features[..., : config.target.width]
-        return below, tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
+        return below, write_each(caches, fresh, first)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:
-        c = config.target
-        empty = [kv.init(len(prompt), cells, c.kv_heads, c.head_dim, jnp.dtype(c.dtype)) for _ in range(config.layers)]
-        below, caches = read(params, features, jnp.zeros_like(prompt_length), tuple(empty))
+        empty = empty_caches(config.target, config.layers, len(prompt), cells)
+        below, caches = read(params, features, jnp.zeros_like(prompt_length), empty)
         return newest_of(below, prompt_length - 1), caches
 
     def propose(params: Params, keys: Array, context: Context, state: DraftState) -> tuple[Proposal, DraftState]:

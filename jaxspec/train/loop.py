@@ -231,16 +231,22 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, tree)
 
 
+def check_rows(rows: int, devices: int, accumulate: int) -> None:
+    """Raises ValueError where the rows of a batch cannot be divided over the devices, and those of each into parts."""
+    if rows % (devices * accumulate):
+        raise ValueError(
+            f"expected rows that {devices} devices times {accumulate} parts divide, got {rows}: change rows or accumulate in the "
+            "recipe"
+        )
+
+
 def _put(mesh: Mesh | None, accumulate: int) -> Callable[[Any], Any]:
     """Puts batches on the devices, their rows divided among them."""
     parts = 1 if mesh is None else mesh.shape["data"]
 
     def put(batch: Any) -> Any:
-        if any(len(leaf) % (parts * accumulate) for leaf in jax.tree.leaves(batch)) and parts * accumulate > 1:
-            raise ValueError(
-                f"expected rows that {parts} devices times {accumulate} parts divide, got {len(jax.tree.leaves(batch)[0])}: "
-                "change rows or accumulate in the recipe"
-            )
+        for leaf in jax.tree.leaves(batch) if parts * accumulate > 1 else ():
+            check_rows(len(leaf), parts, accumulate)
         return jax.device_put(batch, None if mesh is None else NamedSharding(mesh, PartitionSpec("data")))
 
     return put
