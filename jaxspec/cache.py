@@ -1,5 +1,7 @@
 """The key/value cache of one attention layer: preallocated cells, written in place, visible up to the query's position.
 
+Heads come before cells, and a key's cells are the last axis: a step then reads both as they lie, and copies neither.
+
 Invariant: cell s of a row holds position s. A query at position t sees the cells s <= t, so a cell that was written for a
 rejected token is overwritten before any query can see it, and rolling a row back means setting its length.
 """
@@ -17,45 +19,67 @@ _UNROLLED = 64  # rows; unrolling more compiles for minutes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, each [B S H_kv D_head]."""
+    """Keys [B H_kv D_head S] and values [B H_kv S D_head] of one layer, in S cells; those of a block are a cache of T cells."""
 
     key: Array
     value: Array
 
+    @property
+    def cells(self) -> int:
+        """S."""
+        return self.key.shape[-1]
+
+
+_CELLS = KVCache(3, 2)  # the axis of the cells
+
 
 def init(batch: int, cells: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
     """An empty cache."""
-    shape = (batch, cells, kv_heads, head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    empty = jnp.zeros((batch, kv_heads, head_dim, cells), dtype)
+    return KVCache(empty, empty.swapaxes(2, 3))
 
 
-def write(cache: KVCache, key: Float[Array, "B T H D"], value: Float[Array, "B T H D"], length: Int32[Array, " B"]) -> KVCache:
-    """Writes a block [B T H_kv D_head] to the cells length .. length + T - 1 of each row, ``length`` int32 [B].
+def of_block(key: Float[Array, "B T H D"], value: Float[Array, "B T H D"]) -> KVCache:
+    """The keys and values [B T H_kv D_head] of a block, as a cache of T cells."""
+    return KVCache(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
+
+
+def join(first: KVCache, then: KVCache) -> KVCache:
+    """The cells of one cache and those of another after them."""
+    return jax.tree.map(lambda axis, *pair: jnp.concatenate(pair, axis), _CELLS, first, then)
+
+
+def write(cache: KVCache, block: KVCache, length: Int32[Array, " B"]) -> KVCache:
+    """Writes a block of T cells to the cells length .. length + T - 1 of each row, ``length`` int32 [B].
 
     Like ``dynamic_update_slice``, a block that would pass the last cell is moved back: callers keep K + 1 cells of slack.
     """
-    blocks = KVCache(key.astype(cache.key.dtype), value.astype(cache.value.dtype))
-    return jax.lax.platform_dependent(cache, blocks, length, tpu=_row_by_row, default=_at_once)
+    block = jax.tree.map(lambda new, cells: new.astype(cells.dtype), block, cache)
+    return jax.lax.platform_dependent(cache, block, length, tpu=_row_by_row, default=_at_once)
 
 
-def _at_once(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
+def _at_once(cache: KVCache, block: KVCache, length: Array) -> KVCache:
     """One scatter, which a GPU runs in place as one kernel."""
-    put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    return jax.tree.map(lambda cells, block: put(cells, block, length), cache, blocks)
+
+    def put(axis: int, cells: Array, new: Array) -> Array:
+        return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))(cells, new, length)
+
+    return jax.tree.map(put, _CELLS, cache, block)
 
 
-def _row_by_row(cache: KVCache, blocks: KVCache, length: Array) -> KVCache:
+def _row_by_row(cache: KVCache, block: KVCache, length: Array) -> KVCache:
     """One write after another: XLA for TPU turns a scatter into a slow loop over a layout of twice the size."""
 
-    def put(cells: Array, block: Array) -> Array:
+    def put(axis: int, cells: Array, new: Array) -> Array:
         def row(i: Array, cells: Array) -> Array:
-            one = jax.lax.dynamic_slice_in_dim(block, i, 1)
-            return jax.lax.dynamic_update_slice(cells, one, (i.astype(jnp.int32), length[i], jnp.int32(0), jnp.int32(0)))
+            start = [i.astype(jnp.int32), *[jnp.int32(0)] * 3]
+            start[axis] = length[i]
+            return jax.lax.dynamic_update_slice(cells, jax.lax.dynamic_slice_in_dim(new, i, 1), start)
 
         batch = len(length)
         return jax.lax.fori_loop(0, batch, row, cells, unroll=min(batch, _UNROLLED))
 
-    return jax.tree.map(put, cache, blocks)
+    return jax.tree.map(put, _CELLS, cache, block)
 
 
 def span(first: Int32[Array, "*rows"], count: int) -> Int32[Array, "*rows {count}"]:

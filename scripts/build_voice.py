@@ -1,12 +1,13 @@
 """Builds the built-in voice from nothing: python scripts/build_voice.py STAGE [--config FILE] [--work DIR].
 
 Stages, in order; each resumes from what it finds in DIR: corpus (recordings by flite), codec, encode (recordings to codes),
-decoder (the codec's decoder, trained further), target, sample (codes sampled from the target), draft (distilled from the target),
-pack (writes jaxspec/voice/builtin.safetensors).
+decoder (the codec's decoder, trained further), target, pack (writes jaxspec/voice/builtin.safetensors), draft (trained on samples
+of that file, and added to it). Without the stages codec and decoder, the codec is that of the file.
 """
 
 import argparse
 import dataclasses
+import itertools
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxspec.checkpoint import store
 from jaxspec.codec import builtin as codecs
 from jaxspec.models import builtin as voice
 from jaxspec.models import transformer
-from jaxspec.sampling import Sampling
+from jaxspec.synthesis.contract import Settings
+from jaxspec.train import recipe as recipes
+from jaxspec.train import speech, trainer
 from jaxspec.train.loop import TrainConfig, fit, load_ema
-from jaxspec.train.voice import codec, corpus, distil, language_model
+from jaxspec.train.voice import codec, corpus, language_model
 
 CODEC = codecs.Config(len(voice.VOICES), voice.LEVELS)
 FRAME_S = CODEC.samples_per_code / CODEC.sample_rate_hz
@@ -32,33 +36,35 @@ def train_config(settings: dict[str, Any]) -> TrainConfig:
 
 
 def model_config(settings: dict[str, Any]) -> transformer.Config:
-    """The transformer's shape among a stage's settings."""
+    """The target's shape among its settings."""
     names = ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
     tables = (voice.VOCAB, voice.PROMPT_ROWS)
     return transformer.Config(tables, voice.VOCAB, **{name: settings[name] for name in names}, qk_norm=True)
 
 
-def composed(name: str, config: dict[str, Any], work: Path) -> Any:
-    """The trained weights of the target or the draft, with composed code tables."""
-    start = language_model.init_params(jax.random.key(0), model_config(config[name]))
-    return language_model.compose(load_ema(work / name, start), language_model.digit_features())
+def target_params(config: dict[str, Any], work: Path) -> Any:
+    """The trained weights of the target, with composed code tables."""
+    start = language_model.init_params(jax.random.key(0), model_config(config["target"]))
+    return language_model.compose(load_ema(work / "target", start), language_model.digit_features())
 
 
 def trained_codec(work: Path) -> Any:
-    """The trained weights of the codec."""
+    """The trained weights of the codec: those that come with the package where the stage codec was left out."""
+    if not (work / "codec").exists():
+        return voice.load().codec_params
     return load_ema(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
 
 
 def final_codec(work: Path) -> Any:
-    """The same with the decoder of the stage decoder."""
+    """The same with the decoder of the stage decoder, unless it was left out."""
     params = trained_codec(work)
-    return {**params, "decoder": load_ema(work / "decoder", params["decoder"])}
+    return {**params, "decoder": load_ema(work / "decoder", params["decoder"])} if (work / "decoder").exists() else params
 
 
 def run_corpus(config: dict[str, Any], work: Path) -> None:
     """Records the corpus with flite."""
     settings = config["corpus"]
-    for hours in corpus.build(work / "corpus", settings["voices"], settings["hours"], settings["seed"]):
+    for hours in corpus.build(work / "corpus", **settings, max_symbols=voice.MAX_SYMBOLS):
         print(f"{hours:.2f} of {settings['hours']} h", flush=True)
 
 
@@ -108,43 +114,29 @@ def run_target(config: dict[str, Any], work: Path) -> None:
     )
 
 
-def run_sample(config: dict[str, Any], work: Path) -> None:
-    """Samples codes from the target, for the draft to be trained on."""
-    settings, params = config["sample"], composed("target", config, work)
-    sampling = Sampling(temperature=settings["temperature"], top_p=settings["top_p"])
-    lines = distil.sample_shards(
-        work / "samples", model_config(config["target"]), params, sampling, settings["utterances"], settings["seed"]
-    )
-    for line in lines:
-        print(line, flush=True)
-
-
-def run_draft(config: dict[str, Any], work: Path) -> None:
-    """Trains the draft on the target's distributions."""
-    settings, temperature = config["draft"], config["sample"]["temperature"]
-    start = language_model.init_params(jax.random.key(1), model_config(settings))
-    loss = distil.loss(
-        model_config(settings),
-        model_config(config["target"]),
-        composed("target", config, work),
-        temperature,
-        tuple(settings["guided_layers"]),
-    )
-    reading, folders = language_model.Reading(), [work / "codes", work / "samples"]
-    fit(work / "draft", start, loss, lambda step: language_model.batches(folders, reading, FRAME_S, step), train_config(settings))
-
-
 def run_pack(config: dict[str, Any], work: Path) -> None:
-    """Writes the file that comes with the package."""
+    """Writes the file that comes with the package, without a draft."""
     trained = np.zeros(voice.VOCAB, np.uint8)
     for path in (work / "codes").glob("*.npz"):
         for recording in corpus.read_shard(path):
             trained[recording.signal] = 1
-    shapes = model_config(config["target"]), model_config(config["draft"]), CODEC
-    params = composed("target", config, work), composed("draft", config, work), final_codec(work)
     voice.BUILTIN.parent.mkdir(exist_ok=True)
-    voice.save(voice.BUILTIN, voice.Voice(*shapes, *params, trained))
+    target = model_config(config["target"])
+    voice.save(voice.BUILTIN, voice.Voice(target, CODEC, target_params(config, work), final_codec(work), trained))
     print(f"{voice.BUILTIN}: {voice.BUILTIN.stat().st_size / 1e6:.1f} MB, {trained.mean():.1%} of the codes occur in the corpus")
+
+
+def run_draft(config: dict[str, Any], work: Path) -> None:
+    """Samples the packed voice, trains its draft on the samples, and packs it too."""
+    settings, target, out = config["draft"], speech.load_target("builtin"), work / "draft"
+    texts = tuple(itertools.islice(corpus.texts(settings["seed"], settings["prose_share"], voice.MAX_SYMBOLS), settings["texts"]))
+    what = speech.Speech(texts, Settings(seed=settings["seed"]), voice.VOICES, target.synthesizer.max_batch)
+    recipe = recipes.read(settings["recipe"])
+    samples = trainer.begin(out, recipe, target) / "samples"
+    speech.sample(samples, what, target, lambda done, total: print(f"{done} of {total} texts sampled", flush=True))
+    trained = trainer.train(out, recipe, target, speech.read(samples, target), target.sampling)
+    own = store.read_params(out, "float32")
+    voice.save(voice.BUILTIN, voice.load()._replace(draft=dataclasses.asdict(trained.description), draft_params=own))
 
 
 STAGES = {
@@ -153,9 +145,8 @@ STAGES = {
     "encode": run_encode,
     "decoder": run_decoder,
     "target": run_target,
-    "sample": run_sample,
-    "draft": run_draft,
     "pack": run_pack,
+    "draft": run_draft,
 }
 
 

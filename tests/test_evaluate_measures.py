@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from jaxspec.evaluate.recognize import error_rates, plain, transcribe
+from jaxspec.evaluate.recognize import PACKAGES, error_rates, plain, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
+from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.pipeline import speak
 
 
 def buzz(pitch_hz, seconds=1.5, seed=0):
@@ -63,14 +65,18 @@ def test_error_rates_refuse_hypotheses_that_are_no_multiple_of_the_references(re
         error_rates(references, hypotheses)
 
 
-def test_silence_has_an_empty_transcript():
-    assert transcribe([np.zeros(16_000, np.float32), np.zeros(0, np.float32)]) == ["", ""]
-    assert transcribe([]) == []
+@pytest.mark.parametrize("recognizer", PACKAGES)
+def test_silence_has_an_empty_transcript(recognizer):
+    pytest.importorskip(PACKAGES[recognizer])
+    assert transcribe([np.zeros(16_000, np.float32), np.zeros(0, np.float32)], recognizer) == ["", ""]
+    assert transcribe([], recognizer) == []
 
 
-def test_transcripts_keep_the_order_and_are_independent_of_the_level():
+@pytest.mark.parametrize("recognizer", PACKAGES)
+def test_transcripts_keep_the_order_and_are_independent_of_the_level(recognizer):
+    pytest.importorskip(PACKAGES[recognizer])
     waves = [buzz(120, 0.5), np.zeros(1600, np.float32), 0.1 * buzz(120, 0.5), buzz(200, 0.05)]
-    texts = transcribe(waves, processes=2)
+    texts = transcribe(waves, recognizer, processes=2)
     assert len(texts) == 4
     assert texts[1] == ""
     assert texts[0] == texts[2]
@@ -78,15 +84,27 @@ def test_transcripts_keep_the_order_and_are_independent_of_the_level():
 
 def test_transcribe_refuses_nan():
     with pytest.raises(ValueError, match="finite samples"):
-        transcribe([np.array([0.0, np.nan], np.float32)])
+        transcribe([np.array([0.0, np.nan], np.float32)], "pocketsphinx")
 
 
-def test_the_recogniser_process_does_not_import_jax():
+@pytest.mark.parametrize("recognizer", PACKAGES)
+def test_the_recogniser_process_imports_neither_jax_nor_the_other(recognizer):
+    pytest.importorskip(PACKAGES[recognizer])
     from jaxspec.evaluate import listen
 
-    code = f"import sys, runpy; sys.stdin = open('/dev/null'); runpy.run_path({listen.__file__!r}, run_name='__main__')"
-    code += "; assert 'pocketsphinx' in sys.modules and not {'jax', 'jaxspec'} & set(sys.modules)"
+    (other,) = PACKAGES.keys() - {recognizer}
+    code = f"import sys, runpy; sys.stdin, sys.argv[1:] = open('/dev/null'), [{recognizer!r}]"
+    code += f"; runpy.run_path({listen.__file__!r}, run_name='__main__'); found = set(sys.modules)"
+    code += f"; assert {PACKAGES[recognizer]!r} in found and not {{'jax', 'jaxspec', {PACKAGES[other]!r}}} & found"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("recognizer", PACKAGES)
+def test_speech_is_recognised(recognizer):
+    pytest.importorskip(PACKAGES[recognizer])
+    sentence = "The old man lost the key of the house."
+    result = speak([sentence], Settings(verify="autoregressive"))
+    assert error_rates([sentence], transcribe([result.utterances[0].wave], recognizer)).wer < 0.4
 
 
 def test_embeddings_are_independent_of_the_level():

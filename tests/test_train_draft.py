@@ -1,5 +1,6 @@
 """The training loop's promises, and `jaxspec train-draft` end to end: on a converted model and on the built-in voice."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ from commands import own_cache, run
 from folders import folder
 
 from jaxspec.checkpoint import pretrained
+from jaxspec.draft import block
 from jaxspec.models import transformer
-from jaxspec.train import drafts, log, loop, losses, packing, speech, trainer
+from jaxspec.train import drafts, features, log, loop, losses, packing, speech, trainer
 from jaxspec.train import recipe as recipes
 from jaxspec.train import samples as samples_lib
 from jaxspec.train.drafts import Frozen, Task
@@ -185,6 +187,20 @@ def test_anchors_precede_emitted_tokens(target_and_batch):
     assert (np.asarray(drafts.choose(batch, 0, jax.random.key(0))[1]).sum(1) == everywhere).all()
 
 
+def test_the_features_of_a_cache_are_those_of_the_pass(target_and_batch, tmp_path):
+    (target, _), samples, _ = target_and_batch
+    reader = block.Config(SHAPE, (0, 4), 2, 1, 8, 2, 1, 8, 24, own_head=True)
+    some = dataclasses.replace(task(), family="block", config=reader)
+    kept = features.cached(tmp_path, some, target, samples, 2, 16)
+    assert kept.features.shape == (len(samples.tokens), 3 * SHAPE.width)
+    assert features.cached(tmp_path, some, {}, samples, 2, 16).features.tolist() == kept.features.tolist()  # read from the file
+    for known, fresh in zip(*(packing.held_out(one, 2, 32) for one in (kept, samples)), strict=True):
+        found, wanted = (drafts.score(some, target, jax.device_put(batch)) for batch in (known, fresh))
+        real = np.asarray(fresh.segment > 0)[:, :, None]
+        for ours, theirs in ((found.features, wanted.features), (found.hidden, wanted.hidden)):
+            np.testing.assert_allclose(ours * real, theirs * real, rtol=2e-3, atol=2e-3)
+
+
 # --- The command ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +268,20 @@ def test_a_training_that_is_killed_resumes_to_the_last_digit(folder, trained, ti
     assert rows(trainer.work_folder(again)) == rows(work)
     digests = [json.loads((path / "jaxspec.json").read_text())["digest"] for path in (out, again)]
     assert digests[0] == digests[1]
+
+
+def test_hidden_states_that_were_computed_before_train_the_same_draft(folder, trained, tiny, tmp_path):
+    out, _, _ = trained
+    work, again = trainer.work_folder(out), tmp_path / "again"
+    trainer.work_folder(again).mkdir()
+    shutil.copy(work / "costs.json", trainer.work_folder(again))
+    argv = ["--data", work / "samples", "--recipe", tiny, "--out", again, "--temperature", "1", "--cache-features"]
+    code, _, err = run("train-draft", folder("target"), *argv)
+    assert code == 0, err
+    assert "hidden states of" in err
+    for cached, row in zip(rows(trainer.work_folder(again)), rows(work), strict=True):
+        assert cached["loss"] == pytest.approx(row["loss"], abs=2e-3)
+        assert cached["acceptance_exact"] == pytest.approx(row["acceptance_exact"], abs=2e-3)
 
 
 def test_a_work_folder_belongs_to_one_training(folder, trained, tiny, tmp_path):

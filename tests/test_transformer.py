@@ -131,9 +131,9 @@ def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
     said = autoregressive(jax.random.key(0), once, params, prompt, length, **GREEDY)
     asked = []
 
-    def as_a_tpu(*arguments, tpu, default):
+    def as_a_tpu(*arguments, default, tpu=None, cpu=None):
         asked.append(default.__name__)
-        return tpu(*arguments)
+        return (tpu or default)(*arguments)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", as_a_tpu)
     twice = language_model.__wrapped__(config)
@@ -143,15 +143,14 @@ def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
         fast = generate(jax.random.key(0), twice, params, own, params, verify.exact(), prompt, length, **GREEDY)
         assert fast.tokens.tolist() == said.tokens.tolist()
         assert fast.info.rounds.tolist() == [-(-64 // (K + 1))]
-    assert {"once", "_at_once"} <= set(asked)
+    assert {"once", "_at_once", "product"} <= set(asked)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 67])
 def test_a_cache_written_row_by_row_is_the_cache_written_at_once(rows):
     """To the last cell and beyond it, where a block is moved back; 67 rows are more than one turn of the loop unrolls."""
     keys = jax.random.split(jax.random.key(0), 3)
-    cache = kv.KVCache(*jax.random.normal(keys[0], (2, rows, 9, 2, 4)))
-    blocks = kv.KVCache(*jax.random.normal(keys[1], (2, rows, 3, 2, 4)))
+    cache, blocks = (kv.of_block(*jax.random.normal(key, (2, rows, T, 2, 4))) for key, T in zip(keys, (9, 3), strict=False))
     length = jax.random.randint(keys[2], (rows,), 0, 9)
     for ours, theirs in zip(kv._row_by_row(cache, blocks, length), kv._at_once(cache, blocks, length), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -16,7 +16,7 @@ from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription, 
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec import snac, xcodec2
 from jaxspec.common import records
-from jaxspec.common.trees import flatten
+from jaxspec.common.trees import flatten, unflatten
 from jaxspec.draft import families, model_draft
 from jaxspec.draft.families import FAMILIES
 from jaxspec.models import card, transformer
@@ -195,17 +195,38 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
             f"expected the target {description.target} for the draft {folder}, got {target.model.digest} in {target.folder}: "
             "give the target that the draft was trained for"
         )
+    drafter = build_draft(description, None, dtype, folder)  # a wrong description is refused before the arrays are read
+    everywhere = placement.sharding() if placement else None
+    return drafter._replace(params=store.read_params(folder, dtype, everywhere, _arrays_of(target, description.shared, folder)))
+
+
+def build_draft(description: DraftDescription, params: Params, dtype: str, source: Path) -> PretrainedDraft:
+    """The draft of a description.
+
+    Args:
+        description: of the draft.
+        params: all its parameters, see ``with_shared``.
+        dtype: the target's, to compute in.
+        source: where it comes from.
+
+    Raises:
+        ValueError: the description is not that of a draft of this version.
+    """
     try:
         config = families.from_json(description.family, description.settings, dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"expected a draft of {', '.join(FAMILIES)} in {folder}, got {description.family!r} with {error}: save it again"
+            f"expected a draft of {', '.join(FAMILIES)} in {source}, got {description.family!r} with {error}: save it again"
         ) from error
-    everywhere = placement.sharding() if placement else None
-    params = store.read_params(folder, dtype, everywhere, _arrays_of(target, description.shared, folder))
     family = FAMILIES[description.family]
     drafter, layers, longest = family.drafter(config), family.feature_layers(config), family.max_length(config)
-    return PretrainedDraft(functools.cache(drafter), params, folder, layers, longest, descriptions.tuned_of(description, folder))
+    return PretrainedDraft(functools.cache(drafter), params, source, layers, longest, descriptions.tuned_of(description, source))
+
+
+def with_shared(own: Params, shared: Mapping[str, str], target_params: Params) -> Params:
+    """A draft's own parameters, and those that are arrays of the target, {path in the draft: path in the target}."""
+    theirs = flatten(target_params)
+    return unflatten({**flatten(own), **{path: theirs[name] for path, name in shared.items()}})
 
 
 def _arrays_of(target: Pretrained, shared: Mapping[str, str], folder: Path) -> dict[str, jax.Array]:

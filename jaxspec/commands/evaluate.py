@@ -29,7 +29,7 @@ class Evaluate(Plan):
             RuntimeError: flite or a package is missing.
             ValueError: the folder cannot be written to.
         """
-        requirements.check()
+        requirements.check(self.recognizer)
         make_folder(self.out_dir)
         check_writable(self.out_dir / "evaluation.json")
         result = compare_with_progress(self)

@@ -1,6 +1,7 @@
 """The command `train-draft`: a draft for any target, from texts alone or from samples."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class TrainDraft(Deployment):
     """A text file, one text on each line, from which the target is sampled first."""
     data: Path | None = None
     """A folder of `jaxspec sample`, or of codes with texts, in place of --texts."""
+    cache_features: bool = False
+    """Compute the target's hidden states once, and keep them in DRAFT.training, in place of a pass in each step."""
     steps: int | None = None
     """Optimizer steps; by default the recipe's."""
     json: bool = False
@@ -53,7 +56,8 @@ class TrainDraft(Deployment):
             raise ValueError("expected either --texts or --data, got both or neither: give one of them")
         target = speech.load_target(self.target, recipe.dtype or None)
         samples, sampling = self._samples(recipe, target)
-        trained = trainer.train(self.out, recipe, target, samples, sampling, lambda line: print(line, file=sys.stderr))
+        progress = functools.partial(print, file=sys.stderr)
+        trained = trainer.train(self.out, recipe, target, samples, sampling, progress, self.cache_features)
         report(card(trained, self.out), figures(trained, self.out), self.json)
 
     def _samples(self, recipe: recipes.Recipe, target: Target) -> tuple[Samples, Sampling]:

@@ -249,7 +249,7 @@ def block_draft(config: Config, draft_length: int) -> Draft:
         newest = newest_of(fused, context.num_fresh, newest)
         embedded = embed(config.target, params, context.last[:, None])
         x = run("queries", params, embedded, newest[:, None], block)
-        cells = caches[0].key.shape[1]
+        cells = caches[0].cells
         mask = kv.visible(last + block - 1, 1, cells) if config.bidirectional else kv.visible(last, block, cells)
         if config.window:
             mask &= jnp.arange(cells, dtype=jnp.int32)[None, None] >= (last - config.window)[:, None, None]

@@ -161,7 +161,7 @@ def eagle_draft(config: Config, draft_length: int) -> Draft:
             hidden, previous, tokens, *cells = carry
             at, cache = context.length - 2 + i, kv.KVCache(*cells)
             following = embed(config.target, params, previous[:, None])
-            entry = (hidden[:, None], following, at[:, None], kv.visible(at, 1, cache.key.shape[1]), cache)
+            entry = (hidden[:, None], following, at[:, None], kv.visible(at, 1, cache.cells), cache)
             output, cache = _run(config, "layer", params, *entry)
             token, probs, tokens = sample(output[:, 0], tokens, i)
             return (output[:, 0], token, tokens, *cache), (token, probs)
@@ -184,7 +184,7 @@ def _committed(
     T = features.shape[1]
     position = kv.span(first, T)
     following = embed(config.target, params, take(tokens, position + 1))
-    mask = kv.visible(first, T, cache.key.shape[1])
+    mask = kv.visible(first, T, cache.cells)
     outputs: tuple[Array, kv.KVCache] = _run(
         config, "layer", params, _run(config, "project", params, features), following, position, mask, cache
     )
@@ -207,7 +207,7 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
         mask = jnp.concatenate([mask, jnp.broadcast_to(own, (len(anchor), *own.shape[1:]))], axis=2)
         at = take(position, anchor) - 1 + k
         hidden, fresh = _run(config, "layer", params, hidden, take(embedded, anchor + k), at, mask, None, seen)
-        seen = kv.KVCache(*(jnp.concatenate(pair, axis=1) for pair in zip(seen, fresh, strict=True)))
+        seen = kv.join(seen, fresh)
         scores.append(_score(config, params, hidden))
     return jnp.stack(scores, axis=2)
 

@@ -25,11 +25,13 @@ class Packed(NamedTuple):
         tokens: int32 [B T].
         segment: int32 [B T], the same number for the tokens of one sequence, others for its neighbours; 0 is padding.
         emitted: bool [B T], the tokens that the target emitted; prompt and padding are not.
+        hidden: the target's hidden states [B T F] where they were computed before, see ``train.features``.
     """
 
     tokens: Array
     segment: Array
     emitted: Array
+    hidden: Array | None = None
 
 
 class Family(Protocol):
@@ -194,7 +196,7 @@ def empty_caches(shape: transformer.Config, layers: int, batch: int, cells: int)
 
 def write_each(caches: tuple[kv.KVCache, ...], fresh: tuple[kv.KVCache, ...], first: Array) -> tuple[kv.KVCache, ...]:
     """Writes the keys and values of each layer to the cells from ``first`` int32 [B] on."""
-    return tuple(kv.write(cache, new.key, new.value, first) for cache, new in zip(caches, fresh, strict=True))
+    return tuple(kv.write(cache, new, first) for cache, new in zip(caches, fresh, strict=True))
 
 
 def take(rows: Array, index: Array) -> Array:

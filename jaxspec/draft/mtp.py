@@ -110,7 +110,7 @@ def mtp_draft(config: Config, draft_length: int) -> Draft:
         features = given(features)
         T = features.shape[1]
         position = kv.span(first, T)
-        mask = kv.visible(first, T, caches[0].key.shape[1])
+        mask = kv.visible(first, T, caches[0].cells)
         return _run(config, draft_length, params, features, position, mask, caches)
 
     def init(params: Params, prompt: Array, prompt_length: Array, cells: int, features: Array | None) -> DraftState:

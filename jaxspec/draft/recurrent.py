@@ -142,7 +142,7 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
         features = given(features)
         T = features.shape[1]
         position = kv.span(first, T)
-        mask = kv.visible(first, T, caches[0].key.shape[1]) if caches else jnp.zeros((1, 1, 1), bool)
+        mask = kv.visible(first, T, caches[0].cells) if caches else jnp.zeros((1, 1, 1), bool)
         states, cache = _run(config, "start", params, features, position, mask, caches[0] if caches else None)
         return states, (cache,) if caches else ()
 

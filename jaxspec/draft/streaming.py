@@ -131,7 +131,7 @@ def streaming_draft(config: Config, draft_length: int) -> Draft:
         below, caches = read(params, context.features, last - context.num_fresh, caches)
         newest = newest_of(below, context.num_fresh, newest)
         x = _begin(config, params, newest[:, None], context.last[:, None], draft_length)[:, 0]
-        mask = kv.visible(last, draft_length, caches[0].key.shape[1])
+        mask = kv.visible(last, draft_length, caches[0].cells)
         x, caches = _run(config, params, x, kv.span(last, draft_length), mask, caches, (None,) * config.layers)
         return draw_each(keys, context, score(config.target, params, x)), (newest, caches)
 

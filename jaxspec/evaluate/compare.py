@@ -14,15 +14,13 @@ from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
 from jaxspec.evaluate import requirements
 from jaxspec.evaluate.measures import Advance, References, Waves, measure, record_references, voice_of
-from jaxspec.evaluate.plan import BUILTIN_DRAFT, DRAFT_ALONE, Plan
+from jaxspec.evaluate.plan import BUILTIN_DRAFT, Plan
 from jaxspec.models import builtin as voices
-from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, VOICES, Voice
 from jaxspec.synthesis.contract import Settings, Synthesizer, target_of
 from jaxspec.synthesis.decoding import PLAIN, Decoding, resolve
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak
-from jaxspec.text.held_out import held_out
 from jaxspec.train.voice.corpus import SAMPLE_RATE_HZ
 
 TIMED_SENTENCES = 16  # synthesised one at a time by each candidate, after one to warm up
@@ -46,21 +44,22 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         progress: called as utterances are timed, synthesised and recognised.
 
     Returns:
-        {"rows": one dict a row, see ``measures.measure``, "sentences", "seeds", "draft", "jax", "python", "device"}. Rows of a
-        verifier also have "acceptance_rate", "tokens_per_round" and "exact_match_rate". Rows of the models have "speed_up": codes
-        a second, relative to the row "autoregressive".
+        {"rows": one dict a row, see ``measures.measure``, "texts", "sentences", "seeds", "draft", "recognizer", "jax", "python",
+        "device"}. Rows of a verifier also have "acceptance_rate", "tokens_per_round" and "exact_match_rate". Rows of the models
+        have "speed_up": codes a second, relative to the row "autoregressive". Swapped rows have "group_size", the mean of all
+        groups, and "swapped", the fraction of codes that changed.
 
     Raises:
         RuntimeError: flite or a package of the extra ``eval`` is missing; raised before any work.
         ValueError: the folder of the draft holds none, or one of another target; raised before any work.
     """
-    requirements.check()
+    requirements.check(plan.recognizer)
     base = load(draft=None if plan.draft == BUILTIN_DRAFT else plan.draft)
-    sentences, voice = held_out()[: plan.sentences], voices.load()
+    sentences, voice = plan.chosen(), voices.load()
     candidates = _candidates(plan, base, voice)
     advance = _counter(plan, len(candidates), progress)
     speed_ups = _speed_ups(candidates, sentences, advance)  # first, before the recogniser and the encoder take memory
-    references = record_references(sentences, advance)
+    references = record_references(sentences, plan.recognizer, advance)
     rows = [measure("recordings", references.recordings, references, advance)]
     rows.append(measure("codec reconstruction", _reconstructions(references.recordings, voice, advance), references, advance))
     for name, candidate in candidates.items():
@@ -68,14 +67,15 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         rows.append(row | {"speed_up": speed_ups[name]})
         if name == PLAIN:
             rows += _swapped_rows(plan, base, utterances, references, advance)
+    asked = {"texts": plan.texts, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft}
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    return {"rows": rows, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft, **versions}
+    return {"rows": rows, **asked, "recognizer": plan.recognizer, **versions}
 
 
 def _counter(plan: Plan, candidates: int, progress: Progress) -> Advance:
     """Adds up the utterances done. Each one counts once when it is timed or made, and once when it is measured."""
     made = 2 + len(plan.thresholds) + candidates * plan.seeds
-    done, total = 0, candidates * (1 + TIMED_SENTENCES) + 2 * made * plan.sentences
+    done, total = 0, candidates * (1 + TIMED_SENTENCES) + 2 * made * len(plan.chosen())
 
     def advance(what: str, count: int) -> None:
         nonlocal done
@@ -89,10 +89,6 @@ def _candidates(plan: Plan, base: Synthesizer, voice: Voice) -> dict[str, Candid
     candidates = {name: Candidate(settings, base, resolve(base, settings)) for name, settings in plan.settings().items()}
     without = base._replace(target=target_of(voice.target, None))  # the plain loop needs no features
     candidates[PLAIN] = candidates[PLAIN]._replace(synthesizer=without)
-    if DRAFT_ALONE in candidates:
-        draft = transformer.language_model(voice.draft), jax.device_put(voice.draft_params)
-        alone = base._replace(target=draft[0], target_params=draft[1])
-        candidates[DRAFT_ALONE] = candidates[DRAFT_ALONE]._replace(synthesizer=alone)
     return candidates
 
 
@@ -171,11 +167,14 @@ def _swapped_rows(
     rows = []
     for threshold in plan.thresholds:
         name, members, waves = f"swapped in group {threshold:g}", base.groups(threshold, plan.matrix), []
+        swapped = total = 0
         for index, utterance in enumerate(utterances):
             count = len(utterance.codes)
             padded = jnp.asarray(np.pad(utterance.codes, (0, -count % MAX_CODES)))  # few lengths, so that few are compiled
             codes = np.asarray(groups.swap(jax.random.key(index), members, padded))[:count]
+            swapped, total = swapped + int((codes != utterance.codes).sum()), total + count
             waves += base.decode([codes], Settings(voice=voice_of(index)))
             advance(name, 1)
-        rows.append(measure(name, waves, references, advance))
+        sizes = {"group_size": float(np.asarray(members.sizes).mean()), "swapped": swapped / total}
+        rows.append(measure(name, waves, references, advance) | sizes)
     return rows

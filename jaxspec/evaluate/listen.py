@@ -1,32 +1,62 @@
 """The recogniser's process: reads 16-bit 16 kHz waves from standard input and prints one line of text for each.
 
-Each wave follows its length in bytes (uint32, little-endian). Run as ``python -P listen.py``, it imports pocketsphinx only.
+Each wave follows its length in bytes (uint32, little-endian). ``python -P listen.py RECOGNIZER`` imports that recogniser only.
 """
 
 import struct
 import sys
+import tempfile
+import wave
+from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
-SETTINGS = {"samprate": 16_000, "loglevel": "FATAL", "fwdflat": False}
+SAMPLE_RATE_HZ = 16_000
 
 
-def listen(source: BinaryIO) -> None:
-    """Prints the transcript of each wave until the source ends; an empty line where no word is recognised.
+def pocketsphinx() -> Callable[[bytes], str]:
+    """The recogniser of the CMU: samples to words; '' where none is recognised."""
+    from pocketsphinx import Decoder
+
+    decoder = Decoder(samprate=SAMPLE_RATE_HZ, loglevel="FATAL", fwdflat=False)
+
+    def transcribe(samples: bytes) -> str:
+        decoder.start_utt()
+        decoder.process_raw(samples, full_utt=True)
+        decoder.end_utt()
+        best = decoder.hyp()
+        return best.hypstr if best else ""
+
+    return transcribe
+
+
+def moonshine() -> Callable[[bytes], str]:
+    """Moonshine base-en, which comes with its package: samples to text."""
+    from moonshine_cpp import MoonshineModel
+
+    model, folder = MoonshineModel(), tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "wave.wav"
+
+    def transcribe(samples: bytes, folder: tempfile.TemporaryDirectory = folder) -> str:
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE_HZ, len(samples) // 2, "NONE", ""))
+            file.writeframes(samples)
+        return str(model.transcribe_wav(str(path)))
+
+    return transcribe
+
+
+def listen(source: BinaryIO, transcribe: Callable[[bytes], str]) -> None:
+    """Prints the transcript of each wave in a line until the source ends.
 
     Args:
         source: (length in bytes, samples) pairs, one for each wave.
+        transcribe: samples to text.
     """
-    from pocketsphinx import Decoder
-
-    decoder = Decoder(**SETTINGS)
     while header := source.read(4):
         (size,) = struct.unpack("<I", header)
-        decoder.start_utt()
-        decoder.process_raw(source.read(size), full_utt=True)
-        decoder.end_utt()
-        best = decoder.hyp()
-        print(best.hypstr if best else "", flush=True)
+        print(" ".join(transcribe(source.read(size)).split()), flush=True)
 
 
 if __name__ == "__main__":
-    listen(sys.stdin.buffer)
+    listen(sys.stdin.buffer, {"pocketsphinx": pocketsphinx, "moonshine": moonshine}[sys.argv[1]]())

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.evaluate.recognize import error_rates, transcribe
+from jaxspec.evaluate.recognize import Recognizer, error_rates, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
 from jaxspec.models.builtin import VOICES
 from jaxspec.text import symbols
@@ -16,11 +16,12 @@ Advance = Callable[[str, int], None]  # (what was done, for how many utterances)
 
 
 class References(NamedTuple):
-    """What each row is measured against; sentence i is in voice i modulo the number of voices."""
+    """What each row is measured against, and by which recogniser; sentence i is in voice i modulo the number of voices."""
 
     sentences: Sequence[str]
     recordings: Waves
     speaker_centroids: dict[str, np.ndarray]  # voice -> the mean embedding of its recordings, float32 [256]
+    recognizer: Recognizer
 
 
 def voice_of(index: int) -> str:
@@ -28,11 +29,12 @@ def voice_of(index: int) -> str:
     return VOICES[index % len(VOICES)]
 
 
-def record_references(sentences: Sequence[str], advance: Advance) -> References:
+def record_references(sentences: Sequence[str], recognizer: Recognizer, advance: Advance) -> References:
     """Records each sentence with flite and computes the centroid of each voice.
 
     Args:
         sentences: two or more, so that each voice has one.
+        recognizer: what will transcribe the rows.
         advance: called after each recording.
 
     Raises:
@@ -43,7 +45,7 @@ def record_references(sentences: Sequence[str], advance: Advance) -> References:
         recordings.append(record(symbols.normalize(sentence), voice_of(index)).signal / np.float32(32768))
         advance("recordings", 1)
     centroids = {voice: embed(recordings[first :: len(VOICES)], SAMPLE_RATE_HZ).mean(0) for first, voice in enumerate(VOICES)}
-    return References(sentences, recordings, centroids)
+    return References(sentences, recordings, centroids, recognizer)
 
 
 def measure(name: str, waves: Waves, references: References, advance: Advance) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def measure(name: str, waves: Waves, references: References, advance: Advance) -
     """
     count, transcripts = len(references.sentences), []
     for first in range(0, len(waves), count):
-        transcripts += transcribe(waves[first : first + count])
+        transcripts += transcribe(waves[first : first + count], references.recognizer)
         advance(name, count)
     mean_samples = sum(map(len, waves)) / len(waves)
     return {

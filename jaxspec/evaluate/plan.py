@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Literal
 
+from jaxspec.evaluate.recognize import Recognizer, default_recognizer
 from jaxspec.models.builtin import VOICES
 from jaxspec.synthesis.builtin import SAMPLING
 from jaxspec.synthesis.contract import Settings
 from jaxspec.text.held_out import held_out
 
 BUILTIN_DRAFT = "builtin"
-DRAFT_ALONE = "draft alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Plan:
         ValueError: a value is out of its range.
     """
 
-    sentences: int = 200
-    """How many of the 200 held-out sentences to synthesise."""
+    texts: Literal["sentences", "prose"] = "sentences"
+    """The held-out texts: 200 short sentences, or 40 sentences of prose."""
+    sentences: int | None = None
+    """How many of them to synthesise; by default all."""
     seeds: int = 3
     """How many times to synthesise each sentence, each time with another seed."""
     betas: tuple[float, ...] = (0.2, 0.4)
@@ -38,10 +40,12 @@ class Plan:
     """Codes to draft in a round (K); by default as `jaxspec tune` chose for the draft, else 3."""
     temperature: float = SAMPLING.temperature
     """Sampling temperature; 0 is greedy."""
+    recognizer: Recognizer = dataclasses.field(default_factory=default_recognizer)
+    """What transcribes: moonshine (base-en), where its package exists (Linux, x86-64), or pocketsphinx."""
 
     def __post_init__(self) -> None:
-        fewest, most = len(VOICES), len(held_out())
-        if not fewest <= self.sentences <= most:
+        fewest, most = len(VOICES), len(held_out(self.texts))
+        if self.sentences is not None and not fewest <= self.sentences <= most:
             raise ValueError(f"expected {fewest} to {most} sentences, got {self.sentences}: choose a number in that range")
         if self.seeds < 1:
             raise ValueError(f"expected 1 seed or more, got {self.seeds}: the sentences are synthesised once for each seed")
@@ -49,14 +53,14 @@ class Plan:
             raise ValueError(f"expected a draft length of 1 or more, got {self.draft_length}: the verifiers need drafted codes")
         self.settings()
 
+    def chosen(self) -> list[str]:
+        """The texts to synthesise."""
+        return held_out(self.texts)[: self.sentences]
+
     def settings(self) -> dict[str, Settings]:
         """The settings of each row that the models generate, by the row's name."""
         base = Settings(draft_length=self.draft_length, temperature=self.temperature, matrix=self.matrix)
-        plain = dataclasses.replace(base, verify="autoregressive")
-        rows = {"autoregressive": plain}
-        if self.draft == BUILTIN_DRAFT:  # the only one known to be a language model
-            rows[DRAFT_ALONE] = plain
-        rows["exact"] = dataclasses.replace(base, verify="exact")
+        rows = {name: dataclasses.replace(base, verify=name) for name in ("autoregressive", "exact")}
         for beta in self.betas:
             rows[f"tolerance {beta:g}"] = dataclasses.replace(base, verify="tolerance", beta=beta)
         for threshold in self.thresholds:

@@ -1,4 +1,7 @@
-"""Word and character error rates of speech: transcripts by pocketsphinx, references and transcripts normalised alike."""
+"""Word and character error rates of speech, references and transcripts normalised alike.
+
+Moonshine base-en (arXiv 2410.15608) transcribes; where its package does not exist, or for a second opinion, pocketsphinx does.
+"""
 
 import importlib.util
 import os
@@ -10,12 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxspec.text.normalize import written_out
 
+Recognizer = Literal["moonshine", "pocketsphinx"]
+PACKAGES: dict[Recognizer, str] = {"moonshine": "moonshine_cpp", "pocketsphinx": "pocketsphinx"}
 _LISTENER = Path(__file__).with_name("listen.py")
 _SILENCE_PEAK = 1e-3  # waves below it are not recognised: the recogniser finds words in digital silence
 _MIN_SAMPLES = 1600  # the recogniser needs a few frames
@@ -62,8 +67,13 @@ def _pcm(wave: np.ndarray) -> bytes:
     return struct.pack("<I", len(samples)) + samples
 
 
-def _recognize(pcm: Sequence[bytes]) -> list[str]:
-    command = [sys.executable, "-P", str(_LISTENER)]
+def default_recognizer() -> Recognizer:
+    """Moonshine, where its package is installed."""
+    return "moonshine" if importlib.util.find_spec(PACKAGES["moonshine"]) else "pocketsphinx"
+
+
+def _recognize(recognizer: Recognizer, pcm: Sequence[bytes]) -> list[str]:
+    command = [sys.executable, "-P", str(_LISTENER), recognizer]
     done = subprocess.run(command, input=b"".join(pcm), capture_output=True, check=False)
     lines = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(lines) != len(pcm):
@@ -73,31 +83,37 @@ def _recognize(pcm: Sequence[bytes]) -> list[str]:
     return lines
 
 
-def transcribe(waves: Sequence[np.ndarray], processes: int | None = None) -> list[str]:
-    """Transcribes each wave with pocketsphinx.
+def transcribe(waves: Sequence[np.ndarray], recognizer: Recognizer, processes: int | None = None) -> list[str]:
+    """Transcribes each wave.
 
     Args:
         waves: float32 [N] each, 16 kHz, at any level.
+        recognizer: what transcribes.
         processes: number of recogniser processes; by default one for each core.
 
     Returns:
-        lower-case words for each wave; '' where none is recognised.
+        the words of each wave, with punctuation if the recogniser writes it; '' where none is recognised.
 
     Raises:
         ValueError: a wave has more than one axis, or a sample that is not finite.
-        ImportError: pocketsphinx is not installed.
+        ImportError: the recogniser is not installed.
         RuntimeError: a recogniser process failed.
     """
-    if importlib.util.find_spec("pocketsphinx") is None:
-        raise ImportError("expected pocketsphinx to be installed, got no such package: pip install 'jaxspec[eval]'")
+    package = PACKAGES[recognizer]
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"expected {package} to be installed, got no such package: pip install 'jaxspec[eval]'")
     pcm = [_pcm(wave) for wave in waves]
     # Waves are dealt to the processes from long to short, so that all finish at about the same time.
     order = sorted((index for index, samples in enumerate(pcm) if samples), key=lambda index: -len(pcm[index]))
     count = max(1, min(processes or os.cpu_count() or 1, len(order)))
     shares = [order[start::count] for start in range(count) if order]
     texts = [""] * len(pcm)
+
+    def listen(share: Sequence[int]) -> list[str]:
+        return _recognize(recognizer, [pcm[index] for index in share])
+
     with ThreadPoolExecutor(count) as pool:
-        for share, lines in zip(shares, pool.map(_recognize, ([pcm[index] for index in share] for share in shares)), strict=True):
+        for share, lines in zip(shares, pool.map(listen, shares), strict=True):
             for index, line in zip(share, lines, strict=True):
                 texts[index] = line
     return texts

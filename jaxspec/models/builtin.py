@@ -5,10 +5,10 @@ prompt: voice | text symbols ... | speak          then codes ... | stop
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from blake3 import blake3
 from jaxspec.codec import builtin as codecs
 from jaxspec.codec import fsq
 from jaxspec.common import records, weights
+from jaxspec.common.trees import flatten
 from jaxspec.models import transformer
 from jaxspec.text.symbols import SYMBOLS, encode, to_symbols
 from jaxspec.types import Params
@@ -28,21 +29,25 @@ STOP = CODES
 VOCAB = CODES + 1  # the head's vocabulary
 PROMPT_ROWS = len(SYMBOLS) + len(VOICES) + 1
 SPEAK = VOCAB + PROMPT_ROWS - 1
-MAX_SYMBOLS = 72  # the longest text of the training data
-MAX_CODES = 160
+MAX_SYMBOLS = 112  # the longest text of the training data
+MAX_CODES = 240
+_SHAPES: dict[str, Any] = {"target": transformer.Config, "codec": codecs.Config}
 BUILTIN = Path(str(resources.files("jaxspec"))) / "voice" / "builtin.safetensors"
 
 
 class Voice(NamedTuple):
-    """The configs and weights of target, draft and codec, and which codes occur in the training data (bool [V])."""
+    """The configs and weights of target and codec, which codes occur in the training data (bool [V]), and perhaps a draft.
+
+    The draft is the JSON of a ``checkpoint.descriptions.DraftDescription``, and the parameters that it does not share.
+    """
 
     target: transformer.Config
-    draft: transformer.Config
     codec: codecs.Config
     target_params: Params
-    draft_params: Params
     codec_params: Params
     trained: np.ndarray
+    draft: Mapping[str, Any] | None = None
+    draft_params: Params = None
 
     def code_vectors(self, matrix: str) -> np.ndarray:
         """The embeddings from which groups are built, float32 [V D]: the "target"'s input rows, or the "codec"'s coordinates."""
@@ -78,9 +83,11 @@ def prompts(sentences: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray,
 
 def save(path: str | os.PathLike, voice: Voice) -> None:
     """Writes a voice, weights as float16."""
-    tree = {"target": voice.target_params, "draft": voice.draft_params, "codec": voice.codec_params, "trained": voice.trained}
-    shapes = {name: dataclasses.asdict(getattr(voice, name)) for name in ("target", "draft", "codec")}
-    weights.save(path, tree, shapes)
+    tree = {"target": voice.target_params, "codec": voice.codec_params, "trained": voice.trained}
+    described: dict[str, Any] = {name: dataclasses.asdict(getattr(voice, name)) for name in ("target", "codec")}
+    if voice.draft is not None:
+        tree, described = tree | {"draft": voice.draft_params}, described | {"draft": dict(voice.draft)}
+    weights.save(path, tree, described)
 
 
 def load(path: str | os.PathLike = BUILTIN) -> Voice:
@@ -89,15 +96,21 @@ def load(path: str | os.PathLike = BUILTIN) -> Voice:
     Raises:
         ValueError: the file is missing, damaged, or not a voice.
     """
-    tree, shapes = weights.load(path)
+    tree, described = weights.load(path)
+    draft = described.get("draft")
+    if draft is not None and "family" not in draft:  # the first voices had a smaller model as their draft
+        settings = {"target": described["target"], "layers": (), "shape": draft}
+        draft = {"family": "model", "settings": settings, "target": "", "shared": {}}
     try:
-        target, draft = (records.from_json(transformer.Config, shapes[name]) for name in ("target", "draft"))
-        codec = records.from_json(codecs.Config, shapes["codec"])
-        return Voice(target, draft, codec, tree["target"], tree["draft"], tree["codec"], tree["trained"])
+        target, codec = (records.from_json(kind, described[name]) for name, kind in _SHAPES.items())
+        return Voice(target, codec, tree["target"], tree["codec"], tree["trained"], draft, tree.get("draft"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a voice of jaxspec in {path}, but it is not one ({error}): install it again") from error
 
 
 def digest(path: str | os.PathLike = BUILTIN) -> str:
-    """The digest of a voice's file, by which drafts trained for its target name it."""
-    return f"blake3:{blake3(Path(path).read_bytes()).hexdigest()}"
+    """The digest of a voice's target, by which drafts that are trained for it name it."""
+    hasher = blake3()
+    for name, array in sorted(flatten(load(path).target_params).items()):
+        hasher.update(name.encode()).update(array.astype(np.float16).tobytes())
+    return f"blake3:{hasher.hexdigest()}"

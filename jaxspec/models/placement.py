@@ -70,8 +70,8 @@ class Placement:
         def of(leaf: Any) -> Any:
             if not isinstance(leaf, KVCache):
                 return self.sharding("batch")
-            heads = "kv_heads" if leaf.key.shape[2] % self.mesh.shape.get("model", 1) == 0 else None
-            cells: Any = self.sharding("batch", None, heads, None)
+            heads = "kv_heads" if leaf.key.shape[1] % self.mesh.shape.get("model", 1) == 0 else None
+            cells: Any = self.sharding("batch", heads, None, None)
             return KVCache(cells, cells)
 
         return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, KVCache))

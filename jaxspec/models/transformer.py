@@ -17,6 +17,7 @@ from jaxspec import cache as kv
 from jaxspec.models.placement import Placement
 from jaxspec.types import Array, Cache, LanguageModel, Params
 
+_FEW_ROWS = 4  # for which XLA's product on CPU is slower than a multiplication and a sum
 _STEP = 16  # tokens of a block of a decoding step, as opposed to those of a prefill or a training batch
 
 
@@ -182,40 +183,56 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
 
     def keys_values(self, x: Array, position: Array) -> kv.KVCache:
-        """What queries see of some positions: x [B T D], position int32 [B T] -> keys and values [B T H_kv D_head]."""
+        """What queries see of some positions: x [B T D], position int32 [B T] -> a block of T cells."""
         k, v = (self._heads(project(x)) for project in (self.key, self.value))
         k = self.key_norm(k) if self.config.qk_norm else k
-        return kv.KVCache(rotate(k, position, rope_frequencies(self.config)), v)
+        return kv.of_block(rotate(k, position, rope_frequencies(self.config)), v)
 
     def __call__(
         self, x: Array, position: Array, mask: Array, cache: kv.KVCache | None, context: kv.KVCache | None = None
     ) -> tuple[Array, kv.KVCache | None]:
         """x [B T D], position [B T], mask bool [B T S] -> ([B T D], cache).
 
-        Without a cache, the keys and values of ``context`` [B C H_kv D_head] precede those of the block, S = C + T.
+        Without a cache, the C cells of ``context`` precede those of the block, S = C + T.
         """
         c = self.config
-        q, (k, v) = self._heads(self.query(x)), self.keys_values(x, position)
+        q, block = self._heads(self.query(x)), self.keys_values(x, position)
         q = rotate(self.query_norm(q) if c.qk_norm else q, position, rope_frequencies(c))
         if cache is not None:
-            cache = kv.write(cache, k, v, position[:, 0])
-            k, v = cache
+            cache = kv.write(cache, block, position[:, 0])
+            block = cache
         elif context is not None:
-            k, v = jnp.concatenate([context.key, k], axis=1), jnp.concatenate([context.value, v], axis=1)
-        weights = self._weights(q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim), k, mask)
-        out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v).reshape(*q.shape[:2], -1)
+            block = kv.join(context, block)
+        rows = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)  # [B H_kv G T D_head]
+        weights = self._weights(rows, block.key, mask)
+        out = _attend(weights.astype(block.value.dtype), block.value).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:2], -1)
         return self.out(out.astype(x.dtype)), cache
 
     def _heads(self, y: Array) -> Array:
         return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
-    def _weights(self, q: Array, k: Array, mask: Array) -> Array:
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = scores / math.sqrt(self.config.head_dim)
+    def _weights(self, rows: Array, k: Array, mask: Array) -> Array:
+        scores = _attend(rows, k) / math.sqrt(self.config.head_dim)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1)
         self.sow("intermediates", "attention", weights)
         return weights
+
+
+def _attend(rows: Float[Array, "B H G T N"], cells: Float[Array, "B H N M"]) -> Float32[Array, "B H G T M"]:
+    """The product of the rows of each group of heads with the keys or the values they share."""
+    batch, heads, group, block, _ = rows.shape
+    flat = rows.reshape(batch, heads, group * block, -1)
+
+    def product(flat: Array, cells: Array) -> Array:
+        return jnp.einsum("bhrn,bhnm->bhrm", flat, cells, preferred_element_type=jnp.float32)
+
+    def reduction(flat: Array, cells: Array) -> Array:
+        return (flat[..., None].astype(jnp.float32) * cells[:, :, None].astype(jnp.float32)).sum(axis=-2)
+
+    few = flat.shape[2] <= _FEW_ROWS
+    out = jax.lax.platform_dependent(flat, cells, cpu=reduction if few else product, default=product)
+    return out.reshape(batch, heads, group, block, -1)
 
 
 class SwiGLU(nn.Module):
@@ -309,7 +326,7 @@ class Transformer(nn.Module):
         batch, block = tokens.shape
         length = jnp.zeros(batch, jnp.int32) if length is None else length
         if segment is None:
-            position, mask = kv.span(length, block), kv.visible(length, block, block if cache is None else cache[0].key.shape[1])
+            position, mask = kv.span(length, block), kv.visible(length, block, block if cache is None else cache[0].cells)
         else:
             position, mask = positions(segment), causal(segment)
         x, hidden, new_cache = self.embed(tokens), [], []

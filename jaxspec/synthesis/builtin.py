@@ -1,6 +1,7 @@
 """The voice that comes with the package, as a synthesizer."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -11,17 +12,19 @@ import numpy as np
 
 from jaxspec import groups
 from jaxspec.checkpoint import groups as group_files
+from jaxspec.checkpoint import pretrained
+from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
-from jaxspec.common.compilation_cache import cache_folder, describe, keep
-from jaxspec.draft import model_draft
+from jaxspec.common import records
+from jaxspec.common.compilation_cache import cache_folder, keep
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
-from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
 from jaxspec.sampling import Sampling
-from jaxspec.synthesis.contract import Drafter, Requests, Settings, Synthesizer, target_of
+from jaxspec.synthesis.contract import Drafter, Requests, Settings, Synthesizer, drafter_of, target_of
 from jaxspec.text import symbols
+from jaxspec.types import Params
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 THRESHOLD = 0.85
@@ -35,11 +38,10 @@ def builtin() -> Synthesizer:
 
 def synthesizer(voice: Voice) -> Synthesizer:
     """Any voice of its kind."""
-    target_params, draft_params, codec_params = jax.device_put((voice.target_params, voice.draft_params, voice.codec_params))
-
+    target_params, codec_params = jax.device_put((voice.target_params, voice.codec_params))
     model = codec(voice.codec)
     kept_codec = model._replace(decode=keep(model.decode, f"decode {voice.codec}"))
-    drafter = functools.partial(model_draft, transformer.language_model(voice.draft))
+    drafter = _drafter(voice, target_params)
 
     def decode(rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
         """Decodes a batch of rows, all in the voice of the settings."""
@@ -47,9 +49,9 @@ def synthesizer(voice: Voice) -> Synthesizer:
         return decode_rows(kept_codec, codec_params, rows, condition)
 
     return Synthesizer(
-        target=target_of(voice.target, None),
+        target=target_of(voice.target, drafter),
         target_params=target_params,
-        drafter=Drafter(describe(drafter, f"draft {voice.draft}"), draft_params),
+        drafter=drafter,
         threshold=THRESHOLD,
         max_batch=16,
         sample_rate_hz=voice.codec.sample_rate_hz,
@@ -59,6 +61,16 @@ def synthesizer(voice: Voice) -> Synthesizer:
         codes=_codes,
         decode=decode,
     )
+
+
+def _drafter(voice: Voice, target_params: Params) -> Drafter | None:
+    """The draft that comes with the voice."""
+    if voice.draft is None:
+        return None
+    description = records.from_json(DraftDescription, voice.draft)
+    params = pretrained.with_shared(jax.device_put(voice.draft_params), description.shared, target_params)
+    built = pretrained.build_draft(description, params, voice.target.dtype, voices.BUILTIN)
+    return drafter_of(built, dataclasses.replace(description, tuned={}))
 
 
 def _requests(sentences: Sequence[str], settings: Settings) -> Requests:

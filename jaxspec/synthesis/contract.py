@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxspec.checkpoint.descriptions import Tuned
+from jaxspec.checkpoint.pretrained import PretrainedDraft
 from jaxspec.common.compilation_cache import describe
 from jaxspec.groups import Groups
 from jaxspec.models import transformer
@@ -171,6 +172,12 @@ class Synthesizer(NamedTuple):
     groups: Callable[[float, str], Groups]
     codes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     decode: Callable[[Sequence[np.ndarray], Settings], list[np.ndarray]] | None
+
+
+def drafter_of(loaded: PretrainedDraft, description: Any) -> Drafter:
+    """A loaded draft as a drafter, whose traced programs are kept by its description."""
+    described = describe(loaded.drafter, f"draft {description}")
+    return Drafter(described, loaded.params, loaded.feature_layers, loaded.max_length, loaded.tuned)
 
 
 def target_of(shape: transformer.Config, drafter: Drafter | None) -> LanguageModel:

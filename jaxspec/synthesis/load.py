@@ -13,7 +13,7 @@ from jaxspec.models import builtin as voices
 from jaxspec.models.card import Model
 from jaxspec.synthesis import converted
 from jaxspec.synthesis.builtin import SAMPLING, builtin
-from jaxspec.synthesis.contract import Drafter, Synthesizer, target_of
+from jaxspec.synthesis.contract import Drafter, Synthesizer, drafter_of, target_of
 from jaxspec.types import Params
 
 NGRAM = "ngram"
@@ -85,8 +85,7 @@ def load_drafter(draft: str | Path, target: Pretrained) -> Drafter:
         return _ngram(target.model.shape.vocab)
     loaded = pretrained.load_draft(draft, target)
     held = {name: value for name, value in store.read_description(draft).items() if name != "tuned"}
-    described = describe(loaded.drafter, f"draft {held} in {target.model.shape.dtype}")
-    return Drafter(described, loaded.params, loaded.feature_layers, loaded.max_length, loaded.tuned)
+    return drafter_of(loaded, f"{held} in {target.model.shape.dtype}")
 
 
 def _ngram(vocab: int) -> Drafter:

@@ -1,7 +1,8 @@
 """What is minimised when a draft is trained: a loss at anchors of packed rows, some anchors at a time.
 
 An anchor is the position of a round's last committed token. The target's pass over the rows is computed anew in each step,
-without gradient; its head is applied at the positions after anchors only. No array [B A K V] exists for all anchors at once.
+without gradient, or read from ``train.features``; its head is applied at the positions after anchors only. No array [B A K V]
+exists for all anchors at once.
 """
 
 import dataclasses
@@ -116,9 +117,13 @@ def loss(task: Task, frozen: Frozen, own: Params, batch: Packed, key: Array) -> 
 
 
 def score(task: Task, target: Params, batch: Packed) -> Scored:
-    """The target's pass over packed rows [B T]."""
-    output: Any = transformer.Transformer(task.shape).apply({"params": target}, batch.tokens, segment=batch.segment)
-    features, width = output[1], task.config.target.width
+    """The target's pass over packed rows [B T], unless their hidden states are known."""
+    width = task.config.target.width
+    if batch.hidden is None:
+        output: Any = transformer.Transformer(task.shape).apply({"params": target}, batch.tokens, segment=batch.segment)
+        features = output[1]
+    else:
+        features = batch.hidden.astype(task.shape.dtype)
     rest = features[..., :-width]
     return Scored(target, rest if rest.shape[-1] else None, features[..., -width:])
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from jaxspec.draft.family import Packed
@@ -39,19 +40,23 @@ def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 def fill(samples: Samples, members: list[int], capacity: int) -> Packed:
     """One row: int32 [T], int32 [T], bool [T]; a sample that is longer than the row is cut."""
     tokens, segment, emitted = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32), np.zeros(capacity, bool)
+    states = samples.features
+    hidden = None if states is None else np.zeros((capacity, states.shape[1]), states.dtype)
     at = 0
     for number, i in enumerate(members, 1):
         row = samples.row(i)[: capacity - at]
         tokens[at : at + len(row)], segment[at : at + len(row)] = row, number
         prompt = 0 if samples.prompt_length is None else samples.prompt_length[i]
         emitted[at + prompt : at + len(row)] = True
+        if hidden is not None and states is not None:
+            hidden[at : at + len(row)] = states[samples.start[i] : samples.start[i] + len(row)]
         at += len(row)
-    return Packed(tokens, segment, emitted)  # pyright: ignore[reportArgumentType]  host arrays
+    return Packed(tokens, segment, emitted, hidden)  # pyright: ignore[reportArgumentType]  host arrays
 
 
 def stack(rows: list[Packed]) -> Packed:
     """Rows [T] as a batch [B T]."""
-    return Packed(*(np.stack(field) for field in zip(*rows, strict=True)))  # pyright: ignore[reportArgumentType]
+    return jax.tree.map(lambda *fields: np.stack(fields), *rows)
 
 
 def batches(samples: Samples, rows: int, capacity: int, seed: int, step: int = 0) -> Iterator[Packed]:

@@ -31,12 +31,14 @@ class Samples(NamedTuple):
         start: int64 [rows + 1].
         prompt_length: int32 [rows]; None where the rows are codes without prompts.
         texts: what each row says.
+        features: the target's hidden states at the tokens, float16 [N F], see ``train.features``; None where they are not kept.
     """
 
     tokens: np.ndarray
     start: np.ndarray
     prompt_length: np.ndarray | None
     texts: list[str]
+    features: np.ndarray | None = None
 
     def row(self, i: int) -> np.ndarray:
         """The tokens of a row, int32 [T]."""
@@ -164,9 +166,15 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
 
 def _rows(samples: Samples, first: int, end: int) -> Samples:
-    start, lengths = samples.start[first : end + 1], samples.prompt_length
-    tokens = samples.tokens[start[0] : start[-1]]
-    return Samples(tokens, start - start[0], None if lengths is None else lengths[first:end], samples.texts[first:end])
+    start = samples.start[first : end + 1]
+    tokens = slice(start[0], start[-1])
+    return Samples(
+        samples.tokens[tokens],
+        start - start[0],
+        None if samples.prompt_length is None else samples.prompt_length[first:end],
+        samples.texts[first:end],
+        None if samples.features is None else samples.features[tokens],
+    )
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:

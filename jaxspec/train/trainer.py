@@ -1,6 +1,7 @@
 """Trains a draft for a target by a recipe: samples in, a draft folder out, which appears when training has ended.
 
-DRAFT.training/   training.json, log.jsonl, training.png, costs.json, checkpoints/, samples/ (made from texts)
+DRAFT.training/   training.json, log.jsonl, training.png, costs.json, checkpoints/, samples/ (made from texts),
+                  features.npy (if asked for)
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jaxspec.draft.family import Packed
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Drafter, Settings
-from jaxspec.train import acceptance, curves, drafts, losses, packing
+from jaxspec.train import acceptance, curves, drafts, features, losses, packing
 from jaxspec.train import costs as costs_lib
 from jaxspec.train import log as logs
 from jaxspec.train import recipe as recipes
@@ -77,6 +78,7 @@ def train(
     samples: Samples,
     sampling: Sampling,
     progress: Callable[[str], None] = print,
+    cache_features: bool = False,
 ) -> Trained:
     """Trains a draft, resuming from the newest checkpoint in its work folder, and saves it.
 
@@ -87,6 +89,7 @@ def train(
         samples: of the target, with prompts.
         sampling: how the target is sampled when the draft is used.
         progress: called with a line of text every now and then.
+        cache_features: whether the target's hidden states are computed once and kept in the work folder.
 
     Returns:
         What was written.
@@ -98,9 +101,11 @@ def train(
     """
     work, model = begin(out, recipe, target), target.pretrained.model
     task = task_of(recipe, model.shape, sampling)
-    _claim(work, recipe, model.digest, task.sampling, samples)
-    shown, held = samples_lib.split(samples)
+    _claim(work, recipe, model.digest, task.sampling, samples, cache_features)
     width = recipe.length or packing.row_length(samples)
+    if cache_features:
+        samples = features.cached(work, task, target.pretrained.params, samples, recipe.rows, width, progress)
+    shown, held = samples_lib.split(samples)
     groups = target.synthesizer.groups(recipe.threshold or target.synthesizer.threshold, "target")
     frozen = Frozen(target.pretrained.params, losses.membership(groups))
     own = drafts.own_params(jax.random.key(recipe.seed), task, frozen.target)
@@ -177,11 +182,12 @@ class DraftLoss:
         return hash(self.task)
 
 
-def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples: Samples) -> None:
+def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples: Samples, cache_features: bool) -> None:
     """Writes ``training.json``, or refuses a folder that another training was begun in."""
     asked = {
         **dataclasses.asdict(recipe),
         "target": target,
+        "cache_features": cache_features,
         "sampling": dataclasses.asdict(sampling),
         "samples": f"blake3:{blake3(samples.tokens.tobytes() + samples.start.tobytes()).hexdigest()}",
     }

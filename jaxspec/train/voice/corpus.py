@@ -7,6 +7,7 @@ codes), ``start`` int64 [N + 1] (where each begins and ends) and ``meta`` (JSON:
 import itertools
 import json
 import os
+import random
 import subprocess
 import tempfile
 import wave
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxspec.common.files import replacing
+from jaxspec.train.voice.prose import prose
 from jaxspec.train.voice.sentences import sentences
 
 SAMPLE_RATE_HZ = 16_000
@@ -75,14 +77,38 @@ def read_shard(path: Path) -> list[Recording]:
     ]
 
 
-def build(directory: Path, voices: Sequence[str], hours: float, seed: int, shard_size: int = 512) -> Iterator[float]:
+def texts(seed: int, prose_share: float, max_symbols: int) -> Iterator[str]:
+    """Texts to record, without end: pieces of prose among plain sentences; the same for the same seed.
+
+    Args:
+        seed: of the random choices.
+        prose_share: the fraction of pieces of prose.
+        max_symbols: the largest number of symbols in a piece of prose.
+
+    Raises:
+        FileNotFoundError: the word list is not installed.
+    """
+    rng, plain, running = random.Random(seed), sentences(seed), prose(seed, max_symbols)
+    while True:
+        yield next(running if rng.random() < prose_share else plain)
+
+
+def build(
+    directory: Path,
+    voices: Sequence[str],
+    hours: float,
+    seed: int,
+    prose_share: float,
+    max_symbols: int,
+    shard_size: int = 512,
+) -> Iterator[float]:
     """Records shards until the folder holds ``hours`` of speech. Shards that exist are kept.
 
     Args:
         directory: the corpus; created if it does not exist.
         voices: the voices of flite; sentences take them in turn.
         hours: of speech.
-        seed: of the sentences.
+        seed, prose_share, max_symbols: of ``texts``.
         shard_size: recordings in a shard.
 
     Yields:
@@ -97,8 +123,8 @@ def build(directory: Path, voices: Sequence[str], hours: float, seed: int, shard
         for index in itertools.count():
             path = directory / f"{index:05d}.npz"
             if not path.exists():
-                texts = itertools.islice(sentences(seed * 100_000 + index), shard_size)
-                write_shard(path, list(pool.map(record, texts, itertools.cycle(voices))))
+                chosen = itertools.islice(texts(seed * 100_000 + index, prose_share, max_symbols), shard_size)
+                write_shard(path, list(pool.map(record, chosen, itertools.cycle(voices))))
             with np.load(path, allow_pickle=False) as data:
                 total_s += data["start"][-1] / SAMPLE_RATE_HZ
             yield total_s / 3600

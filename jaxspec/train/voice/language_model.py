@@ -42,7 +42,7 @@ class Reading:
 
     spell: float = 0.08  # the fraction of dictionary words given in letters
     disturb: float = 0.06  # the fraction of input codes moved by one level in one digit
-    buckets: tuple[int, ...] = (80, 104, 128, 160, 224)  # lengths of rows; longer ones are left out
+    buckets: tuple[int, ...] = (80, 112, 144, 176, 224, 288, 352)  # lengths of rows; longer ones are left out
     tokens: int = 2048  # in a batch
 
 

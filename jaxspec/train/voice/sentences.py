@@ -36,7 +36,7 @@ _SLOTS: dict[str, str] = {
     "weather": "rain snow wind fog sun storm ice thunder frost",
     "can": "can|could|should|must|would|will|may|might|did not|does not|cannot|never could",
 }
-_SLOT_WORDS = {slot: text.split("|") if "|" in text else text.split() for slot, text in _SLOTS.items()}
+SLOT_WORDS = {slot: text.split("|") if "|" in text else text.split() for slot, text in _SLOTS.items()}
 
 TEMPLATES = """
 the {adj} {person} {verbed} the {thing} {prep} the {place}.
@@ -79,7 +79,7 @@ def _fill(rng: random.Random, template: str) -> str:
     text = words[0]
     for part in words[1:]:
         slot, rest = part.split("}", 1)
-        text += rng.choice(_SLOT_WORDS[slot]) + rest
+        text += rng.choice(SLOT_WORDS[slot]) + rest
     return text
 
 
