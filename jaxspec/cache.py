@@ -30,7 +30,7 @@ class KVCache(NamedTuple):
         return self.key.shape[-1]
 
 
-_CELLS = KVCache(3, 2)  # the axis of the cells
+_CELLS = KVCache(3, 2)  # pyright: ignore[reportArgumentType]  the axis of the cells
 
 
 def init(batch: int, cells: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:

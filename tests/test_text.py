@@ -17,7 +17,7 @@ from jaxspec.text import TextWarning
 from jaxspec.text.characters import SIGNS
 from jaxspec.text.cut import halve
 from jaxspec.text.symbols import SYMBOLS, encode, normalize, pronounce, sentences, to_symbols
-from jaxspec.train.voice.sentences import _SLOT_WORDS, TEMPLATES
+from jaxspec.train.voice.sentences import SLOT_WORDS, TEMPLATES
 
 SPOKEN = {
     "Hello, World!": "hello, world!",
@@ -284,7 +284,7 @@ def held_out():
 def test_symbols_of_ordinary_sentences_stay():
     """The voice was trained on these symbols: a rule that changes them needs a new voice."""
     rng = random.Random(0)
-    filled = [re.sub(r"\{(\w+)\}", lambda m: rng.choice(_SLOT_WORDS[m[1]]), t) for t in TEMPLATES * 8]
+    filled = [re.sub(r"\{(\w+)\}", lambda m: rng.choice(SLOT_WORDS[m[1]]), t) for t in TEMPLATES * 8]
     read = [" ".join(to_symbols(piece)) for text in [*held_out(), *filled] for piece in sentences(text, 72)]
     assert len(read) == 400
     assert (
@@ -298,7 +298,7 @@ def words(text):
 
 def template_pattern(template):
     parts = re.split(r"\{(\w+)\}", words_outside_slots(template))
-    parts[1::2] = ["(?:" + "|".join(_SLOT_WORDS[slot]) + ")" for slot in parts[1::2]]
+    parts[1::2] = ["(?:" + "|".join(SLOT_WORDS[slot]) + ")" for slot in parts[1::2]]
     return re.compile("".join(parts))
 
 

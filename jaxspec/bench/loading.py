@@ -14,7 +14,6 @@ from jaxspec.bench.settings import OWN, Settings
 from jaxspec.checkpoint import descriptions, pretrained
 from jaxspec.checkpoint.pretrained import Pretrained
 from jaxspec.draft import model_draft, ngram_draft
-from jaxspec.models import builtin as voices
 from jaxspec.models import transformer
 from jaxspec.models.card import Model
 from jaxspec.sampling import Sampling
@@ -53,7 +52,7 @@ def _converted(settings: Settings, dtype: str) -> Models:
 
 def own_draft(synthesizer: Synthesizer) -> DraftModel | None:
     """The draft that comes with the built-in voice; None for other synthesizers, which come without."""
-    return DraftModel(synthesizer.drafter, voices.load().draft) if synthesizer.drafter else None
+    return DraftModel(synthesizer.drafter, None) if synthesizer.drafter else None
 
 
 def draft_models(names: Sequence[str], target: Pretrained, own: DraftModel | None) -> dict[str, DraftModel]:

@@ -99,7 +99,7 @@ def load(path: str | os.PathLike = BUILTIN) -> Voice:
     tree, described = weights.load(path)
     draft = described.get("draft")
     if draft is not None and "family" not in draft:  # the first voices had a smaller model as their draft
-        settings = {"target": described["target"], "layers": (), "shape": draft}
+        settings = {"target": described["target"], "layers": [], "shape": draft}
         draft = {"family": "model", "settings": settings, "target": "", "shared": {}}
     try:
         target, codec = (records.from_json(kind, described[name]) for name, kind in _SHAPES.items())
