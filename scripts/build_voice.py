@@ -2,7 +2,7 @@
 
 Stages, in order; each resumes from what it finds in DIR: corpus (recordings by flite), codec, encode (recordings to codes),
 decoder (the codec's decoder, trained further), target, pack (writes jaxspec/voice/builtin.safetensors), draft (trained on samples
-of that file, and added to it). Without the stages codec and decoder, the codec is that of the file.
+of that file), and pack again, with the draft. Without the stages codec and decoder, the codec is that of the file.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec.checkpoint import store
+from jaxspec.checkpoint import descriptions, store
+from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.codec import builtin as codecs
 from jaxspec.models import builtin as voice
 from jaxspec.models import transformer
@@ -115,28 +116,31 @@ def run_target(config: dict[str, Any], work: Path) -> None:
 
 
 def run_pack(config: dict[str, Any], work: Path) -> None:
-    """Writes the file that comes with the package, without a draft."""
+    """Writes the file that comes with the package, with the draft if it is trained."""
     trained = np.zeros(voice.VOCAB, np.uint8)
     for path in (work / "codes").glob("*.npz"):
         for recording in corpus.read_shard(path):
             trained[recording.signal] = 1
     voice.BUILTIN.parent.mkdir(exist_ok=True)
-    target = model_config(config["target"])
-    voice.save(voice.BUILTIN, voice.Voice(target, CODEC, target_params(config, work), final_codec(work), trained))
+    packed = voice.Voice(model_config(config["target"]), CODEC, target_params(config, work), final_codec(work), trained)
+    if (work / "draft").exists():
+        described = descriptions.read_as(work / "draft", DraftDescription)
+        own = store.read_params(work / "draft", "float32")
+        packed = packed._replace(draft=dataclasses.asdict(described), draft_params=own)
+    voice.save(voice.BUILTIN, packed)
     print(f"{voice.BUILTIN}: {voice.BUILTIN.stat().st_size / 1e6:.1f} MB, {trained.mean():.1%} of the codes occur in the corpus")
 
 
 def run_draft(config: dict[str, Any], work: Path) -> None:
-    """Samples the packed voice, trains its draft on the samples, and packs it too."""
+    """Samples the packed voice, and trains a draft on the samples."""
     settings, target, out = config["draft"], speech.load_target("builtin"), work / "draft"
-    texts = tuple(itertools.islice(corpus.texts(settings["seed"], settings["prose_share"], voice.MAX_SYMBOLS), settings["texts"]))
-    what = speech.Speech(texts, Settings(seed=settings["seed"]), voice.VOICES, target.synthesizer.max_batch)
+    texts = corpus.texts(settings["seed"], settings["prose_share"], voice.MAX_SYMBOLS)
+    some = tuple(itertools.islice(texts, settings["texts"]))
+    what = speech.Speech(some, Settings(seed=settings["seed"]), voice.VOICES, settings["batch"])
     recipe = recipes.read(settings["recipe"])
     samples = trainer.begin(out, recipe, target) / "samples"
     speech.sample(samples, what, target, lambda done, total: print(f"{done} of {total} texts sampled", flush=True))
-    trained = trainer.train(out, recipe, target, speech.read(samples, target), target.sampling)
-    own = store.read_params(out, "float32")
-    voice.save(voice.BUILTIN, voice.load()._replace(draft=dataclasses.asdict(trained.description), draft_params=own))
+    trainer.train(out, recipe, target, speech.read(samples, target), target.sampling, cache_features=True)
 
 
 STAGES = {
