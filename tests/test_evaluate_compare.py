@@ -80,6 +80,7 @@ def fakes(monkeypatch, installed):
     monkeypatch.setattr(measures, "embed", embed)
     monkeypatch.setattr(measures, "error_rates", lambda *_: ErrorRates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06)))
     monkeypatch.setattr(compare, "speak", speak)
+    monkeypatch.setattr(compare, "_steps", lambda *_: [(np.eye(VOCAB, dtype=np.float32)[0],) * 2])
     return spoken
 
 
@@ -150,7 +151,8 @@ def test_rows_hold_every_sentence_in_its_voice_and_the_rates_of_all_seeds(fakes)
     assert rows["exact"]["similarity"] == pytest.approx(1)
     assert rows["exact"]["similarity_to_others"] == pytest.approx(2 * 0.11 / (1.21 + 0.01))
     assert rows["exact"]["duration_ratio"] == pytest.approx(1)
-    assert "acceptance_rate" not in rows["autoregressive"]
+    assert (rows["exact"]["same"], rows["exact"]["distance"]) == (1, 0)
+    assert not {"acceptance_rate", "same"} & rows["autoregressive"].keys()
     assert "speed_up" not in rows["recordings"]
     done, total = zip(*(step[1:] for step in steps), strict=True)
     assert set(total) == {done[-1]}

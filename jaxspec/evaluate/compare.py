@@ -12,7 +12,8 @@ import numpy as np
 from jaxspec import groups
 from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
-from jaxspec.evaluate import requirements
+from jaxspec.evaluate import optimal, requirements
+from jaxspec.evaluate.fidelity import fidelity
 from jaxspec.evaluate.measures import Advance, References, Waves, measure, record_references, voice_of
 from jaxspec.evaluate.plan import BUILTIN_DRAFT, Plan
 from jaxspec.models import builtin as voices
@@ -23,6 +24,7 @@ from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance, speak
 from jaxspec.train.voice.corpus import SAMPLE_RATE_HZ
 
+FIDELITY_SENTENCES, FIDELITY_ROUNDS = 8, 40
 TIMED_SENTENCES = 16  # synthesised one at a time by each candidate, after one to warm up
 
 Progress = Callable[[str, int, int], None]  # (what was done, utterances done, utterances in all)
@@ -45,9 +47,9 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
 
     Returns:
         {"rows": one dict a row, see ``measures.measure``, "texts", "sentences", "seeds", "draft", "recognizer", "jax", "python",
-        "device"}. Rows of a verifier also have "acceptance_rate", "tokens_per_round" and "exact_match_rate". Rows of the models
-        have "speed_up": codes a second, relative to the row "autoregressive". Swapped rows have "group_size", the mean of all
-        groups, and "swapped", the fraction of codes that changed.
+        "device"}. Rows of a verifier also have "acceptance_rate", "tokens_per_round", "exact_match_rate", and the fields of
+        ``fidelity.Fidelity``. Rows of the models have "speed_up": codes a second, relative to the row "autoregressive". Swapped
+        rows have "group_size", the mean of all groups, and "swapped", the fraction of codes that changed.
 
     Raises:
         RuntimeError: flite or a package of the extra ``eval`` is missing; raised before any work.
@@ -60,16 +62,25 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
     advance = _counter(plan, len(candidates), progress)
     speed_ups = _speed_ups(candidates, sentences, advance)  # first, before the recogniser and the encoder take memory
     references = record_references(sentences, plan.recognizer, advance)
+    steps = _steps(base, sentences)
     rows = [measure("recordings", references.recordings, references, advance)]
     rows.append(measure("codec reconstruction", _reconstructions(references.recordings, voice, advance), references, advance))
     for name, candidate in candidates.items():
         row, utterances = _generated_row(name, candidate, references, plan.seeds, advance)
-        rows.append(row | {"speed_up": speed_ups[name]})
+        rule = candidate.decoding.verify
+        near = {} if rule is None else fidelity(rule, steps)._asdict()
+        rows.append(row | {"speed_up": speed_ups[name]} | near)
         if name == PLAIN:
             rows += _swapped_rows(plan, base, utterances, references, advance)
     asked = {"texts": plan.texts, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft}
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     return {"rows": rows, **asked, "recognizer": plan.recognizer, **versions}
+
+
+def _steps(base: Synthesizer, sentences: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """p and q of some steps, for the fidelity of each rule."""
+    pieces = [piece for sentence in sentences[:FIDELITY_SENTENCES] for piece in base.pieces(sentence)]
+    return list(optimal.steps(base, pieces, Settings(), FIDELITY_ROUNDS))
 
 
 def _counter(plan: Plan, candidates: int, progress: Progress) -> Advance:

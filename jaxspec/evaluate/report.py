@@ -22,6 +22,8 @@ _COLUMNS = {
     "acceptance_rate": ("acceptance rate", "{:.1%}"),
     "tokens_per_round": ("codes per round", "{:.2f}"),
     "exact_match_rate": ("accepted by exact too", "{:.1%}"),
+    "same": ("same code as exact", "{:.1%}"),
+    "distance": ("levels from exact", "{:.2f}"),
     "speed_up": ("speedup", "{:.2f}x"),
 }
 _KINDS = {"recorded": "#8c8c8c", "codes swapped": "#dd8452", "generated": "#4c72b0"}
