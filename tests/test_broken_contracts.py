@@ -9,7 +9,7 @@ import pytest
 from jaxspec import autoregressive, generate, verify
 from jaxspec.draft import model_draft
 from jaxspec.models.transformer import Config, init_params, language_model
-from jaxspec.state import INVALID_VERDICT, LENGTH_LIMIT
+from jaxspec.state import INVALID_VERDICT, LENGTH_LIMIT, NON_FINITE
 from jaxspec.types import Draft, LanguageModel, Proposal, Verdict
 
 V, K, N = 7, 3, 8
@@ -52,6 +52,26 @@ def test_a_verdict_out_of_bounds_ends_its_row_and_no_other(wrong):
     first_round = generate(keys, *call, rule, PROMPT, LENGTH, max_new_tokens=1)
     assert first_round.info.stop_reason.tolist() == [LENGTH_LIMIT, LENGTH_LIMIT, INVALID_VERDICT, LENGTH_LIMIT]
     np.testing.assert_array_equal(out.tokens[np.array([0, 1, 3])], clean.tokens[np.array([0, 1, 3])])
+
+
+def test_one_drafted_probability_that_is_not_a_number_ends_its_row():
+    def propose(params, keys, context, state):
+        probs = jnp.full((len(keys), K, V), 1 / V, jnp.float32).at[1, 1, 2].set(jnp.nan)
+        return Proposal(jnp.full((len(keys), K), 1, jnp.int32), probs), state
+
+    out = run(draft=Draft(K, lambda *_: (), propose))
+    assert out.info.stop_reason.tolist() == [LENGTH_LIMIT, NON_FINITE, LENGTH_LIMIT, LENGTH_LIMIT]
+
+
+@pytest.mark.parametrize("length", [0, K])
+def test_caches_have_room_for_the_prompt_the_limit_and_a_block(length):
+    asked = []
+    lm = LM._replace(init_cache=lambda batch, cells: asked.append((batch, cells)) or LM.init_cache(batch, cells))
+    if length:
+        run(lm)
+    else:
+        autoregressive(jax.random.key(0), lm, TARGET, PROMPT, LENGTH, max_new_tokens=N)
+    assert asked[0] == (4, PROMPT.shape[1] + N + length + 1)  # then it is asked for more, to see that it gives as many as asked
 
 
 def test_a_drafted_token_beyond_the_vocabulary_ends_its_row():
