@@ -23,11 +23,11 @@ class Model(nnx.Module):
         """tokens [B T] at positions ``length`` [B] and on -> (logits [B T V], cache)."""
         x = self.embed(tokens)
         query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
-        cache = kv.write(cache, key[:, :, None], value[:, :, None], length)
-        scores = jnp.einsum("btd,bsd->bts", query, cache.key[:, :, 0]) / WIDTH**0.5
-        seen = kv.visible(length, tokens.shape[1], cache.key.shape[1])
+        cache = kv.write(cache, kv.of_block(key[:, :, None], value[:, :, None]), length)
+        scores = jnp.einsum("btd,bds->bts", query, cache.key[:, 0]) / WIDTH**0.5
+        seen = kv.visible(length, tokens.shape[1], cache.cells)
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-        return self.head(x + jnp.einsum("bts,bsd->btd", weights, cache.value[:, :, 0])), cache
+        return self.head(x + jnp.einsum("bts,bsd->btd", weights, cache.value[:, 0])), cache
 
 
 def language_model(model: Model) -> tuple[LanguageModel, Params]:

@@ -1,11 +1,13 @@
 """Converted checkpoints by name, for the tests of commands."""
 
+import dataclasses
+
 import checkpoints
 import pytest
 
 from jaxspec.checkpoint import pretrained
 from jaxspec.checkpoint.descriptions import DraftDescription
-from jaxspec.draft import families, smaller
+from jaxspec.common import records
 from jaxspec.models import builtin as voices
 from jaxspec.synthesis.builtin import builtin
 from jaxspec.synthesis.load import builtin_target
@@ -42,7 +44,6 @@ def voice_draft(folder):
     """Saves the built-in voice's own draft as one that was trained for it; returns its folder."""
     voice = builtin()
     target = builtin_target(voice.target_params)
-    settings = families.to_json(smaller.Config(target.model.shape, shape=voices.load().draft))
-    description = DraftDescription("model", settings, target.model.digest)
+    description = dataclasses.replace(records.from_json(DraftDescription, voices.load().draft), target=target.model.digest)
     pretrained.save(folder, description, voice.drafter.params)
     return folder

@@ -20,6 +20,7 @@ from jaxspec.evaluate.recognize import PACKAGES, ErrorRates
 from jaxspec.models import builtin as voices
 from jaxspec.models.builtin import VOCAB, VOICES
 from jaxspec.synthesis.builtin import builtin
+from jaxspec.synthesis.decoding import Decoding
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import SynthesisResult, Utterance
 from jaxspec.text.held_out import held_out
@@ -164,6 +165,7 @@ def test_any_drafter_by_name(monkeypatch, fakes):
 
     def resolve(synthesizer, settings):
         drafts.add(synthesizer.drafter.make(settings.draft_length or 3))
+        return Decoding("autoregressive")
 
     monkeypatch.setattr(compare, "resolve", resolve)
     plain = {"sentences": 2, "seeds": 1, "betas": (), "thresholds": ()}

@@ -25,7 +25,7 @@ def test_the_table_has_a_line_for_each_row_and_empty_cells_for_absent_values():
 
 def test_the_terminal_shows_the_same_table():
     text = io.StringIO()
-    report.show(ROWS, Console(file=text, width=200))
+    report.show(ROWS, Console(file=text, width=240))
     lines = text.getvalue().splitlines()
     assert any("speaker similarity" in line for line in lines)
     assert any("exact" in line and "1.25x" in line for line in lines)

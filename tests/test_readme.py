@@ -51,4 +51,4 @@ def test_every_file_that_is_named_exists():
 
 def test_the_recipe_is_the_one_that_the_script_reads():
     recipe = tomllib.loads((ROOT / "configs" / "voice.toml").read_text(encoding="utf-8"))
-    assert set(recipe) == {"corpus", "codec", "decoder", "target", "sample", "draft"}
+    assert set(recipe) == {"corpus", "codec", "decoder", "target", "draft"}
