@@ -24,7 +24,9 @@ def check(recognizer: Recognizer) -> None:
     program = [] if shutil.which(PROGRAM) else [PROGRAM]
     if program or modules:
         install = ["apt-get install flite"] * bool(program) + ["pip install 'jaxspec[eval]'"] * bool(modules)
+        if PACKAGES["moonshine"] in modules:
+            install.append("use --recognizer pocketsphinx where Moonshine has no package (other than Linux on x86-64)")
         raise RuntimeError(
             f"expected {', '.join((PROGRAM, *needed))} to be installed, got no {', no '.join(program + modules)}: "
-            f"run {' and '.join(install)}"
+            f"{' and '.join(install)}"
         )

@@ -167,9 +167,15 @@ def encode_shards(corpus: Path, out: Path, params: Params, config: Config) -> It
 
     Yields:
         a line of text after each shard.
+
+    Raises:
+        ValueError: there is no shard, or one is damaged.
     """
+    paths = sorted(corpus.glob("*.npz"))
+    if not paths:
+        raise ValueError(f"expected shards of recordings in {corpus}, got none: record the corpus first")
     out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(corpus.glob("*.npz")):
+    for path in paths:
         if not (out / path.name).exists():
             recordings = read_shard(path)
             write_shard(out / path.name, _encode(recordings, params, config))

@@ -8,9 +8,11 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import tempfile
 import wave
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,9 +70,16 @@ def write_shard(path: Path, recordings: Sequence[Recording]) -> None:
 
 
 def read_shard(path: Path) -> list[Recording]:
-    """Reads the recordings of a shard."""
-    with np.load(path, allow_pickle=False) as data:
-        signal, start, meta = data["signal"], data["start"], json.loads(str(data["meta"]))
+    """Reads the recordings of a shard.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as data:
+            signal, start, meta = data["signal"], data["start"], json.loads(str(data["meta"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"expected a shard of recordings, got {path}: {error}; remove it and run its stage again") from error
     return [
         Recording(one["text"], one["voice"], [(phone, end) for phone, end in one["phones"]], signal[first:last])
         for one, (first, last) in zip(meta, itertools.pairwise(start), strict=True)
@@ -115,8 +124,12 @@ def build(
         the hours so far, after each shard.
 
     Raises:
-        RuntimeError: flite is not installed or fails.
+        RuntimeError: flite is not installed or fails; the former is said before any work.
+        FileNotFoundError: the word list is not installed; said before any work.
     """
+    if shutil.which("flite") is None:
+        raise RuntimeError("expected flite to be installed, got no such program: apt-get install flite")
+    next(texts(seed, prose_share, max_symbols))  # the word list
     directory.mkdir(parents=True, exist_ok=True)
     total_s = 0.0
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -185,9 +185,14 @@ def batches(folders: list[Path], reading: Reading, frame_s: float, seed: int) ->
 
     Yields:
         batches of int32 [B S], S one of the buckets.
+
+    Raises:
+        ValueError: there are no recordings, or a shard is damaged.
     """
     rng = np.random.default_rng(seed)
     recordings = [one for folder in folders for path in sorted(folder.glob("*.npz")) for one in read_shard(path)]
+    if not recordings:
+        raise ValueError(f"expected encoded recordings in {', '.join(map(str, folders))}, got none: encode the corpus first")
     waiting: dict[int, list[Batch]] = {size: [] for size in reading.buckets}
     while True:
         for index in rng.permutation(len(recordings)):
