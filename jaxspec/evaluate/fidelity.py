@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxspec.codec import fsq
 from jaxspec.models.builtin import CODES, LEVELS
@@ -15,7 +15,7 @@ from jaxspec.verify.exact import exact
 
 
 class Fidelity(NamedTuple):
-    """The fraction of emitted codes that the exact rule emits too, and the mean distance to its codes, in levels of a digit."""
+    """Of accepted codes, the fraction that the exact rule emits too, and the mean distance to its codes, in levels of a digit."""
 
     same: float
     distance: float
@@ -31,7 +31,8 @@ def fidelity(verify: Verify, steps: Sequence[tuple[np.ndarray, np.ndarray]], dra
         seed: of the drafted tokens and of the rules' keys.
 
     Returns:
-        The means over all draws. Steps at which either rule ends the speech have no distance.
+        The means over all draws whose code the rule accepts; (1, 0) where it accepts none. Steps at which either rule ends the
+        speech have no distance.
 
     Raises:
         ValueError: there are no steps.
@@ -40,21 +41,25 @@ def fidelity(verify: Verify, steps: Sequence[tuple[np.ndarray, np.ndarray]], dra
         raise ValueError("expected one step or more, got none: take them from optimal.steps")
     keys = jax.random.split(jax.random.key(seed), (len(steps), draws))
     p, q = (np.stack(some).astype(np.float32) for some in zip(*steps, strict=True))
-    ours, theirs = (np.asarray(_emitted(rule, keys, p, q)).ravel() for rule in (verify, exact()))
+    (ours, accepted), (theirs, _) = (jax.tree.map(np.ravel, _emitted(rule, keys, p, q)) for rule in (verify, exact()))
+    ours, theirs = ours[accepted], theirs[accepted]
     codes = (ours < CODES) & (theirs < CODES)
     ours_digits, theirs_digits = (np.asarray(fsq.to_digits(jnp.asarray(some[codes]), LEVELS)) for some in (ours, theirs))
     moved = np.abs(ours_digits.astype(int) - theirs_digits.astype(int)).sum(-1)
-    return Fidelity(float((ours == theirs).mean()), float(moved.mean()) if codes.any() else 0.0)
+    return Fidelity(float((ours == theirs).mean()) if accepted.any() else 1.0, float(moved.mean()) if codes.any() else 0.0)
 
 
 @jax.jit
-def _emitted(verify: Verify, keys: KeyLike, p: Float[Array, "N V"], q: Float[Array, "N V"]) -> Int[Array, "N D"]:
-    """The first token that a rule emits, for each key: the drafted one, or the correction."""
+def _emitted(
+    verify: Verify, keys: KeyLike, p: Float[Array, "N V"], q: Float[Array, "N V"]
+) -> tuple[Int[Array, "N D"], Bool[Array, "N D"]]:
+    """The first token that a rule emits, for each key, and whether it is the drafted one."""
 
-    def one(key: KeyLike, p: Float[Array, " V"], q: Float[Array, " V"]) -> Int[Array, ""]:
+    def one(key: KeyLike, p: Float[Array, " V"], q: Float[Array, " V"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
         draft_key, rule_key = jax.random.split(key)
         drafted = jax.random.categorical(draft_key, jnp.log(p)).astype(jnp.int32)
         verdict = verify(rule_key, drafted[None], p[None], jnp.stack([q, q]))
-        return jnp.where(verdict.num_accepted > 0, drafted, verdict.token)
+        accepted = verdict.num_accepted > 0
+        return jnp.where(accepted, drafted, verdict.token), accepted
 
     return jax.vmap(lambda keys, p, q: jax.lax.map(lambda key: one(key, p, q), keys))(keys, p, q)
