@@ -132,7 +132,7 @@ def _draw_rates(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="word error rate (%) with 95% confidence interval; lower is better")
     axes.margins(x=0.08)
-    axes.legend(handles=[Patch(color=color, label=kind) for kind, color in _KINDS.items()], loc="lower right", fontsize=8)
+    axes.legend(handles=[Patch(color=color, label=kind) for kind, color in _KINDS.items()], loc="upper right", fontsize=8)
 
 
 def _draw_tradeoff(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
