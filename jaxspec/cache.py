@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from jaxspec.types import Array
 
+_FEW_ROWS = 4  # for which XLA's product on CPU is slower than a multiplication and a sum
 _UNROLLED = 64  # rows; unrolling more compiles for minutes
 
 
@@ -80,6 +81,22 @@ def _row_by_row(cache: KVCache, block: KVCache, length: Array) -> KVCache:
         return jax.lax.fori_loop(0, batch, row, cells, unroll=min(batch, _UNROLLED))
 
     return jax.tree.map(put, _CELLS, cache, block)
+
+
+def attend(rows: Float[Array, "B H G T N"], cells: Float[Array, "B H N M"]) -> Float32[Array, "B H G T M"]:
+    """The product of the rows of each group of heads with the keys or the values they share."""
+    batch, heads, group, block, _ = rows.shape
+    flat = rows.reshape(batch, heads, group * block, -1)
+
+    def product(flat: Array, cells: Array) -> Array:
+        return jnp.einsum("bhrn,bhnm->bhrm", flat, cells, preferred_element_type=jnp.float32)
+
+    def reduction(flat: Array, cells: Array) -> Array:
+        return (flat[..., None].astype(jnp.float32) * cells[:, :, None].astype(jnp.float32)).sum(axis=-2)
+
+    few = flat.shape[2] <= _FEW_ROWS
+    out = jax.lax.platform_dependent(flat, cells, cpu=reduction if few else product, default=product)
+    return out.reshape(batch, heads, group, block, -1)
 
 
 def span(first: Int32[Array, "*rows"], count: int) -> Int32[Array, "*rows {count}"]:

@@ -8,7 +8,6 @@ of that file), and pack again, with the draft. Without the stages codec and deco
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import tomllib
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from jaxspec.checkpoint import descriptions, store
 from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.codec import builtin as codecs
-from jaxspec.common.files import write_json
+from jaxspec.common.files import claim
 from jaxspec.models import builtin as voice
 from jaxspec.models import transformer
 from jaxspec.synthesis.contract import Settings
@@ -30,6 +29,7 @@ from jaxspec.train.loop import TrainConfig, fit, load_ema
 from jaxspec.train.voice import codec, corpus, language_model
 
 CODEC = codecs.Config(len(voice.VOICES), voice.LEVELS)
+FREE = ("steps", "decay_fraction", "checkpoint_every", "log_every")  # settings that may change when a stage is resumed
 FRAME_S = CODEC.samples_per_code / CODEC.sample_rate_hz
 
 
@@ -50,25 +50,6 @@ def target_params(config: dict[str, Any], work: Path) -> Any:
     """The trained weights of the target, with composed code tables."""
     start = language_model.init_params(jax.random.key(0), model_config(config["target"]))
     return language_model.compose(load_ema(work / "target", start), language_model.digit_features())
-
-
-def claim(path: Path, settings: dict[str, Any]) -> None:
-    """Keeps the settings with which a stage began, or refuses others; the steps may be changed.
-
-    Raises:
-        ValueError: a setting differs.
-    """
-    free = ("steps", "decay_fraction", "checkpoint_every", "log_every")
-    kept = {name: value for name, value in settings.items() if name not in free}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kept
-    if differing := [name for name in {**before, **kept} if before.get(name) != kept.get(name)]:
-        name = differing[0]
-        raise ValueError(
-            f"expected the {name} {before.get(name)} that {path} was begun with, got {kept.get(name)}: "
-            "use the same, or another --work"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, kept)
 
 
 def trained_codec(work: Path) -> Any:
@@ -185,7 +166,9 @@ def main() -> None:
     arguments = parser.parse_args()
     config = tomllib.loads(arguments.config.read_text())
     try:
-        claim(arguments.work / f"{arguments.stage}.json", config.get(arguments.stage, {}))
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        fixed = {name: value for name, value in config.get(arguments.stage, {}).items() if name not in FREE}
+        claim(arguments.work / f"{arguments.stage}.json", fixed, "use the same, or another --work")
         STAGES[arguments.stage](config, arguments.work)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{arguments.stage}: {error}", file=sys.stderr)

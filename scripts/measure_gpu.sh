@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures jaxspec on one GPU, without the network, in less than nine minutes: sh scripts/measure_gpu.sh OUT
+# Measures jaxspec on one GPU, without the network, in less than nine minutes: bash scripts/measure_gpu.sh OUT
 # Real shapes with random weights (LLaSA-1B, LLaSA-8B), and the built-in voice, which is trained. Each folder of OUT has bench.json,
 # bench.md and bench.png. Needs the extra cuda: pip install -e '.[cuda]'
 set -euo pipefail

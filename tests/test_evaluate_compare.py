@@ -188,8 +188,9 @@ def test_blocks_are_compared_where_they_are_asked_for():
 
 def test_a_draft_that_was_trained_for_the_voice_is_loaded_from_its_folder(tmp_path):
     voice = builtin()
-    description = records.from_json(DraftDescription, voices.load().draft)
-    assert description.target == voices.digest()
+    loaded = voices.load()
+    description = records.from_json(DraftDescription, loaded.draft)
+    assert description.target == voices.digest(loaded)
     pretrained.save(tmp_path / "draft", description, voice.drafter.params)
     loaded = load(draft=tmp_path / "draft")
     assert loaded.drafter.params["target"]["table_1"] is voice.target_params["table_1"]

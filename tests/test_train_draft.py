@@ -201,6 +201,15 @@ def test_the_features_of_a_cache_are_those_of_the_pass(target_and_batch, tmp_pat
             np.testing.assert_allclose(ours * real, theirs * real, rtol=2e-3, atol=2e-3)
 
 
+def test_a_cache_that_does_not_fit_the_disk_is_not_begun(target_and_batch, tmp_path, monkeypatch):
+    (target, _), samples, _ = target_and_batch
+    usage = features.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage._replace(free=20))
+    with pytest.raises(OSError, match="got less: leave --cache-features out"):
+        features.cached(tmp_path, task(), target, samples, 2, 16)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- The command ------------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription, 
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec import snac, xcodec2
 from jaxspec.common import records
-from jaxspec.common.trees import flatten, unflatten
+from jaxspec.common.trees import flatten
 from jaxspec.draft import families, model_draft
 from jaxspec.draft.families import FAMILIES
 from jaxspec.models import card, transformer
@@ -205,7 +205,7 @@ def build_draft(description: DraftDescription, params: Params, dtype: str, sourc
 
     Args:
         description: of the draft.
-        params: all its parameters, see ``with_shared``.
+        params: all its parameters, see ``draft.family.with_shared``.
         dtype: the target's, to compute in.
         source: where it comes from.
 
@@ -221,12 +221,6 @@ def build_draft(description: DraftDescription, params: Params, dtype: str, sourc
     family = FAMILIES[description.family]
     drafter, layers, longest = family.drafter(config), family.feature_layers(config), family.max_length(config)
     return PretrainedDraft(functools.cache(drafter), params, source, layers, longest, descriptions.tuned_of(description, source))
-
-
-def with_shared(own: Params, shared: Mapping[str, str], target_params: Params) -> Params:
-    """A draft's own parameters, and those that are arrays of the target, {path in the draft: path in the target}."""
-    theirs = flatten(target_params)
-    return unflatten({**flatten(own), **{path: theirs[name] for path, name in shared.items()}})
 
 
 def _arrays_of(target: Pretrained, shared: Mapping[str, str], folder: Path) -> dict[str, jax.Array]:

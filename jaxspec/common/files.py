@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,28 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def claim(path: Path, asked: Mapping[str, Any], advice: str) -> None:
+    """Keeps what the work in a folder is begun with in a JSON file there, or refuses to go on with something else.
+
+    Args:
+        path: of the file.
+        asked: JSON values by name.
+        advice: what to do, for the error.
+
+    Raises:
+        ValueError: a value differs from the one that was kept; the message names the first.
+        OSError: the file cannot be written.
+    """
+    if not path.exists():
+        return write_json(path, asked)
+    before, asked = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(asked))
+    for name in {**before, **asked}:
+        if before.get(name) != asked.get(name):
+            raise ValueError(
+                f"expected the {name} {before.get(name)} that {path.parent} was begun with, got {asked.get(name)}: {advice}"
+            )
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
+from jaxspec.common.trees import flatten, unflatten
 from jaxspec.models import transformer
 from jaxspec.types import Array, Draft, Params
 
@@ -187,6 +188,12 @@ def before(rows: Array, anchor: Array, position: Array) -> Array:
     """The rows [B T ...] at the positions that predicted the anchors int32 [B A]; zeros for the first token of a sequence."""
     newest = take(rows, jnp.maximum(anchor - 1, 0))
     return jnp.where(jnp.expand_dims(take(position, anchor) > 0, range(2, newest.ndim)), newest, 0)
+
+
+def with_shared(own: Params, shared: Mapping[str, str], target_params: Params) -> Params:
+    """A draft's own parameters, and those that are arrays of the target, {path in the draft: path in the target}."""
+    theirs = flatten(target_params)
+    return unflatten(flatten(own) | {path: theirs[origin] for path, origin in shared.items()})
 
 
 def empty_caches(shape: transformer.Config, layers: int, batch: int, cells: int) -> tuple[kv.KVCache, ...]:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import wave
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 SAMPLE_RATE_HZ = 16_000
@@ -34,14 +33,15 @@ def moonshine() -> Callable[[bytes], str]:
     """Moonshine base-en, which comes with its package: samples to text."""
     from moonshine_cpp import MoonshineModel
 
-    model, folder = MoonshineModel(), tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "wave.wav"
+    model = MoonshineModel()
 
-    def transcribe(samples: bytes, folder: tempfile.TemporaryDirectory = folder) -> str:
-        with wave.open(str(path), "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE_HZ, len(samples) // 2, "NONE", ""))
-            file.writeframes(samples)
-        return str(model.transcribe_wav(str(path)))
+    def transcribe(samples: bytes) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:  # its own `transcribe`, of samples, fails in version 0.1.4
+            with wave.open(file, "wb") as writer:
+                writer.setparams((1, 2, SAMPLE_RATE_HZ, len(samples) // 2, "NONE", ""))
+                writer.writeframes(samples)
+            file.flush()
+            return str(model.transcribe_wav(file.name))
 
     return transcribe
 

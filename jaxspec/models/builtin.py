@@ -108,9 +108,9 @@ def load(path: str | os.PathLike = BUILTIN) -> Voice:
         raise ValueError(f"expected a voice of jaxspec in {path}, but it is not one ({error}): install it again") from error
 
 
-def digest(path: str | os.PathLike = BUILTIN) -> str:
+def digest(voice: Voice) -> str:
     """The digest of a voice's target, by which drafts that are trained for it name it."""
     hasher = blake3()
-    for name, array in sorted(flatten(load(path).target_params).items()):
+    for name, array in sorted(flatten(voice.target_params).items()):
         hasher.update(name.encode()).update(array.astype(np.float16).tobytes())
     return f"blake3:{hasher.hexdigest()}"

@@ -17,7 +17,6 @@ from jaxspec import cache as kv
 from jaxspec.models.placement import Placement
 from jaxspec.types import Array, Cache, LanguageModel, Params
 
-_FEW_ROWS = 4  # for which XLA's product on CPU is slower than a multiplication and a sum
 _STEP = 16  # tokens of a block of a decoding step, as opposed to those of a prefill or a training batch
 
 
@@ -205,34 +204,18 @@ class Attention(nn.Module):
             block = kv.join(context, block)
         rows = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)  # [B H_kv G T D_head]
         weights = self._weights(rows, block.key, mask)
-        out = _attend(weights.astype(block.value.dtype), block.value).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:2], -1)
+        out = kv.attend(weights.astype(block.value.dtype), block.value).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:2], -1)
         return self.out(out.astype(x.dtype)), cache
 
     def _heads(self, y: Array) -> Array:
         return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
     def _weights(self, rows: Array, k: Array, mask: Array) -> Array:
-        scores = _attend(rows, k) / math.sqrt(self.config.head_dim)
+        scores = kv.attend(rows, k) / math.sqrt(self.config.head_dim)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1)
         self.sow("intermediates", "attention", weights)
         return weights
-
-
-def _attend(rows: Float[Array, "B H G T N"], cells: Float[Array, "B H N M"]) -> Float32[Array, "B H G T M"]:
-    """The product of the rows of each group of heads with the keys or the values they share."""
-    batch, heads, group, block, _ = rows.shape
-    flat = rows.reshape(batch, heads, group * block, -1)
-
-    def product(flat: Array, cells: Array) -> Array:
-        return jnp.einsum("bhrn,bhnm->bhrm", flat, cells, preferred_element_type=jnp.float32)
-
-    def reduction(flat: Array, cells: Array) -> Array:
-        return (flat[..., None].astype(jnp.float32) * cells[:, :, None].astype(jnp.float32)).sum(axis=-2)
-
-    few = flat.shape[2] <= _FEW_ROWS
-    out = jax.lax.platform_dependent(flat, cells, cpu=reduction if few else product, default=product)
-    return out.reshape(batch, heads, group, block, -1)
 
 
 class SwiGLU(nn.Module):

@@ -18,6 +18,7 @@ from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
 from jaxspec.common import records
 from jaxspec.common.compilation_cache import cache_folder, keep
+from jaxspec.draft.family import with_shared
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
 from jaxspec.models.builtin import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
@@ -68,7 +69,7 @@ def _drafter(voice: Voice, target_params: Params) -> Drafter | None:
     if voice.draft is None:
         return None
     description = records.from_json(DraftDescription, voice.draft)
-    params = pretrained.with_shared(jax.device_put(voice.draft_params), description.shared, target_params)
+    params = with_shared(jax.device_put(voice.draft_params), description.shared, target_params)
     built = pretrained.build_draft(description, params, voice.target.dtype, voices.BUILTIN)
     return drafter_of(built, dataclasses.replace(description, tuned={}))
 

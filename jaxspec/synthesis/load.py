@@ -66,12 +66,13 @@ def builtin_target(params: Params) -> Pretrained:
         params: the target's, on the device.
 
     Returns:
-        a target with an empty tokenizer; its digest is that of the voice's file.
+        a target with an empty tokenizer; its digest is that of the voice's target.
     """
     from tokenizers import Tokenizer, models
 
-    stops, shape = (voices.STOP,), voices.load().target
-    model = Model("builtin", shape, 0, voices.CODES, stops, 0, (), SAMPLING, "builtin", "Apache-2.0", digest=voices.digest())
+    voice, stops = voices.load(), (voices.STOP,)
+    digest = voices.digest(voice)
+    model = Model("builtin", voice.target, 0, voices.CODES, stops, 0, (), SAMPLING, "builtin", "Apache-2.0", digest=digest)
     return Pretrained(model, params, Tokenizer(models.WordLevel({}, unk_token="")), voices.BUILTIN)
 
 

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.cache import span
-from jaxspec.common.trees import flatten, unflatten
 from jaxspec.draft.families import FAMILIES
-from jaxspec.draft.family import TARGET, Packed, take
+from jaxspec.draft.family import TARGET, Packed, take, with_shared
 from jaxspec.draft.family import score as head
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
@@ -79,9 +78,7 @@ def own_params(key: Array, task: Task, target: Params) -> Params:
 
 def full_params(task: Task, own: Params, target: Params) -> Params:
     """The draft's parameters: its own and those that it shares with the target."""
-    theirs = flatten(target)
-    shared = {path: theirs[origin] for path, origin in FAMILIES[task.family].shared(task.config).items()}
-    return unflatten(flatten(own) | shared)
+    return with_shared(own, FAMILIES[task.family].shared(task.config), target)
 
 
 def loss(task: Task, frozen: Frozen, own: Params, batch: Packed, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -119,13 +116,15 @@ def loss(task: Task, frozen: Frozen, own: Params, batch: Packed, key: Array) -> 
 def score(task: Task, target: Params, batch: Packed) -> Scored:
     """The target's pass over packed rows [B T], unless their hidden states are known."""
     width = task.config.target.width
-    if batch.hidden is None:
-        output: Any = transformer.Transformer(task.shape).apply({"params": target}, batch.tokens, segment=batch.segment)
-        features = output[1]
-    else:
-        features = batch.hidden.astype(task.shape.dtype)
+    features = hidden_states(task.shape, target, batch) if batch.hidden is None else batch.hidden.astype(task.shape.dtype)
     rest = features[..., :-width]
     return Scored(target, rest if rest.shape[-1] else None, features[..., -width:])
+
+
+def hidden_states(shape: transformer.Config, target: Params, batch: Packed) -> Array:
+    """The hidden states [B T F] that ``shape.feature_layers`` names, of packed rows [B T]."""
+    output: Any = transformer.Transformer(shape).apply({"params": target}, batch.tokens, segment=batch.segment)
+    return output[1]
 
 
 def precedes_emitted(batch: Packed) -> Array:

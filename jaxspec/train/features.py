@@ -4,20 +4,19 @@ A cache holds float16 [N F] for N tokens: the features that the draft reads, and
 It pays where the disk is large and the target is much larger than the draft; the target's head is applied anew.
 """
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.common.files import replacing
-from jaxspec.models import transformer
-from jaxspec.train.drafts import Task
+from jaxspec.train.drafts import Task, hidden_states
 from jaxspec.train.packing import fill, first_fit, stack
 from jaxspec.train.samples import Samples
-from jaxspec.types import Array, Params
+from jaxspec.types import Params
 
 FILE = "features.npy"
 
@@ -37,7 +36,7 @@ def cached(
 
     Raises:
         FloatingPointError: a hidden state is beyond float16.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or the disk has no room for it.
     """
     path = folder / FILE
     if not path.exists():
@@ -50,27 +49,23 @@ def _write(
     path: Path, task: Task, target: Params, samples: Samples, rows: int, width: int, progress: Callable[[str], None]
 ) -> None:
     members = first_fit(np.diff(samples.start), width)
-    size = len(task.shape.feature_layers) * task.config.target.width
-    states = np.lib.format.open_memmap(path, "w+", np.float16, (len(samples.tokens), size))
+    shape = len(samples.tokens), len(task.shape.feature_layers) * task.config.target.width
+    size = np.dtype(np.float16).itemsize * math.prod(shape)
+    if shutil.disk_usage(path.parent).free < size:  # a disk that fills up would kill the process at a write to the map
+        raise OSError(f"expected room for {size / 1e9:.1f} GB in {path.parent}, got less: leave --cache-features out")
+    states = np.lib.format.open_memmap(path, "w+", np.float16, shape)
     for first in range(0, len(members), rows):
-        some = members[first : first + rows]
-        batch = stack([fill(samples, one, width) for one in [*some, *[[]] * (rows - len(some))]])
-        found = np.asarray(_states(task.shape, target, batch.tokens, batch.segment))
+        some = [*members[first : first + rows], *[[]] * (first + rows - len(members))]
+        batch = stack([fill(samples, one, width) for one in some])
+        found = np.asarray(_hidden_states(task.shape, target, batch), np.float16)
         if not np.isfinite(found).all():
             raise FloatingPointError("expected hidden states within float16, got larger ones: leave --cache-features out")
-        for row, one in enumerate(some):
-            at = 0
-            for i in one:
-                length = min(int(samples.start[i + 1] - samples.start[i]), width - at)
-                states[samples.start[i] : samples.start[i] + length] = found[row, at : at + length]
-                at += length
+        for one, row, segment in zip(some, found, np.asarray(batch.segment), strict=True):
+            for number, i in enumerate(one, 1):
+                mine = row[segment == number]
+                states[samples.start[i] : samples.start[i] + len(mine)] = mine
         progress(f"hidden states of {min(first + rows, len(members))} of {len(members)} rows")
     states.flush()
 
 
-def _hidden(shape: transformer.Config, target: Params, tokens: Array, segment: Array) -> Array:
-    output: Any = transformer.Transformer(shape).apply({"params": target}, tokens, segment=segment)
-    return output[1].astype(jnp.float16)
-
-
-_states = jax.jit(_hidden, static_argnums=0)
+_hidden_states = jax.jit(hidden_states, static_argnums=0)

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
-from jaxspec.common.files import write_json
+from jaxspec.common.files import claim, write_json
 from jaxspec.draft import families
 from jaxspec.draft.families import FAMILIES
 from jaxspec.draft.family import Packed
@@ -191,16 +191,7 @@ def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples:
         "sampling": dataclasses.asdict(sampling),
         "samples": f"blake3:{blake3(samples.tokens.tobytes() + samples.start.tobytes()).hexdigest()}",
     }
-    asked, path = json.loads(json.dumps(asked)), work / "training.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if before is None:
-        write_json(path, asked)
-    elif differing := [name for name in {**before, **asked} if before.get(name) != asked.get(name)]:
-        name = differing[0]
-        raise ValueError(
-            f"expected the {name} {before.get(name)} that {work} was begun with, got {asked.get(name)}: "
-            "use the same arguments to resume, or remove the folder"
-        )
+    claim(work / "training.json", asked, "use the same arguments to resume, or remove the folder")
 
 
 def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
