@@ -15,10 +15,10 @@ RNG = np.random.default_rng(0)
 
 
 def speechlike(rate, seconds=1.3, seed=0):
-    """Harmonics whose loudness changes, over a little noise, with a second of near silence at the end: float32 [N]."""
+    """Harmonics whose loudness changes, over a little noise, with silence at the end: float32 [N]."""
     rng, t = np.random.default_rng(seed), np.arange(int(rate * seconds)) / rate
     voiced = sum(np.sin(2 * np.pi * 130 * k * t + 3 * np.sin(5 * t)) / k for k in range(1, 30))
-    return (0.1 * voiced * np.sin(3 * t) ** 2 * (t < 0.9 * seconds) + 1e-3 * rng.normal(size=len(t))).astype(np.float32)
+    return ((0.1 * voiced * np.sin(3 * t) ** 2 + 1e-3 * rng.normal(size=len(t))) * (t < 0.9 * seconds)).astype(np.float32)
 
 
 def by_definition(wave, old, new):
