@@ -14,7 +14,7 @@ ROOT = pathlib.Path(jaxspec.__file__).parent
 # A module imports only from those before it, and from its own folder. This is the order to read the code in.
 ORDER = """
 types keys sampling cache groups state request checks verify rounds speculate
-common text codec models draft checkpoint convert synthesis train evaluate bench commands
+common audio text codec acoustic models draft checkpoint convert synthesis train evaluate bench commands
 """.split()
 
 NEVER = {"torch", "transformers"}

@@ -1,0 +1,72 @@
+"""Kaldi's log mel filter banks at 16 kHz, as CAM++ and w2v-bert read them, of numpy and of jax arrays alike.
+
+25 ms every 10 ms -> minus its mean -> x[t] - 0.97 x[t - 1] -> Povey's window -> power -> 80 mel bins of 20 .. 8000 Hz -> log
+"""
+
+import functools
+from typing import TypeVar
+
+import numpy as np
+
+from jaxspec.types import Array
+
+RATE_HZ, BINS = 16_000, 80
+WINDOW, HOP = 400, 160  # samples
+_PART = 80  # divides both
+_N_FFT = 512
+_PREEMPHASIS = 0.97
+_FLOOR = 1.1920928955078125e-07  # Kaldi's, the epsilon of float32
+
+Wave = TypeVar("Wave", np.ndarray, Array)
+
+
+def count(samples: int) -> int:
+    """The number of frames that lie within so many samples.
+
+    >>> [count(samples) for samples in (399, 400, 559, 560)]
+    [0, 1, 1, 2]
+    """
+    return max(1 + (samples - WINDOW) // HOP, 0)
+
+
+def fbank(wave: Wave, scale: float = 1.0) -> Wave:
+    """The logarithm of the power in each mel bin, without dither.
+
+    Args:
+        wave: float32 [... N] in [-1, 1] at 16 kHz; its rows are independent. What is returned is an array of the same library.
+        scale: of the samples; 32768 for models that were trained on 16-bit integers.
+
+    Returns:
+        float32 [... count(N) 80].
+    """
+    xp = wave.__array_namespace__()
+    total = count(wave.shape[-1])
+    parts = (wave[..., : wave.shape[-1] // _PART * _PART] * np.float32(scale)).reshape(*wave.shape[:-1], -1, _PART)
+    step, each = HOP // _PART, WINDOW // _PART
+    frames = xp.concatenate([parts[..., i : i + step * total : step, :] for i in range(each)], axis=-1)
+    frames = frames - frames.mean(axis=-1, keepdims=True)
+    before = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
+    one = (1,) * (frames.ndim - 1)
+    spectrum = xp.fft.rfft((frames - np.float32(_PREEMPHASIS) * before) * _window().reshape(*one, -1), _N_FFT)
+    power = spectrum.real**2 + spectrum.imag**2
+    return xp.log(xp.maximum(power @ _filters(), np.float32(_FLOOR)))
+
+
+@functools.cache
+def _window() -> np.ndarray:
+    """Povey's window: a symmetric Hann window to the power of 0.85, float32 [400]."""
+    return (np.hanning(WINDOW) ** 0.85).astype(np.float32)
+
+
+def _mel(hz: np.ndarray) -> np.ndarray:
+    return 1127 * np.log(1 + hz / 700)
+
+
+@functools.cache
+def _filters() -> np.ndarray:
+    """Triangles that are straight in mel, float32 [257 80]."""
+    lowest, highest = _mel(np.array([20.0, RATE_HZ / 2]))
+    edges = np.linspace(lowest, highest, BINS + 2)
+    low, middle, high = edges[None, :-2], edges[None, 1:-1], edges[None, 2:]
+    at = _mel(np.arange(_N_FFT // 2 + 1) * RATE_HZ / _N_FFT)[:, None]
+    return np.maximum(np.minimum((at - low) / (middle - low), (high - at) / (high - middle)), 0).astype(np.float32)
