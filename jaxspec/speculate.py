@@ -337,5 +337,5 @@ def _prefill(
 def _cut(buffer: Array, start: Array, length: Array, width: int) -> Array:
     """Of each row [S] the ``length`` [B] elements from ``start`` [B] on, padded with PAD: [B ``width``]."""
     position = jnp.arange(width, dtype=jnp.int32)[None]
-    found = jnp.take_along_axis(buffer, jnp.minimum(start[:, None] + position, buffer.shape[1] - 1), axis=1)
+    found = jnp.take_along_axis(buffer, start[:, None] + position, axis=1, mode="clip")
     return jnp.where(position < length[:, None], found, PAD)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 Array = jax.Array
 KeyLike = jax.Array  # a key, as jax.random.key gives, or its raw data
@@ -193,3 +194,12 @@ class Codec(NamedTuple):
     # How many frames to the left and to the right of a frame its samples depend on; None: all of them (global attention or
     # normalisation, recurrence). A causal decoder has 0 to the right.
     context_frames: tuple[int | None, int | None]
+    encode_rate_hz: int = 0  # the sample rate of the waves that ``encode`` takes
+    # How many frames ``encode`` makes of a number of samples at that rate; None where there is no encoder.
+    num_frames: Callable[[int], int] | None = None
+    # For a decoder whose condition is the voice of a recording: (params, wave float32 [N], its rate in Hz) -> (the recording's
+    # codes int32 [T], its condition with leading axis 1), on the host; None for other decoders.
+    condition: Callable[[Params, np.ndarray, int], tuple[np.ndarray, Condition]] | None = None
+    # The parts of ``decode`` by name, in order, for whoever times them: each takes its arguments, with the result of the part
+    # before it in place of the codes. () where there is one part.
+    stages: tuple[tuple[str, Callable[[Params, Any, Array, Condition, Array | None], Any]], ...] = ()

@@ -86,7 +86,7 @@ def test_a_description_is_read_as_it_was_written(tmp_path, description):
 def test_the_text_of_a_description_has_what_is_set():
     model, named, draft, codec = map(info.card, DESCRIPTIONS)
     assert "sampling        temperature 0.5" in model
-    assert "reference       codes of a recording" in model
+    assert "reference       a recording" in model
     assert "voices          ann, bob" in named
     assert "reference" not in named
     assert "rope_scaling" not in named

@@ -105,6 +105,15 @@ def orpheus(target, text, voice="tara"):
     return [custom[3], begin, *encode(target, f"{voice}: {text}"), turn, custom[4], custom[5], custom[1]]
 
 
+def orpheus_clone(target, text, reference, frames):
+    """The pretrained model's conversation: a turn that says the reference's text, its frames, and a turn with the text."""
+    custom = [target.tokenizer.token_to_id(f"<custom_token_{i}>") for i in range(10 + 7 * 16)]
+    begin, turn = (target.tokenizer.token_to_id(token) for token in ("<|begin_of_text|>", "<|eot_id|>"))
+    said = [[custom[3], begin, *encode(target, part), turn, custom[4], custom[5], custom[1]] for part in (reference, text)]
+    codes = [custom[10 + 16 * slot + code] for frame in frames for slot, code in enumerate(frame)]
+    return [*said[0], *codes, custom[2], custom[6], *said[1]]
+
+
 def cosyvoice2(target, text, reference="", reference_codes=()):
     """Codes and stops, then the two markers, then the tokens of text."""
     ids = [6566 + i for i in encode(target, reference) + encode(target, text)]
@@ -129,6 +138,38 @@ def test_a_prompt_is_built_as_the_models_own_code_builds_it(load, name, asked):
 @pytest.mark.parametrize("voice", [None, "tara", "zoe"])
 def test_a_prompt_of_orpheus_names_the_voice(load, voice):
     assert prompt(load("orpheus"), TEXT, voice=voice) == orpheus(load("orpheus"), TEXT, voice or "tara")
+
+
+def test_a_reference_is_an_earlier_turn_of_orpheus(load):
+    frames = np.random.default_rng(0).integers(0, 16, (3, 7)).tolist()
+    given = {"reference": REFERENCE, "reference_codes": frames}
+    assert prompt(load("orpheus"), TEXT, **given) == orpheus_clone(load("orpheus"), TEXT, REFERENCE, frames)
+
+
+CONDITION = {"speaker": np.zeros((1, 192), np.float32)}  # stands for what the decoder is given
+
+
+@pytest.mark.parametrize("name", ["cosyvoice2", "cosyvoice3"])
+def test_cosyvoice_continues_a_reference_only_with_its_text(load, name):
+    """Zero-shot, cross-lingual, instruct and sft, as its own front-end builds them."""
+    target, build = load(name), BUILD[name]
+    requests = converted.synthesizer(target).requests
+
+    def ids(text="Yes.", instruct="", codes=CODES):
+        reference = Reference(text, np.array(codes, np.int32), CONDITION)
+        made = requests([TEXT], Settings(reference=reference, instruct=instruct))
+        return made.prompt[0, : made.prompt_length[0]].tolist()
+
+    assert ids() == build(target, TEXT, "Yes.", CODES)
+    assert ids(text="") == ids(text="", codes=()) == build(target, TEXT)
+    system = "You are a helpful assistant. " if name == "cosyvoice3" else ""
+    rows = 6761 if name == "cosyvoice3" else 6566
+    said = [rows + i for i in encode(target, f"{system}Speak softly.<|endofprompt|>") + encode(target, TEXT)]
+    assert (
+        ids(instruct="Speak softly.")
+        == ids(instruct="Speak softly.<|endofprompt|>")
+        == [{"cosyvoice2": 6564, "cosyvoice3": 6561}[name], *said, {"cosyvoice2": 6565, "cosyvoice3": 6563}[name]]
+    )
 
 
 GOLDEN = {
@@ -180,7 +221,8 @@ def test_a_prompt_of_cosyvoice_reads_the_rows_that_its_own_code_concatenates(tmp
         ("cosyvoice2", {"reference_codes": (-1, 3)}, "of 0 to 6560, got .* of -1 to 3"),
         ("llasa", {"voice": "tara"}, "tara"),
         ("orpheus", {"voice": "nobody"}, "tara, .*, zoe, got 'nobody'"),
-        ("orpheus", {"reference_codes": (1,) * 7}, "no reference codes for orpheus"),
+        ("orpheus", {"reference_codes": (1,) * 7}, r"codes int \[T 7\] of 0 to 15, got \(7,\)"),
+        ("llasa", {"instruct": "Softly."}, "no instruction for llasa, which takes none, got 'Softly.': leave it out"),
     ],
 )
 def test_what_a_family_cannot_take_is_refused(load, name, settings, message):

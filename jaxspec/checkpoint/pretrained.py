@@ -67,6 +67,7 @@ class PretrainedCodec(NamedTuple):
     family: str
     codec: Codec
     params: Params
+    digest: str = ""  # of the parameters
 
 
 def save(
@@ -279,7 +280,7 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
         raise ValueError(
             f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
         ) from error
-    return PretrainedCodec(description.family, codec, store.read_params(folder))
+    return PretrainedCodec(description.family, codec, store.read_params(folder), description.digest)
 
 
 def memory_bytes(*params: Params) -> int:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.types import Array, Codec, Condition, Params
 
 _STEP = 40  # frames
@@ -48,8 +49,9 @@ def decode_rows(
     condition: Condition = None,
     key: Array | None = None,
     prefix: np.ndarray | None = None,
+    watch: Stopwatch | None = None,
 ) -> list[np.ndarray]:
-    """Decodes rows of codes on the host, in one call.
+    """Decodes rows of codes on the host, in one batch.
 
     Args:
         codec: the codec.
@@ -58,6 +60,7 @@ def decode_rows(
         condition: a tree of arrays with ``len(rows)`` as their leading axis, or None.
         key: PRNG keys [len(rows)], or None.
         prefix: codes [P] or [P Q] that every row continues, such as those of a reference; their part of the wave is cut off.
+        watch: to which the seconds of each of the codec's stages are added.
 
     Returns:
         The wave of each row, float32 [T * samples per frame].
@@ -71,7 +74,10 @@ def decode_rows(
         padded[: len(row)] = row
     codes = codes.reshape(*codes.shape[:2], -1)
     condition, key = jax.tree.map(lambda x: x[np.arange(batch) % len(rows)], (condition, key))
-    arguments = jax.device_put((codes, np.pad(length, (0, batch - len(rows))), condition, key))
-    waves = jax.device_get(codec.decode(params, *arguments))
+    waves, *arguments = jax.device_put((codes, np.pad(length, (0, batch - len(rows))), condition, key))
+    for name, stage in codec.stages or (("codec", codec.decode),):
+        with (watch or Stopwatch())(name):
+            waves = jax.block_until_ready(stage(params, waves, *arguments))
+    waves = jax.device_get(waves)
     span = round(codec.sample_rate_hz / codec.frame_rate_hz)
     return [wave[skip * span : count * span] for wave, count in zip(waves, length, strict=False)]

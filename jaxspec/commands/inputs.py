@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxspec.synthesis.contract import Reference, Settings
+from jaxspec.synthesis.contract import Reference, Settings, Synthesizer
 
 STANDARD_INPUT = "-"
 
@@ -60,16 +60,26 @@ def read_lines(path: Path) -> dict[int, str]:
     return lines
 
 
-def read_reference(path: Path | None, text: str) -> Reference | None:
-    """A reference from a .npy file of codes and the text that the recording says.
+def check_reference(path: Path | None, text: str) -> None:
+    """Refuses a reference that cannot be read, before a model is loaded.
 
     Raises:
-        ValueError: the file holds no codes, or there is a text without a file.
+        ValueError: the file is missing, or there is a text without a file.
     """
-    if path is None:
-        if text:
-            raise ValueError("expected --reference with --reference-text, got the text only: give both")
-        return None
+    if path is None and text:
+        raise ValueError("expected --reference with --reference-text, got the text only: give both")
+    if path is not None and not path.is_file():
+        raise ValueError(f"expected a recording, or a .npy file of its codes, got {path}: no such file")
+
+
+def read_reference(path: Path, text: str, synthesizer: Synthesizer) -> Reference:
+    """A reference from a recording, or from a .npy file of its codes, and the text that the recording says.
+
+    Raises:
+        ValueError: the file holds neither, or the synthesizer cannot take it.
+    """
+    if path.suffix.lower() != ".npy":
+        return Reference.from_wav(path, synthesizer, text)
     try:
         with path.open("rb") as file:
             codes = np.lib.format.read_array(file, allow_pickle=False)

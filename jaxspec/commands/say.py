@@ -11,13 +11,15 @@ import jaxspec
 from jaxspec.checkpoint.store import DESCRIPTION
 from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
-from jaxspec.commands.inputs import read_lines, read_reference, read_text
+from jaxspec.commands.inputs import check_reference, read_lines, read_reference, read_text
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.picture import draw
 from jaxspec.synthesis.contract import Settings, Synthesizer, Verifier
 from jaxspec.synthesis.decoding import resolve
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import Tally, Utterance, speak_each
+
+STAGES = ("lm", "codec", "flow", "vocoder")  # that are timed apart, as far as a model has them
 
 
 class Job(NamedTuple):
@@ -61,13 +63,16 @@ class Say:
     codec: Path | None = None
     """The folder of the model's codec; by default the folder codec in that of the model."""
     reference: Path | None = None
-    """A .npy file with the codes of a reference recording, whose voice the model continues in."""
+    """A recording of some seconds (.wav, .flac, .mp3, .ogg), in whose voice the model speaks; or a .npy file with its codes."""
     reference_text: str = ""
     """What the reference recording says."""
+    instruct: str = Settings.instruct
+    """How to speak, for a model that takes an instruction (CosyVoice)."""
     max_codes: int | None = Settings.max_codes
     """The most tokens of each piece of a text; by default the model's own limit."""
     voice: str | None = Settings.voice
-    """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows for others."""
+    """slt (a woman, the default) or rms (a man) for the built-in voice; one that the model knows, or that
+    `jaxspec voice add` made for it, for others."""
     verify: Verifier | None = None
     """How drafted codes are accepted; by default as `jaxspec tune` chose for the draft, else coarse-grained, and autoregressive
     without a draft. block- verifies them as a whole, which accepts more of them. auto tries both on the batches of many texts and
@@ -97,6 +102,7 @@ class Say:
     def run(self) -> None:
         """Speaks."""
         settings, texts = self._settings(), self._texts()
+        check_reference(self.reference, self.reference_text)
         if self.out is not None:
             outputs.check_output(self.out)
         if self.out_dir is not None:
@@ -105,6 +111,9 @@ class Say:
         if self.plot:
             outputs.check_picture(self.plot)
         synthesizer = load(self.model, self.draft, self.codec)
+        if self.reference is not None:
+            reference = read_reference(self.reference, self.reference_text, synthesizer)
+            settings = dataclasses.replace(settings, reference=reference)
         jobs = self._jobs(texts, self.format or ("wav" if synthesizer.decode else "npy"))
         check_codec(synthesizer, jobs[0].out, self.plot)
         manifest = Manifest(self.out_dir) if self.out_dir else None
@@ -121,8 +130,7 @@ class Say:
 
     def _settings(self) -> Settings:
         names = {field.name for field in dataclasses.fields(Settings)} & set(vars(self)) - {"reference"}
-        reference = read_reference(self.reference, self.reference_text)
-        return Settings(**{name: getattr(self, name) for name in names}, reference=reference)
+        return Settings(**{name: getattr(self, name) for name in names})
 
     def _texts(self) -> dict[int, str]:
         """The texts by their lines."""
@@ -161,10 +169,7 @@ def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:
         ValueError: with what to do.
     """
     if synthesizer.decode is None and out.suffix.lower() != outputs.CODES:
-        raise ValueError(
-            f"expected a codec to make sound for {out}, got none: give --codec DIR, or --out FILE.npy for the codes "
-            "(CosyVoice gives codes only: its flow and vocoder are not here)"
-        )
+        raise ValueError(f"expected a codec to make sound for {out}, got none: give --codec DIR, or --out FILE.npy for the codes")
     if synthesizer.decode is None and plot:
         raise ValueError("expected a codec for --plot, which draws sound, got none: give --codec, or leave --plot out")
 
@@ -216,13 +221,15 @@ def seconds_of(utterance: Utterance) -> float:
 
 def figures(outcome: Outcome, settings: Settings, name: str) -> dict[str, Any]:
     """What was said and what it took; rtf is compute seconds (compilation excluded) over audio seconds, None without audio."""
-    seconds = outcome.tally.watch.seconds
-    compute_s = seconds["lm"] + seconds["codec"]
+    seconds = dict(outcome.tally.watch.seconds)
+    compiling = seconds.pop("compile")
+    compute_s = sum(seconds.values())
+    stages = {f"{name}_seconds": round(took, 3) for name, took in seconds.items()}
     return {
         "audio_seconds": round(outcome.audio_s, 3),
-        "lm_seconds": round(seconds["lm"], 3),
-        "codec_seconds": round(seconds["codec"], 3),
-        "compile_seconds": round(seconds["compile"], 3),
+        **stages,
+        "compile_seconds": round(compiling, 3),
+        "compute_seconds": round(compute_s, 3),
         "rtf": round(compute_s / outcome.audio_s, 4) if outcome.audio_s else None,
         **outcome.tally.counts(name, settings.seed),
         "failed": outcome.failed,
@@ -231,7 +238,8 @@ def figures(outcome: Outcome, settings: Settings, name: str) -> dict[str, Any]:
 
 def card(result: dict[str, Any], where: str) -> str:
     """The figures for people, a line each."""
-    computed = f"computed in {result['lm_seconds'] + result['codec_seconds']:.2f} s"
+    stages = ", ".join(f"{name} {result[f'{name}_seconds']:.2f}" for name in STAGES if f"{name}_seconds" in result)
+    computed = f"computed in {result['compute_seconds']:.2f} s ({stages})"
     rtf = f" (real-time factor {result['rtf']:.3f})" if result["rtf"] else ""
     lines = [
         f"{result['audio_seconds']:.2f} s of speech: {where}" if result["rtf"] else f"codes only, no sound: {where}",

@@ -12,6 +12,7 @@ import numpy as np
 from jaxspec import groups
 from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
+from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.evaluate import optimal, requirements
 from jaxspec.evaluate.fidelity import fidelity
 from jaxspec.evaluate.measures import Advance, References, Waves, measure, record_references, voice_of
@@ -184,7 +185,7 @@ def _swapped_rows(
             padded = jnp.asarray(np.pad(utterance.codes, (0, -count % MAX_CODES)))  # few lengths, so that few are compiled
             codes = np.asarray(groups.swap(jax.random.key(index), members, padded))[:count]
             swapped, total = swapped + int((codes != utterance.codes).sum()), total + count
-            waves += base.decode([codes], Settings(voice=voice_of(index)))
+            waves += base.decode([codes], Settings(voice=voice_of(index)), Stopwatch())
             advance(name, 1)
         sizes = {"group_size": float(np.asarray(members.sizes).mean()), "swapped": swapped / total}
         rows.append(measure(name, waves, references, advance) | sizes)

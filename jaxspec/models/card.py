@@ -36,7 +36,9 @@ class Model:
         sampling: the default.
         codec: "xcodec2", "neucodec", "snac", or "" for a family whose codec is not implemented (codes only).
         licence: of the weights.
-        clones: whether codes of a reference recording may follow the prompt.
+        instruct: replaces the part of the prompt with {reference} where an instruction is given, "{instruct}"; "": it takes none.
+        clone: the prompt with a reference, whose codes are the part "{codes}"; (): they follow the prompt.
+        clones: whether it takes codes of a reference recording.
         voices: names for {voice}; the first is the default.
         phonemes: the espeak language in whose phonemes the text is given; "" for plain text.
         max_tokens: limit on prompt and codes together. max_new_tokens: limit on codes. max_codes_per_token: limit on codes per
@@ -59,6 +61,8 @@ class Model:
     codec: str
     licence: str
     slots: int = 1
+    instruct: str = ""
+    clone: tuple[str | int, ...] = ()
     clones: bool = True
     voices: tuple[str, ...] = ()
     phonemes: str = ""
@@ -157,6 +161,7 @@ def prompt_ids(
     voice: str = "",
     reference: str = "",
     codes: Sequence[int] | np.ndarray = (),
+    instruct: str = "",
 ) -> np.ndarray:
     """The ids of a prompt.
 
@@ -166,33 +171,42 @@ def prompt_ids(
         text: the text to speak, in phonemes where ``model.phonemes`` is set.
         voice: one of ``model.voices``; "" is the first.
         reference: the text of the reference recording.
-        codes: of the reference recording, int [T].
+        codes: of the reference recording, int [T], or [T Q] where a frame has several.
+        instruct: how to speak, in place of the reference's text.
 
     Returns:
         int32 [P].
 
     Raises:
-        ValueError: the model does not have the voice or takes no such reference, or an id lies outside its input tables.
+        ValueError: the model does not have the voice, takes no such reference or no instruction, or an id lies outside its input
+            tables.
     """
     _check_voice(model, voice)
     codes = _checked_codes(model, codes)
-    if reference and not any("{reference}" in str(part) for part in model.prompt):
+    if instruct and not model.instruct:
+        raise ValueError(f"expected no instruction for {model.family}, which takes none, got {instruct!r}: leave it out")
+    prompt = model.clone if model.clone and len(codes) else (*model.prompt, "{codes}")
+    if reference and not any("{reference}" in str(part) for part in prompt):
         text = f"{reference} {text}"
+    given = {"voice": voice or next(iter(model.voices), ""), "instruct": instruct, "reference": reference, "text": text}
     ids: list[int] = []
-    for part in model.prompt:
+    for part in prompt:
         if isinstance(part, int):
             ids.append(part)
-            continue
-        for name, value in (("{voice}", voice or next(iter(model.voices), "")), ("{reference}", reference), ("{text}", text)):
-            part = part.replace(name, value)
-        ids += [model.text_first + i for i in tokenize(tokenizer, part)]
+        elif part == "{codes}":
+            ids += (model.codes_first + codes).tolist()
+        else:
+            part = model.instruct if instruct and "{reference}" in part else part
+            for name, value in given.items():
+                part = part.replace(f"{{{name}}}", value)
+            ids += [model.text_first + i for i in tokenize(tokenizer, part)]
     rows = sum(model.shape.input_tables)
     if ids and max(ids) >= rows:
         raise ValueError(
             f"expected prompt ids below {rows}, the rows of the input tables of {model.family}, got {max(ids)}: "
             "use the tokenizer that belongs to the checkpoint"
         )
-    return np.array([*ids, *(model.codes_first + codes)], np.int32)
+    return np.array(ids, np.int32)
 
 
 def _check_voice(model: Model, voice: str) -> None:
@@ -204,17 +218,19 @@ def _check_voice(model: Model, voice: str) -> None:
 
 
 def _checked_codes(model: Model, codes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Codes of frames [T] or [T Q] as a row of codes counted over all slots, int64 [T*Q]."""
     codes = np.asarray(codes, np.int64)
     if len(codes) and not model.clones:
         instead = "choose a voice instead" if model.voices else "leave them out"
         raise ValueError(f"expected no reference codes for {model.family}, which takes none, got {len(codes)}: {instead}")
-    if codes.ndim != 1 or (len(codes) and not 0 <= codes.min() <= codes.max() < model.num_codes):
-        span = f"{codes.min()} to {codes.max()}" if codes.size else "none"
+    frame = () if model.slots == 1 else (model.slots,)
+    if len(codes) and (codes.shape[1:] != frame or not 0 <= codes.min() <= codes.max() < model.num_codes):
+        shape = " ".join(["T", *map(str, frame)])
         raise ValueError(
-            f"expected reference codes int [T] of 0 to {model.num_codes - 1}, got {codes.shape} of {span}: "
-            f"encode the recording with the codec of {model.family}"
+            f"expected reference codes int [{shape}] of 0 to {model.num_codes - 1}, got {codes.shape} of {codes.min()} to "
+            f"{codes.max()}: encode the recording with the codec of {model.family}"
         )
-    return codes
+    return (codes.reshape(-1, model.slots) + model.num_codes * np.arange(model.slots)).reshape(-1)
 
 
 def codes_of(model: Model, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

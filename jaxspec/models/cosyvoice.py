@@ -1,7 +1,4 @@
-"""CosyVoice 2 and 3 (FunAudioLLM; arXiv 2412.10117, 2505.17589): Qwen 2 with separate text and code tables.
-
-Codes only: the flow model and the vocoder, which turn them into a waveform, are not implemented.
-"""
+"""CosyVoice 2 and 3 (FunAudioLLM; arXiv 2412.10117, 2505.17589): Qwen 2 with separate text and code tables."""
 
 import dataclasses
 
@@ -24,6 +21,7 @@ class Version:
         start, turn: ids of the markers of the start and of the beginning of speech.
         head_bias: whether the head has a bias.
         system: text before the reference's text.
+        instruct: what precedes the text with an instruction.
     """
 
     name: str
@@ -33,10 +31,14 @@ class Version:
     turn: int
     head_bias: bool
     system: str
+    instruct: str
 
 
-V2 = Version("cosyvoice2", 6564, 2, 6564, 6565, True, "")
-V3 = Version("cosyvoice3", 6761, 0, 6561, 6563, False, "You are a helpful assistant.<|endofprompt|>")
+V2 = Version("cosyvoice2", 6564, 2, 6564, 6565, True, "", "{instruct}<|endofprompt|>")
+_V3_SYSTEM = "You are a helpful assistant."
+V3 = Version(
+    "cosyvoice3", 6761, 0, 6561, 6563, False, f"{_V3_SYSTEM}<|endofprompt|>", f"{_V3_SYSTEM} {{instruct}}<|endofprompt|>"
+)
 VERSIONS = {version.name: version for version in (V2, V3)}
 
 
@@ -58,8 +60,9 @@ def model(version: Version, shape: Config) -> card.Model:
         text_first=sum(shape.input_tables[:-1]),
         prompt=(start, version.system + "{reference}", "{text}", turn),
         sampling=_SAMPLING,
-        codec="",
+        codec=version.name,
         licence="Apache-2.0",
+        instruct=version.instruct,
         max_codes_per_token=20,
         min_codes_per_token=2,
         head="speech",

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxspec.codec.builtin import codec
 from jaxspec.codec.padding import decode_rows
 from jaxspec.common import records
 from jaxspec.common.compilation_cache import cache_folder, keep
+from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.draft.family import with_shared
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
@@ -44,10 +46,10 @@ def synthesizer(voice: Voice) -> Synthesizer:
     kept_codec = model._replace(decode=keep(model.decode, f"decode {voice.codec}"))
     drafter = _drafter(voice, target_params)
 
-    def decode(rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
+    def decode(rows: Sequence[np.ndarray], settings: Settings, watch: Stopwatch) -> list[np.ndarray]:
         """Decodes a batch of rows, all in the voice of the settings."""
         condition = np.full(len(rows), voices.voice_index(settings.voice or VOICES[0]), np.int32)
-        return decode_rows(kept_codec, codec_params, rows, condition)
+        return decode_rows(kept_codec, codec_params, rows, condition, watch=watch)
 
     return Synthesizer(
         target=target_of(voice.target, drafter),
@@ -61,6 +63,7 @@ def synthesizer(voice: Voice) -> Synthesizer:
         groups=functools.partial(_groups, voice),
         codes=_codes,
         decode=decode,
+        reference=_reference,
     )
 
 
@@ -76,11 +79,17 @@ def _drafter(voice: Voice, target_params: Params) -> Drafter | None:
 
 def _requests(sentences: Sequence[str], settings: Settings) -> Requests:
     """The prompts of normalised sentences; a code lasts 40 ms, and no symbol is spoken for longer than four."""
-    if settings.reference is not None:
-        raise ValueError("expected no reference for the built-in voice, got one: choose --voice slt or rms instead")
+    if settings.reference is not None or settings.instruct:
+        _reference()
     prompts, length = voices.prompts(sentences, [settings.voice or VOICES[0]] * len(sentences))
     limit = np.minimum(min(MAX_CODES, settings.max_codes or MAX_CODES), 16 + 4 * length)
     return Requests(prompts, length, MAX_CODES, limit, (STOP,), [settings.sampling(SAMPLING)] * len(sentences))
+
+
+def _reference(*recording: object) -> NoReturn:
+    raise ValueError(
+        "expected no reference or instruction for the built-in voice, got one: choose --voice slt or rms, or give --model"
+    )
 
 
 def _groups(voice: Voice, threshold: float, matrix: str) -> Groups:

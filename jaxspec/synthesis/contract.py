@@ -5,14 +5,17 @@ import math
 import operator
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxspec.audio import files as audio_files
 from jaxspec.checkpoint.descriptions import Tuned
 from jaxspec.checkpoint.pretrained import PretrainedDraft
 from jaxspec.common.compilation_cache import describe
+from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.groups import Groups
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
@@ -28,12 +31,13 @@ MATRICES = ("target", "codec")
 class Reference:
     """A reference recording, whose voice the synthesis continues in.
 
-    text: what the recording says; "" where the model is given the codes only.
-    codes: its codes, int32 [T], or [T Q] where a frame has Q codes.
-    condition: what else the codec's decoder needs of the recording, a pytree with leading axis 1, or None.
+    text: what the recording says; "" where the model is given the codes only or, with a condition, nothing of the recording.
+    codes: its codes, int32 [T], or [T Q] where a frame has Q codes; T may be 0 with a condition.
+    condition: what the codec's decoder is given of the recording, a pytree with leading axis 1; None: the codes, before those of
+        the speech.
 
     Raises:
-        ValueError: the codes are not a non-empty row of integers.
+        ValueError: the codes are not a row of integers.
     """
 
     text: str
@@ -42,9 +46,25 @@ class Reference:
 
     def __post_init__(self) -> None:
         codes = np.asarray(self.codes)
-        if codes.ndim not in (1, 2) or not np.issubdtype(codes.dtype, np.integer) or not codes.size:
+        empty = not codes.size and self.condition is None
+        if codes.ndim not in (1, 2) or not np.issubdtype(codes.dtype, np.integer) or empty:
             raise ValueError(f"expected reference codes, integers [T] or [T Q], got {codes.dtype} {codes.shape}: encode it again")
         object.__setattr__(self, "codes", codes.astype(np.int32))
+
+    @classmethod
+    def from_wav(cls, path: str | Path, synthesizer: "Synthesizer", text: str = "") -> "Reference":
+        """Encodes a recording for a synthesizer, once for all texts.
+
+        Args:
+            path: a sound file (wav, flac, mp3, ogg).
+            synthesizer: whose codec encodes it.
+            text: what the recording says.
+
+        Raises:
+            ValueError: it is no recording of some seconds of speech, the synthesizer does not continue recordings, or the text is
+                missing where the model needs it.
+        """
+        return synthesizer.reference(*audio_files.read(path), text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +82,7 @@ class Settings:
     seed: any integer from 0 up.
     max_codes: the most tokens of a piece of text.
     reference: a recording to continue from.
+    instruct: how to speak, in words, for a model that takes an instruction; the reference gives the voice alone then.
 
     Raises:
         ValueError: a setting out of its range.
@@ -80,6 +101,7 @@ class Settings:
     seed: int = 0
     max_codes: int | None = None
     reference: Reference | None = None
+    instruct: str = ""
 
     def __post_init__(self) -> None:
         if self.verify not in (None, *VERIFIERS):
@@ -158,7 +180,9 @@ class Synthesizer(NamedTuple):
     requests(pieces, settings) -> Requests, a row for each piece.
     groups(threshold, matrix) -> Groups of the head's vocabulary.
     codes(ids int32 [T]) -> (codes int32 [T'] or [T' Q], their places among the ids, of the same shape).
-    decode(list of codes, settings) -> their waves float32 [N]; None where there is no codec.
+    decode(list of codes, settings, watch) -> their waves float32 [N], the seconds of each stage added to the watch; None where
+        there is no codec.
+    reference(wave float32 [N], sample rate in Hz, text) -> the recording as a reference; ValueError where that cannot be.
     """
 
     target: LanguageModel
@@ -171,7 +195,8 @@ class Synthesizer(NamedTuple):
     requests: Callable[[Sequence[str], Settings], Requests]
     groups: Callable[[float, str], Groups]
     codes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    decode: Callable[[Sequence[np.ndarray], Settings], list[np.ndarray]] | None
+    decode: Callable[[Sequence[np.ndarray], Settings, Stopwatch], list[np.ndarray]] | None
+    reference: Callable[[np.ndarray, int, str], Reference]
 
 
 def drafter_of(loaded: PretrainedDraft, description: Any) -> Drafter:

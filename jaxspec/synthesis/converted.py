@@ -7,16 +7,20 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxspec import groups as asg
 from jaxspec.checkpoint import groups as group_files
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
 from jaxspec.codec.padding import decode_rows
+from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.groups import Groups
 from jaxspec.models import card
-from jaxspec.synthesis.contract import Drafter, Requests, Settings, Synthesizer, padded, target_of
+from jaxspec.synthesis import recording
+from jaxspec.synthesis.contract import Drafter, Reference, Requests, Settings, Synthesizer, padded, target_of
 from jaxspec.text import phonemes
 from jaxspec.text.cut import halve
 
@@ -45,10 +49,11 @@ def synthesizer(target: Pretrained, drafter: Drafter | None = None, codec: Pretr
         max_batch=8,
         sample_rate_hz=codec.codec.sample_rate_hz if codec else 0,
         pieces=functools.partial(pieces, target),
-        requests=functools.partial(_requests, target),
+        requests=functools.partial(_requests, target, codec),
         groups=lambda threshold, matrix: groups(target, threshold),
         codes=functools.partial(_codes, target),
-        decode=codec and functools.partial(_decode, codec),
+        decode=codec and functools.partial(_decode, target, codec),
+        reference=functools.partial(recording.reference, target, codec),
     )
 
 
@@ -81,12 +86,13 @@ def _size(target: Pretrained, text: str) -> int:
     return len(card.tokenize(target.tokenizer, text))
 
 
-def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> Requests:
+def _requests(target: Pretrained, codec: PretrainedCodec | None, texts: Sequence[str], settings: Settings) -> Requests:
     """Prompts, and the limits of the family: of prompt and codes together, of codes, and of codes for each token of the text."""
-    model, voice = target.model, settings.voice or ""
+    model, reference = target.model, recording.of_settings(target, codec, settings)
     sound = functools.partial(phonemes.of, language=model.phonemes) if model.phonemes else str
-    sounds, reference = [sound(text) for text in texts], settings.reference
-    spoken = {"reference": reference.text and sound(reference.text), "codes": reference.codes} if reference else {}
+    sounds = [sound(text) for text in texts]
+    spoken = _spoken(reference, settings.instruct, sound)
+    voice = settings.voice if settings.voice in model.voices else ""
     rows = [card.prompt_ids(model, target.tokenizer, text, voice=voice, **spoken) for text in sounds]
     longest = max(map(len, rows))
     width = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
@@ -106,15 +112,37 @@ def _requests(target: Pretrained, texts: Sequence[str], settings: Settings) -> R
     return Requests(prompts, length, -(-int(limit.max()) // _CODES_STEP) * _CODES_STEP, limit, model.stop_ids, sampling)
 
 
+def _spoken(reference: Reference | None, instruct: str, sound: Callable[[str], str]) -> dict[str, Any]:
+    """What a prompt has of an instruction or a reference.
+
+    Without the reference's text, a model whose decoder is given the voice continues nothing.
+    """
+    if instruct:
+        return {"instruct": instruct.removesuffix("<|endofprompt|>")}
+    if reference is None or (reference.condition is not None and not reference.text):
+        return {}
+    return {"reference": reference.text and sound(reference.text), "codes": reference.codes}
+
+
 def _codes(target: Pretrained, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes, at = card.codes_of(target.model, ids)
     return (codes[:, 0], at[:, 0]) if target.model.slots == 1 else (codes, at)
 
 
-def _decode(codec: PretrainedCodec, rows: Sequence[np.ndarray], settings: Settings) -> list[np.ndarray]:
-    """Decodes a batch of rows; each continues the reference's codes, whose part of the wave is cut off."""
-    prefix = settings.reference.codes if settings.reference else np.zeros(0, np.int32)
-    return decode_rows(codec.codec, codec.params, rows, prefix=prefix)
+def _decode(
+    target: Pretrained, codec: PretrainedCodec, rows: Sequence[np.ndarray], settings: Settings, watch: Stopwatch
+) -> list[np.ndarray]:
+    """Decodes a batch of rows in the voice of the reference.
+
+    A codec that takes a condition is given the reference's. Otherwise each row continues the reference's codes, if the prompt
+    ends with them, and their part of the wave is cut off.
+    """
+    reference, condition, prefix = recording.of_settings(target, codec, settings), None, None
+    if reference is not None and reference.condition is not None:
+        condition = jax.tree.map(lambda array: np.repeat(array, len(rows), axis=0), reference.condition)
+    elif reference is not None and not target.model.clone:
+        prefix = reference.codes
+    return decode_rows(codec.codec, codec.params, rows, condition, prefix=prefix, watch=watch)
 
 
 def groups(target: Pretrained, threshold: float, progress: Callable[[int, int], None] | None = None) -> Groups:

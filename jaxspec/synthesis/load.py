@@ -34,16 +34,25 @@ def load(model: str | Path | None = None, draft: str | Path | None = None, codec
         return _builtin(draft, codec)
     dtype = "float32" if jax.default_backend() == "cpu" else None  # XLA turns bfloat16 into float32 there, in every step
     target = pretrained.load(model, dtype)
-    codec = codec or (Path(model) / "codec" if (Path(model) / "codec").is_dir() else None)
+    codec = codec_folder(Path(model), codec)
     drafter = load_drafter(draft, target) if draft is not None else None
     return converted.synthesizer(target, drafter, load_codec(codec) if codec else None)
+
+
+def codec_folder(model: Path, codec: str | Path | None) -> Path | None:
+    """The folder of a model's codec: the one that is given, or the folder ``codec`` within the model's, where there is one."""
+    if codec is not None:
+        return Path(codec)
+    return model / "codec" if (model / "codec").is_dir() else None
 
 
 def load_codec(folder: str | Path) -> PretrainedCodec:
     """A codec whose traced decoder is kept on disk, see ``jaxspec.common.compilation_cache``."""
     loaded = pretrained.load_codec(folder)
-    kept = keep(loaded.codec.decode, f"decode {store.read_description(folder)}")
-    return loaded._replace(codec=loaded.codec._replace(decode=kept))
+    described = store.read_description(folder)
+    kept = keep(loaded.codec.decode, f"decode {described}")
+    stages = tuple((name, keep(stage, f"{name} {described}")) for name, stage in loaded.codec.stages)
+    return loaded._replace(codec=loaded.codec._replace(decode=kept, stages=stages))
 
 
 def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:

@@ -40,7 +40,7 @@ class Tally:
     """What the batches of a synthesis took: seconds by part, and counts."""
 
     def __init__(self) -> None:
-        self.watch = Stopwatch("lm", "codec")
+        self.watch = Stopwatch("lm")
         self.generations: list[Generation] = []
 
     def counts(self, name: str, seed: int) -> dict[str, Any]:
@@ -121,8 +121,7 @@ def speak_each(
             generation = tokens_of(batch, keys, synthesizer, settings, candidates[candidate])
         tally.generations.append(generation)
         autotuner.record(padded_batch(len(batch)), candidate, int(generation.length.sum()), tally.watch.seconds["lm"] - began)
-        with tally.watch("codec"):
-            spoken = decode(generation, synthesizer, settings)
+        spoken = decode(generation, synthesizer, settings, tally.watch)
         progress(first + len(batch), len(queue))
         for i, utterance in zip(owners, spoken, strict=True):
             waiting.setdefault(i, []).append(utterance)
@@ -144,12 +143,12 @@ def _pieces(text: str, settings: Settings, synthesizer: Synthesizer) -> list[str
 _row_keys = keep(jax.jit(jax.vmap(jax.random.fold_in, (None, 0))), "fold_in")
 
 
-def decode(generation: Generation, synthesizer: Synthesizer, settings: Settings) -> list[Utterance]:
-    """A batch of tokens to waves; stop ids and whatever else is no code are dropped."""
+def decode(generation: Generation, synthesizer: Synthesizer, settings: Settings, watch: Stopwatch) -> list[Utterance]:
+    """A batch of tokens to waves, timed by stage; stop ids and whatever else is no code are dropped."""
     found = [synthesizer.codes(row[:n]) for row, n in zip(generation.tokens, generation.length, strict=True)]
     codes = [row for row, _ in found]
     origins = [origin[at] for origin, (_, at) in zip(generation.info.origin, found, strict=True)]
-    waves = synthesizer.decode(codes, settings) if synthesizer.decode else [np.zeros(0, np.float32)] * len(codes)
+    waves = synthesizer.decode(codes, settings, watch) if synthesizer.decode else [np.zeros(0, np.float32)] * len(codes)
     waves = [np.clip(wave, -1, 1) for wave in waves]
     return [Utterance(*parts, synthesizer.sample_rate_hz) for parts in zip(waves, codes, origins, strict=True)]
 
