@@ -13,7 +13,7 @@ from jaxspec.codec import snac as snac_codec
 from jaxspec.codec.snac import Config, abstract_params, codec
 from jaxspec.convert.snac import RULES, config
 
-LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "latent_dim": None, "decoder_dim": 1024}
+LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024}
 LARGE |= {"decoder_rates": [8, 8, 4, 2], "codebook_size": 4096, "codebook_dim": 8}
 FRAMES, HOP = 5, 4 * 4 * 3 * 2
 LEVELS = [[0], [1, 4], [2, 3, 5, 6]]  # where in Orpheus' frame of seven each codebook's codes are

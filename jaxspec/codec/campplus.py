@@ -169,8 +169,8 @@ def speaker_encoder(config: Config) -> Callable[[Params, Array, Array], Array]:
 
     (params, fbank float32 [B T mel_bins], length int32 [B]) -> embeddings float32 [B embedding], not normalised
 
-    ``fbank`` is Kaldi's, of 16 kHz audio in -1 .. 1, without dither. ``length`` counts the valid frames of each row, at least 3. The
-    mean over a row's frames is subtracted here; to have subtracted it before changes nothing.
+    ``fbank`` is Kaldi's, of 16 kHz audio in -1 .. 1, without dither. ``length`` counts the valid frames of each row, at least 3.
+    The mean over a row's frames is subtracted here; to have subtracted it before changes nothing.
     """
     model = SpeakerEncoder(config)
 

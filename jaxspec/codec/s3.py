@@ -154,8 +154,8 @@ def tokenizer(config: Config) -> Callable[[Params, Array, Array], Array]:
     (params, log_mel float32 [B T mel_bins], length int32 [B]) -> codes int32 [B num_codes(T)]
 
     ``log_mel`` is that of Whisper, of 16 kHz audio: 128 mels, its maximum taken over the whole row, and no padding to 30 s.
-    ``length`` counts the valid frames of each row, of which ``num_codes(length)`` codes are made; codes after them are 0. CosyVoice's
-    limit is 30 s.
+    ``length`` counts the valid frames of each row, of which ``num_codes(length)`` codes are made; codes after them are 0.
+    CosyVoice refuses rows of more than 30 s.
     """
     model = Encoder(config)
 
