@@ -74,6 +74,11 @@ def _image(features: int, taps: int, stride: int = 1, *, name: str) -> nn.Conv:
     return nn.Conv(features, (taps, taps), (1, stride), taps // 2, kernel_init=kernel, bias_init=_constant(0), name=name)
 
 
+def _count(steps: Array) -> Array:
+    """A divisor for a sum over so many steps: 1 where there are none."""
+    return jnp.maximum(steps, 1).astype(jnp.float32)
+
+
 class Affine(nn.Module):
     """A scale and an offset for each channel."""
 
@@ -129,9 +134,9 @@ class Layer(nn.Module):
         local = _temporal(c.growth, 3, dilation=self.dilation, bias=False, name="local")(x)
         segments = -(-steps // _SEGMENT)
         sums = jnp.pad(x, ((0, 0), (0, segments * _SEGMENT - steps), (0, 0))).reshape(batch, segments, _SEGMENT, -1).sum(2)
-        counts = jnp.clip(length[:, None] - _SEGMENT * jnp.arange(segments, dtype=length.dtype)[None], 1, _SEGMENT)[..., None]
-        means = sums / (_SEGMENT if c.pad_segments else counts)
-        context = means + sums.sum(1, keepdims=True) / jnp.maximum(length, 1)[:, None, None]
+        left = length[:, None] - _SEGMENT * jnp.arange(segments, dtype=length.dtype)[None]
+        means = sums / (_SEGMENT if c.pad_segments else _count(jnp.minimum(left, _SEGMENT))[:, :, None])
+        context = means + sums.sum(1, keepdims=True) / _count(length)[:, None, None]
         mask = nn.sigmoid(_pointwise(c.growth, name="mask")(nn.relu(_pointwise(c.context, name="context")(context))))
         return local * jnp.repeat(mask, _SEGMENT, 1)[:, :steps]
 
@@ -145,7 +150,7 @@ class SpeakerEncoder(nn.Module):
     def __call__(self, fbank: Array, length: Array) -> Array:
         """Fbank [B T mel_bins], of which ``length`` int32 [B] frames are valid -> [B embedding]."""
         c, mask = self.config, padding.valid(length, fbank.shape[1])[:, :, None]
-        mean = jnp.where(mask, fbank, 0).sum(1, keepdims=True) / jnp.maximum(length, 1)[:, None, None]
+        mean = jnp.where(mask, fbank, 0).sum(1, keepdims=True) / _count(length)[:, None, None]
         x = Head(c, name="head")(jnp.where(mask, fbank - mean, 0), mask)
         x = nn.relu(_temporal(c.width, 5, 2, name="tdnn")(x))
         length = (length + 1) // 2
@@ -156,10 +161,10 @@ class SpeakerEncoder(nn.Module):
             x = nn.relu(Affine(name=f"transit{block}_norm")(x))
             x = _pointwise(x.shape[-1] // 2, last, name=f"transit{block}")(x)
         mask = padding.valid(length, x.shape[1])[:, :, None]
-        x, count = jnp.where(mask, nn.relu(x), 0), length[:, None]
-        mean = x.sum(1) / jnp.maximum(count, 1)
+        x = jnp.where(mask, nn.relu(x), 0)
+        mean = x.sum(1) / _count(length)[:, None]
         squares = jnp.where(mask, (x - mean[:, None]) ** 2, 0).sum(1)
-        deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+        deviation = jnp.sqrt(squares / _count(length - 1)[:, None])
         return _pointwise(c.embedding, name="dense")(jnp.concatenate([mean, deviation], -1))
 
 

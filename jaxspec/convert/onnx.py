@@ -25,7 +25,7 @@ _KINDS = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int3
 _KINDS |= {11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"}
 _RAW = 9  # the field of a tensor's bytes; its values may also be in the field of its kind: floats, or numbers of variable length
 _FLOATS, _NUMBERS = {"float32": 4, "float64": 10}, {"int64": 7, "uint32": 11, "uint64": 11}  # and 5 for all other kinds
-_TEXT_BYTES, _AXES, _ITEMS = 2**12, 16, 2**20  # the most that a name, a shape and a graph have
+_TEXT_BYTES, _AXES, _ITEMS = 2**12, 16, 2**18  # the most that a name, a shape and a graph have
 
 # What the inputs of a node are to its module.
 _INPUTS = {
@@ -224,7 +224,7 @@ def _stored(data: mmap, span: _Span) -> _Stored:
                 tensor_kind = value
             case 8, 2:
                 name = _text(data, part)
-            case 4 | 5 | 7 | 9 | 10 | 11, 2:
+            case 4 | 5 | 7 | 9 | 10 | 11, 2 if part[0] < part[1]:
                 held.append((number, part))
             case 13, 2:
                 external = (external or {}) | _entry(data, part)
@@ -277,7 +277,7 @@ def _fetch(path: Path, stored: _Stored, kind: str, size: int) -> Callable[[int, 
 def _external(folder: Path, entries: Mapping[str, str]) -> tuple[Path, int, int]:
     """The file, position and length of values outside the file."""
     location, numbers = entries.get("location", ""), [entries.get(key, "0") for key in ("offset", "length")]
-    if not re.fullmatch(r"[^\0]+", location) or not all(re.fullmatch(r"[0-9]{1,18}", number) for number in numbers):
+    if not re.fullmatch(r"[^\\\0]+", location) or not all(re.fullmatch(r"[0-9]{1,18}", number) for number in numbers):
         raise ValueError(f"values at {dict(entries)!r:.300}")
     file = folder / location
     if ".." in file.parts or not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):

@@ -104,10 +104,8 @@ def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, 
     books = sum(name.endswith(".codebook.weight") for name in shapes)
     downs = itertools.takewhile(shapes.__contains__, (f"encoder.block.{i}.block.4.weight" for i in itertools.count(1)))
     up_rates, down_rates = (tuple(shapes[name][2] // 2 for name in names) for names in (ups, downs))
-    if down_rates and (math.prod(up_rates), latent >> len(down_rates)) != (
-        math.prod(down_rates),
-        shapes["encoder.block.0.weight"][0],
-    ):
+    first = latent >> len(down_rates), 1, 7
+    if down_rates and (math.prod(down_rates), shapes.get("encoder.block.0.weight")) != (math.prod(up_rates), first):
         raise ValueError(f"expected an encoder with the rate and width of the decoder, got rates {down_rates}: use snac_24khz")
     if not is_count(rate):
         raise ValueError(f"expected a whole number as sampling_rate, got {rate!r}: correct config.json")
