@@ -104,9 +104,9 @@ def compare_codes(model, made, params, wave, lengths):
 
 
 def waves(count, rows, seed=0):
-    """Noise whose loudness changes, so that the codes do."""
+    """Loud noise, of which the codes differ."""
     generator = np.random.default_rng(seed)
-    return (generator.normal(size=(rows, count)) * np.exp(generator.normal(size=(rows, 1)))).astype(np.float32)
+    return (10 * generator.normal(size=(rows, count)) * np.exp(generator.normal(size=(rows, 1)))).astype(np.float32)
 
 
 def test_codes_are_the_packages(reference, ours):
