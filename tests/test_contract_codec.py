@@ -21,7 +21,7 @@ XCODEC2 = xcodec2.Config(width=64, layers=2, heads=4, head_dim=16, mlp_width=96,
 NEUCODEC = xcodec2.Config(
     width=64, layers=2, heads=4, head_dim=16, mlp_width=96, quantizer_width=48, hop=24, sample_rate_hz=24_000
 )
-SNAC = snac.Config(latent_width=12, decoder_dim=32, decoder_rates=(4, 3, 2), codebook_size=16, codebook_dim=5)
+SNAC = snac.Config(16, decoder_dim=32, decoder_rates=(4, 3, 2), codebook_size=16, codebook_dim=5, encoder_rates=(2, 3, 4))
 TWO_BOOKS = snac.Config(latent_width=12, decoder_dim=16, decoder_rates=(8, 5), codebook_size=16, codebook_dim=5, strides=(2, 1))
 
 FRAMES = 31
@@ -51,8 +51,11 @@ def of_decoder(module, config, books, *arguments, scale=1.0):
     def params():
         codes, length = jnp.zeros((1, 1, books)[: 3 - (module is xcodec2)], jnp.int32), jnp.ones(1, jnp.int32)
         variables = jax.jit(module.Decoder(config).init)(jax.random.key(0), codes, length, *arguments)
+        made = variables["params"]
+        if module.codec(config).encode:
+            made |= jax.jit(module.Encoder(config).init)(jax.random.key(1), jnp.zeros((1, 1)), length)["params"]
         # Scaled down: SNAC at its initial values is loud, where the tanh saturates and rounding grows.
-        return jax.tree.map(lambda x: scale * x, nn.meta.unbox(variables["params"]))
+        return jax.tree.map(lambda x: scale * x, nn.meta.unbox(made))
 
     return Case(module.codec(config), params, books)
 
