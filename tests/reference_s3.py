@@ -147,7 +147,7 @@ def s3_onnx(path, model, eps=(1e-5, 1e-5), decomposed=False, **how):
 
 
 def campplus_model(small=False, plain=False):
-    """A speaker encoder of which every parameter matters, ``plain``: with the biases that it starts with; ``small``: 4 layers."""
+    """A speaker encoder of which every parameter matters; ``plain``: with equal norms; ``small``: with 4 layers."""
     kinds, layers = package("speakerlab.models.campplus.DTDNN"), package("speakerlab.models.campplus.layers")
     torch.manual_seed(0)
     sizes = {"growth_rate": 4, "bn_size": 2, "init_channels": 8} if small else {}
@@ -167,8 +167,8 @@ def campplus_model(small=False, plain=False):
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2)
         for name, value in model.named_parameters():
-            if value.ndim == 1 and not plain:
-                value += 0.2 * torch.randn_like(value)
+            if value.ndim == 1:
+                value += 0.3 if plain else 0.2 * torch.randn_like(value)
             elif "cam_layer.linear2.weight" in name:
                 value *= 10  # masks that differ from segment to segment
     return model
