@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import itertools
 import logging
 import sys
 import types
@@ -32,11 +33,16 @@ class _Stub(types.ModuleType):
         return mock.MagicMock()
 
 
+def _need(*specs):
+    """Skips the test where a package is not installed."""
+    for module, spec in specs:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install --no-deps {spec}")
+
+
 def _folder(name):
     """The package of this name without its __init__."""
     found = importlib.machinery.PathFinder.find_spec(name.split(".")[0])
-    if found is None:
-        pytest.skip(f"{name} is not installed")
     made = types.ModuleType(name)
     made.__path__ = [str(Path(place, *name.split(".")[1:])) for place in found.submodule_search_locations]
     return made
@@ -76,6 +82,7 @@ def _randomised(model, seed):
 
 def version2(width=64, heads=2, stages=2, blocks=2, encoder=128, encoder_layers=(2, 1), codes=40):
     """CosyVoice 2's flow."""
+    _need(("cosyvoice", "cosyvoice2-eu==0.2.8"), ("diffusers", "diffusers==0.29.0"), ("conformer", "conformer==0.3.2"))
     with _imports("matcha", "matcha.utils"):
         names = "flow.flow", "flow.flow_matching", "flow.decoder", "transformer.upsample_encoder"
         flow, matching, decoder, upsample = (importlib.import_module(f"cosyvoice.{name}") for name in names)
@@ -188,7 +195,7 @@ class _Version3(nn.Module):
         speaker = self.spk_embed_affine_layer(functional.normalize(speaker))
         x, times = self.noise[:, : mu.shape[1]], 1 - torch.cos(torch.linspace(0, 1, 11) * 0.5 * torch.pi)
         given = [torch.cat([value, torch.zeros_like(value)]) for value in (mu, speaker, cond)]
-        for now, after in zip(times, times[1:], strict=False):
+        for now, after in itertools.pairwise(times):
             velocity = self.decoder.estimator(
                 torch.cat([x, x]), given[0], now[None], given[1], given[2], 50 if streaming else None
             )
@@ -198,11 +205,12 @@ class _Version3(nn.Module):
 
 def version3(width=128, layers=2, hidden=48, codes=40):
     """CosyVoice 3's flow."""
+    _need(("f5_tts", "f5-tts==1.1.22"), ("x_transformers", "x-transformers==2.11.24"))
     return _randomised(_Version3(width, layers, hidden, codes), 3)
 
 
 def mel(model, codes, prompt_length, prompt_mel, speaker, streaming, finalize):
-    """The reference's mel spectrogram of one row after the prompt, [2N' 80]; codes int64 [N], prompt_mel [2P 80], speaker [192]."""
+    """The reference's mel spectrogram [2N' 80] of one row, after the prompt; codes [N], prompt_mel [2P 80], speaker [192]."""
     codes, prompt_mel, speaker = (torch.tensor(x)[None] for x in (codes, prompt_mel, speaker))
     if isinstance(model, _Version3):
         return model.inference(codes, prompt_mel, speaker, streaming, finalize)[0, prompt_mel.shape[1] :].numpy()

@@ -6,6 +6,7 @@ A layer is that of a conformer without its convolution.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,9 +51,10 @@ class Attention(nn.Module):
         q, k, v = layers.heads(count, True, x)
         p = layers.linear(width, "embed", "heads", bias=False, name="position")(positions).reshape(-1, count, layers.HEAD_DIM)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", None))
-        content, position = (self.param(name, zeros, p.shape[1:])[None, None] for name in ("content_bias", "position_bias"))
-        distance = by_key(jnp.einsum("bthd,rhd->bhtr", q + position, p))
-        out = layers.attention(q + content, k, v, limit, distance)
+        content: Any = self.param("content_bias", zeros, p.shape[1:])
+        position: Any = self.param("position_bias", zeros, p.shape[1:])
+        distance = by_key(jnp.einsum("bthd,rhd->bhtr", q + position[None, None], p))
+        out = layers.attention(q + content[None, None], k, v, limit, distance)
         return layers.linear(width, "heads", "embed", name="out")(out)
 
 

@@ -6,6 +6,7 @@ What a time gives to the blocks is the same for every row and frame, and is comp
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,8 +55,8 @@ class GroupedConv(nn.Module):
         """[B T D] -> [B T D]."""
         width = x.shape[-1]
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "embed"))
-        kernel = self.param("kernel", init, (_TAPS, width // GROUPS, width))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+        kernel: Any = self.param("kernel", init, (_TAPS, width // GROUPS, width))
+        bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
         y = jax.lax.conv_general_dilated(
             x, kernel, (1,), ((_TAPS - 1, 0),), dimension_numbers=("NTC", "TIO", "NTC"), feature_group_count=GROUPS
         )
