@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import jax
 from blake3 import blake3
 
+from jaxspec.acoustic import cosyvoice
 from jaxspec.checkpoint import descriptions, store, tensors
 from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription, Tuned
 from jaxspec.checkpoint.tensors import Tensor
@@ -27,7 +28,7 @@ from jaxspec.types import Codec, Draft, LanguageModel, Params
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac}
+CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac, "cosyvoice2": cosyvoice, "cosyvoice3": cosyvoice}
 
 _Description = TypeVar("_Description", bound=Model | DraftDescription | CodecDescription)
 
@@ -75,6 +76,7 @@ def save(
     description: _Description,
     params: Params | Mapping[str, Tensor],
     tokenizer: "Tokenizer | None" = None,
+    inside: Callable[[Path], None] | None = None,
 ) -> _Description:
     """Writes a folder that ``load``, ``load_draft`` or ``load_codec`` reads. The folder appears only when it is complete.
 
@@ -84,6 +86,7 @@ def save(
         params: a nested dict of arrays of any dtype, or ``Tensor``s by path ("layer_0/mlp/up/kernel"), which are read a few rows
             at a time. Those that a draft shares with its target are left out.
         tokenizer: required for a language model, None otherwise.
+        inside: called with the folder before it appears, to put more into it.
 
     Returns:
         The description as written.
@@ -112,6 +115,8 @@ def save(
         if tokenizer is not None:
             tokenizer.save(str(partial / card.TOKENIZER))
         store.write_description(partial, descriptions.to_json(written))
+        if inside is not None:
+            inside(partial)
     return written
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxspec.checkpoint import pretrained, store
+from jaxspec.checkpoint import pretrained, store, voices
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.checkpoint.tensors import Tensor, cast, joined, padded, rows
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec import xcodec2 as xcodec2_codec
 from jaxspec.common.trees import flatten
-from jaxspec.convert import cosyvoice, llama, snac, xcodec2
+from jaxspec.convert import acoustic, cosyvoice, llama, snac, xcodec2
 from jaxspec.convert.core import Rule, fold_weight_norm, plan
 from jaxspec.convert.source import Source, open_source
 from jaxspec.models import card, llasa, neutts, orpheus, transformer
@@ -100,6 +100,7 @@ class Options:
     layers: tuple[int, ...] | None = None
     head: str = "all"
     pad_to: int = 1
+    encoder: bool = True
 
     def __post_init__(self) -> None:
         if self.family is not None and self.family not in FAMILIES:
@@ -157,9 +158,22 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
     layout = _layout(name, opened, tokenizer, options)
     files = tuple(path.name for path in opened.files)
     description = dataclasses.replace(layout.description, source=opened.origin, files=files)
-    written = pretrained.save(dest, description, layout.params, layout.tokenizer)
+    whole = name in cosyvoice_model.VERSIONS and not options.layers and (opened.folder / acoustic.FLOW).is_file()
+    sound = acoustic.layout(opened.folder, cosyvoice_model.VERSIONS[name], options.encoder) if whole else None
+    inside = functools.partial(_write_sound, opened, sound, layout.notes) if sound else None
+    written = pretrained.save(dest, description, layout.params, layout.tokenizer, inside)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in layout.params.values())
     return Converted(name, written.parameters, total, layout.dropped, layout.notes)
+
+
+def _write_sound(opened: Source, sound: acoustic.Sound, notes: list[str], folder: Path) -> None:
+    """Writes the codec of CosyVoice and its named voices into the folder of its language model."""
+    written = pretrained.save(folder / "codec", dataclasses.replace(sound.description, source=opened.origin), sound.params)
+    found = acoustic.voices(opened.folder, written.digest)
+    for name, voice in found.items():
+        voices.save(voices.path_of(folder, name), voice)
+    named = f" and {len(found)} named voices" if found else ""
+    notes.append(f"with its codec of {written.parameters / 1e6:,.1f} M parameters{named}")
 
 
 def drafter_of(tensors: Mapping[str, Tensor]) -> str | None:
