@@ -21,8 +21,8 @@ from jaxspec.codec import padding
 from jaxspec.common.sine import sin_squared
 from jaxspec.types import Array, Params
 
-_POST_TAPS = 7
-_F0_TAPS, _F0_LAYERS = 3, 4  # after the first
+POST_TAPS = 7
+F0_TAPS, F0_LAYERS = 3, 4  # after the first
 _LIMIT = 0.99
 _LOUDEST = 100.0  # magnitude
 
@@ -197,8 +197,8 @@ class F0(nn.Module):
         """mel float32 [B T mel_bins], of which ``length`` int32 [B] frames are valid -> float32 [B T] in Hz, 0 beyond them."""
         c = self.config
         x = nn.elu(Conv(c.f0_width, 1 + sum(c.f0_first_sides), c.f0_first_sides, name="convs_0")(mel, length))
-        for i in range(1, _F0_LAYERS + 1):
-            x = nn.elu(Conv(c.f0_width, _F0_TAPS, c.sides(_F0_TAPS), name=f"convs_{i}")(x, length))
+        for i in range(1, F0_LAYERS + 1):
+            x = nn.elu(Conv(c.f0_width, F0_TAPS, c.sides(F0_TAPS), name=f"convs_{i}")(x, length))
         x = Conv(1, 1, (0, 0), name="out")(x, length)
         return jnp.abs(_masked(x, length)[:, :, 0])
 
@@ -243,7 +243,7 @@ class Decoder(nn.Module):
             x = x + Residual(c, c.source_taps[i], name=f"source_resblocks_{i}")(y, length)
             blocks = [Residual(c, n, name=f"resblocks_{len(c.taps) * i + j}") for j, n in enumerate(c.taps)]
             x = functools.reduce(jnp.add, [block(x, length) for block in blocks]) / len(blocks)
-        x = conv(2 * bins, _POST_TAPS, c.sides(_POST_TAPS), name="conv_post")(nn.leaky_relu(x), steps)
+        x = conv(2 * bins, POST_TAPS, c.sides(POST_TAPS), name="conv_post")(nn.leaky_relu(x), steps)
         magnitude = jnp.minimum(jnp.exp(x[:, :, :bins]), _LOUDEST)
         made = istft(magnitude, jnp.sin(x[:, :, bins:]), steps, c.hop)
         return jnp.where(padding.valid((steps - 1) * c.hop, made.shape[1]), jnp.clip(made, -_LIMIT, _LIMIT), 0)
