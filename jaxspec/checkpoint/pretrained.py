@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 from blake3 import blake3
@@ -259,11 +259,12 @@ def with_features(target: Pretrained, feature_layers: tuple[int, ...]) -> Pretra
     return target._replace(model=dataclasses.replace(target.model, shape=shape))
 
 
-def load_codec(folder: str | Path) -> PretrainedCodec:
+def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
     """Loads a codec.
 
     Args:
         folder: that ``jaxspec convert`` or ``save`` made.
+        encoder: whether to load the encoder, where the folder has one.
 
     Returns:
         The codec, with its parameters on the device.
@@ -274,12 +275,15 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
     description = descriptions.read_as(folder, CodecDescription)
     try:
         module = CODECS[description.family]
-        codec = module.codec(records.from_json(module.Config, description.shape))
+        config: Any = records.from_json(module.Config, description.shape)
+        if not encoder and getattr(config, "encoder", None):
+            config = dataclasses.replace(config, encoder=None)
+        codec = module.codec(config)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
         ) from error
-    return PretrainedCodec(description.family, codec, store.read_params(folder))
+    return PretrainedCodec(description.family, codec, store.read_params(folder, without=None if encoder else "encoder"))
 
 
 def memory_bytes(*params: Params) -> int:

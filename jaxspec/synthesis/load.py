@@ -41,7 +41,7 @@ def load(model: str | Path | None = None, draft: str | Path | None = None, codec
 
 def load_codec(folder: str | Path) -> PretrainedCodec:
     """A codec whose traced decoder is kept on disk, see ``jaxspec.common.compilation_cache``."""
-    loaded = pretrained.load_codec(folder)
+    loaded = pretrained.load_codec(folder, encoder=False)
     kept = keep(loaded.codec.decode, f"decode {store.read_description(folder)}")
     return loaded._replace(codec=loaded.codec._replace(decode=kept))
 
