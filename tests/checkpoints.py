@@ -208,7 +208,7 @@ def merged_cosyvoice(folder, version, state, text, bias=True):
 
 @functools.cache
 def xcodec2_model(kind):
-    """A codec of transformers, every parameter of its decoder far from what it starts as, and loud enough to compare."""
+    """A codec of transformers, every parameter far from what it starts as, its wave loud enough to compare, its codes diverse."""
     settings, model = XCODEC2_KINDS[kind]
     semantic = transformers.Wav2Vec2BertConfig(**SEMANTIC, conv_depthwise_kernel_size=3)
     model = model(settings(**XCODEC2, semantic_model_config=semantic)).eval()
@@ -219,8 +219,20 @@ def xcodec2_model(kind):
                 value.normal_(0, value[0].numel() ** -0.5, generator=generator)
             else:
                 value.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
+            if ".res_unit" in name and "conv2" in name:
+                value.mul_(0.3)  # or each residual unit would double the power
+        _centre(model, generator)
         model.acoustic_decoder.head.linear.bias[: model.config.n_fft // 2 + 1] += 2  # logarithms of magnitudes
     return model
+
+
+def _centre(model, generator):
+    """Makes the coordinates that are rounded differ from frame to frame by more than from 0."""
+    wave, features = (torch.randn(shape, generator=generator) for shape in ((1, 1, 50 * 320), (1, 50, 160)))
+    semantic = model.semantic_adapter(model.semantic_encoder(features).last_hidden_state.mT)
+    last = model.quantizer.project_in
+    last.weight.mul_(3)
+    last.bias.sub_(last(model.fc_encoder(torch.cat([semantic, model.acoustic_encoder(wave)], 1).mT)).mean((0, 1)))
 
 
 def xcodec2(folder, kind="X-codec2"):

@@ -11,7 +11,7 @@ from checkpoints import SNAC, folded, planned, snac_model
 
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec.snac import Config, abstract_params, codec
-from jaxspec.convert.snac import RULES, config
+from jaxspec.convert.snac import config
 
 LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024}
 LARGE |= {"decoder_rates": [8, 8, 4, 2], "codebook_size": 4096, "codebook_dim": 8}
@@ -140,7 +140,9 @@ def test_noise_is_standard_normal_and_that_of_its_row_and_frame():
 def test_the_older_names_of_weight_norm_give_the_same(reference, ours):
     old = {older(name): value for name, value in reference.state_dict().items()}
     assert old.keys() != reference.state_dict().keys()
-    jax.tree.map(np.testing.assert_array_equal, planned(tensors_of(old), RULES, ours[1]), ours[1])
+    tensors = tensors_of(old)
+    _, rules = config({name: tensor.shape for name, tensor in tensors.items()}, SNAC)
+    jax.tree.map(np.testing.assert_array_equal, planned(tensors, rules, ours[1]), ours[1])
 
 
 def test_noise_of_a_row_is_its_own_with_keys_of_other_implementations(ours):
@@ -189,8 +191,11 @@ def shapes_of(settings):
 
 def test_sizes_come_from_the_shapes():
     shapes = shapes_of(LARGE)
-    assert config(shapes, None) == (ENCODER, RULES)
-    planned(folded({name: np.zeros(shape, np.int8) for name, shape in shapes.items()}), RULES, abstract_params(ENCODER))
+    tensors = folded({name: np.zeros(shape, np.int8) for name, shape in shapes.items()})
+    for encoder, wanted in ((True, ENCODER), (False, Config())):
+        made, rules = config(shapes, None, encoder)
+        assert made == wanted
+        planned(tensors, rules, abstract_params(made))
     strides = SNAC | {"sampling_rate": 8000, "vq_strides": [8, 2]}
     assert config(shapes_of(strides), strides)[0] == Config(32, 32, (4, 3, 2), 16, 5, (8, 2), 8000, (2, 3, 4))
 

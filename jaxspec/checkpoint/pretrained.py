@@ -68,7 +68,8 @@ class PretrainedCodec(NamedTuple):
     family: str
     codec: Codec
     params: Params
-    digest: str = ""  # of the parameters
+    digest: str = ""  # of all parameters
+    folder: Path = Path()
 
 
 def save(
@@ -265,11 +266,12 @@ def with_features(target: Pretrained, feature_layers: tuple[int, ...]) -> Pretra
     return target._replace(model=dataclasses.replace(target.model, shape=shape))
 
 
-def load_codec(folder: str | Path) -> PretrainedCodec:
+def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
     """Loads a codec.
 
     Args:
         folder: that ``jaxspec convert`` or ``save`` made.
+        encoder: whether to load the encoder, where the folder has one.
 
     Returns:
         The codec, with its parameters on the device.
@@ -285,7 +287,9 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
         raise ValueError(
             f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
         ) from error
-    return PretrainedCodec(description.family, codec, store.read_params(folder), description.digest)
+    codec = codec if encoder else codec._replace(encode=None)
+    params = store.read_params(folder, without=None if encoder else "encoder")
+    return PretrainedCodec(description.family, codec, params, description.digest, Path(folder))
 
 
 def memory_bytes(*params: Params) -> int:

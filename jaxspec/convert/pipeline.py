@@ -90,6 +90,7 @@ class Options:
         layers: those to keep, for a draft; by default all.
         head: "all", or "speech": codes and stop ids only, for models with text and codes in one vocabulary.
         pad_to: rows of the head and the tables are padded to a multiple of it, so that a mesh divides them.
+        encoder: whether to convert the codec's encoder too; without it a codec only decodes.
 
     Raises:
         ValueError: a setting is out of range.
@@ -224,6 +225,8 @@ def _tokenizer(opened: Source) -> "Tokenizer | None":
 def _layout(name: str, opened: Source, tokenizer: "Tokenizer | None", options: Options) -> Layout:
     if name in CODECS:
         return _codec(name, opened, options)
+    if not options.encoder and name in VOCABULARIES:
+        raise ValueError(f"expected --without-encoder for a codec, got it for {name}, which has none: leave it out")
     if tokenizer is None:
         raise ValueError(f"expected {card.TOKENIZER} beside the weights of {name}, got none: download it too")
     if name in VOCABULARIES:
@@ -236,7 +239,8 @@ def _codec(name: str, opened: Source, options: Options) -> Layout:
         raise ValueError(f"expected no --layers, --head or --pad-to for the codec {name}, got one: leave it out")
     table, codec, licence = CODECS[name]
     tensors = fold_weight_norm(opened.tensors)
-    config, rules = table.config({key: tensor.shape for key, tensor in tensors.items()}, opened.config)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    config, rules = table.config(shapes, opened.config, options.encoder)
     description = CodecDescription(name, dataclasses.asdict(config), licence)
     dtype = DTYPES[options.dtype or "float32"]
     return _planned(tensors, rules, codec.abstract_params(config), dtype, description, [], [])

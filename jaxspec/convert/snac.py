@@ -1,5 +1,6 @@
 """Rules for SNAC in the names of the package ``snac``."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ _DOWN = r"encoder\.block\.(\d+)\.block\."
 _DOWN_UNIT = _DOWN + r"([012])\.block\."
 _DEPTHWISE = r"encoder\.block\.(?!0\.)\d+\."
 
-RULES = (
+_ENCODER = (
     Rule(r"encoder\.block\.0\.weight", "encoder/first/kernel", _depthwise),
     Rule(r"encoder\.block\.0\.bias", "encoder/first/bias"),
     Rule(_DOWN_UNIT + r"0\.alpha", "encoder/block_{0}/residual_{1}/snake_in/alpha", np.ravel),
@@ -57,6 +58,10 @@ RULES = (
     Rule(_DEPTHWISE + r"bias", "encoder/depthwise/bias"),
     Rule(_QUANTIZER + r"in_proj\.weight", "codebook_{0}/into/kernel", _pointwise),
     Rule(_QUANTIZER + r"in_proj\.bias", "codebook_{0}/into/bias"),
+)
+_WITHOUT_ENCODER = (Rule(r"encoder\..*", None), Rule(_QUANTIZER + r"in_proj\..*", None))
+
+_DECODER = (
     Rule(_QUANTIZER + r"codebook\.weight", "codebook_{0}/vectors"),
     Rule(_QUANTIZER + r"out_proj\.weight", "codebook_{0}/out/kernel", _pointwise),
     Rule(_QUANTIZER + r"out_proj\.bias", "codebook_{0}/out/bias"),
@@ -80,12 +85,13 @@ RULES = (
 )
 
 
-def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, tuple[Rule, ...]]:
+def config(shapes: Shapes, settings: Mapping[str, Any] | None, encoder: bool = True) -> tuple[Config, tuple[Rule, ...]]:
     """The configuration of a checkpoint.
 
     Args:
         shapes: of each tensor by name, weight norm folded.
         settings: config.json, for strides and sample rate; without it, those of the 24 kHz checkpoint.
+        encoder: whether to convert the encoder, where the checkpoint has one.
 
     Returns:
         The configuration, and the rules that convert the checkpoint.
@@ -111,7 +117,10 @@ def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, 
         raise ValueError(f"expected a whole number as sampling_rate, got {rate!r}: correct config.json")
     if not isinstance(strides, tuple) or len(strides) != books or not all(is_count(i) and not strides[0] % i for i in strides):
         raise ValueError(f"expected {books} vq_strides that divide the first of them, got {strides}: correct config.json")
-    return Config(latent, width, up_rates, size, dim, strides, rate, down_rates), RULES
+    made = Config(latent, width, up_rates, size, dim, strides, rate)
+    if not encoder or not down_rates:
+        return made, (*_DECODER, *_WITHOUT_ENCODER)
+    return dataclasses.replace(made, encoder_rates=down_rates), (*_DECODER, *_ENCODER)
 
 
 def _refuse_unsupported(shapes: Shapes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxspec.audio.files import check_reference
 from jaxspec.audio.resample import resample
 from jaxspec.checkpoint import voices
-from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
+from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, load_codec
 from jaxspec.codec.padding import encode_rows
 from jaxspec.synthesis.contract import Reference, Settings
 
@@ -18,7 +18,7 @@ def reference(target: Pretrained, codec: PretrainedCodec | None, wave: np.ndarra
 
     Args:
         target: whose reference it becomes.
-        codec: with its encoder.
+        codec: from a folder that has its encoder.
         wave: float32 [N], mono.
         rate: of the wave in Hz.
         text: what the recording says.
@@ -28,10 +28,11 @@ def reference(target: Pretrained, codec: PretrainedCodec | None, wave: np.ndarra
             needs it.
     """
     model = target.model
+    check_reference(wave, rate)
+    codec = codec and load_codec(codec.folder)  # with its encoder, which is large and only needed here
     if codec is None or codec.codec.encode is None:
         got = "no codec" if codec is None else "one that was converted without it"
         raise ValueError(f"expected the codec of {model.family} with its encoder for a recording, got {got}: convert it whole")
-    check_reference(wave, rate)
     if codec.codec.condition is not None:
         codes, condition = codec.codec.condition(codec.params, wave, rate)
         return Reference(text, codes, condition)
