@@ -208,10 +208,15 @@ def merged_cosyvoice(folder, version, state, text, bias=True):
 
 @functools.cache
 def xcodec2_model(kind):
-    """A codec of transformers, every parameter far from what it starts as, its wave loud enough to compare, its codes diverse."""
+    """A small X-codec2 or NeuCodec of transformers, see ``randomised_xcodec2``."""
     settings, model = XCODEC2_KINDS[kind]
     semantic = transformers.Wav2Vec2BertConfig(**SEMANTIC, conv_depthwise_kernel_size=3)
-    model = model(settings(**XCODEC2, semantic_model_config=semantic)).eval()
+    return randomised_xcodec2(model(settings(**XCODEC2, semantic_model_config=semantic)))
+
+
+def randomised_xcodec2(model):
+    """The codec, every parameter far from what it starts as, its wave loud enough to compare, its codes diverse."""
+    model.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():

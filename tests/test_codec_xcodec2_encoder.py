@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import SEMANTIC, XCODEC2, XCODEC2_KINDS, folded, planned, xcodec2_model
+from checkpoints import SEMANTIC, XCODEC2, XCODEC2_KINDS, folded, planned, randomised_xcodec2, xcodec2_model
 from reference_xcodec2 import WEIGHT_NORMS, assert_codes_agree, encoded, original, tensors
 
 from jaxspec.codec import w2v_bert, xcodec2, xcodec2_encoder
@@ -166,6 +166,21 @@ def test_rows_of_a_batch_are_those_of_transformers_alone(kind):
             theirs = reference(kind, int(length), row).bounded
             assert len(theirs) == count
             np.testing.assert_allclose(bounded(coordinates[row, :count]), theirs, atol=1e-4)
+
+
+@pytest.mark.slow
+@kinds
+def test_the_true_size_agrees_with_transformers(kind):
+    settings, model = XCODEC2_KINDS[kind]
+    model = randomised_xcodec2(model(settings()))
+    codec, config, params = converted({name: value.numpy() for name, value in model.state_dict().items()}, None)
+    theirs = encoded(kind, model, tone(16_000))
+    (codes,) = encode_rows(codec, params, [tone(16_000)])
+    assert_codes_agree(codes[:, 0], theirs, 0.1)
+    own, length = {"params": params["encoder"]}, np.array([16_000], np.int32)
+    coordinates = exact(xcodec2_encoder.Encoder(config.encoder).apply)(own, tone(16_000)[None], length)[0]
+    print(f"{kind}: {len(set(codes[:, 0]))} codes; difference {np.abs(bounded(coordinates) - theirs.bounded).max():.1e}")
+    np.testing.assert_allclose(bounded(coordinates), theirs.bounded, atol=3e-4)
 
 
 def test_the_codec_of_a_configuration_is_one_object():
