@@ -83,7 +83,7 @@ def test_source_is_cosyvoices(ours, theirs, causal):
     rows = np.asarray(made.source(params, f0, noises()))
     for row, (_, source, _) in zip(rows, theirs[causal], strict=False):
         assert source.std() > 0.1
-        np.testing.assert_allclose(row[: len(source)], source, atol=3e-4)  # of which most is their rounding
+        np.testing.assert_allclose(row[: len(source)], source, atol=2e-5)
 
 
 @BOTH
@@ -101,7 +101,7 @@ def test_decoded_source_is_cosyvoices_wave(ours, theirs, causal):
 def test_whole_way_is_cosyvoices(ours, theirs, causal):
     made, params, _ = ours[causal]
     sources = made.source(params, made.f0(params, mels(), LENGTH), noises())
-    compare(made.decode(params, mels(), LENGTH, sources), [wave for wave, _, _ in theirs[causal]], SPAN, 1e-4)
+    compare(made.decode(params, mels(), LENGTH, sources), [wave for wave, _, _ in theirs[causal]], SPAN, 2e-5)
 
 
 @BOTH
@@ -194,7 +194,7 @@ def test_the_published_size_is_cosyvoices(causal):
     f0 = made.f0(params, mel, length)
     np.testing.assert_allclose(f0[0], pitch, atol=1e-4)
     np.testing.assert_allclose(made.decode(params, mel, length, source[None])[0], wave, atol=1e-5)
-    np.testing.assert_allclose(made.decode(params, mel, length, made.source(params, f0, noise))[0], wave, atol=1e-3)
+    np.testing.assert_allclose(made.decode(params, mel, length, made.source(params, f0, noise))[0], wave, atol=1e-4)
 
 
 def test_bfloat16_is_near(ours):
