@@ -71,7 +71,7 @@ def test_pitch_is_cosyvoices(ours, theirs, causal):
     made, params, _ = ours[causal]
     pitches = [pitch for _, _, pitch in theirs[causal]]
     assert 20 < np.concatenate(pitches).std() < 100
-    compare(made.f0(params, mels(), LENGTH), pitches, 1, 1e-4)
+    compare(made.f0(params, mels(), LENGTH), pitches, 1, 5e-4)
 
 
 @BOTH
@@ -83,7 +83,7 @@ def test_source_is_cosyvoices(ours, theirs, causal):
     rows = np.asarray(made.source(params, f0, noises()))
     for row, (_, source, _) in zip(rows, theirs[causal], strict=False):
         assert source.std() > 0.1
-        np.testing.assert_allclose(row[: len(source)], source, atol=3e-4)  # of which most is their rounding
+        np.testing.assert_allclose(row[: len(source)], source, atol=2e-5)
 
 
 @BOTH
@@ -192,9 +192,9 @@ def test_the_published_size_is_cosyvoices(causal):
     wave, source, pitch = reference_hift.outputs(model, mel[0], noise[0])
     made, length = vocoder(settings), np.array([frames], np.int32)
     f0 = made.f0(params, mel, length)
-    np.testing.assert_allclose(f0[0], pitch, atol=1e-4)
+    np.testing.assert_allclose(f0[0], pitch, atol=5e-4)
     np.testing.assert_allclose(made.decode(params, mel, length, source[None])[0], wave, atol=1e-5)
-    np.testing.assert_allclose(made.decode(params, mel, length, made.source(params, f0, noise))[0], wave, atol=1e-3)
+    np.testing.assert_allclose(made.decode(params, mel, length, made.source(params, f0, noise))[0], wave, atol=1e-4)
 
 
 def test_bfloat16_is_near(ours):

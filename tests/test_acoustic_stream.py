@@ -1,7 +1,6 @@
 """HiFT in pieces: joined they are the whole wave, or what CosyVoice 2's program gives."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_hift
@@ -52,20 +51,24 @@ def test_exact_pieces_are_the_whole_wave(causal):
     assert exact(settings) is exact(settings)
 
 
+def reach(outputs, frame):
+    """How far after and before ``frame``, whose input is not a number, outputs [N] are none: the frames before and after one."""
+    (found,) = np.nonzero(np.isnan(np.asarray(outputs).reshape(FRAMES, -1)).any(axis=1))
+    return found.max() - frame, frame - found.min()
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_frame_depends_on_its_context_alone(causal):
+def test_context_is_what_the_layers_see(causal):
     settings, params = converted(tensors_of(reference_hift.made(causal)))
-    before, after = context_frames(settings)
-    made, mel, length = vocoder(settings), mels(), LENGTH[:1].repeat(4)
-    frame, source = 60, np.zeros((4, FRAMES * SPAN), np.float32)
-    changed = np.broadcast_to(mel[:1], mel.shape).copy()
-    changed[1, frame - before - 1] += 9
-    changed[2, frame + after + 1] += 9
-    changed[3, [frame - 1, frame + 1]] += 9
-    source = made.source(params, np.zeros((4, FRAMES), np.float32), None)  # without the phase, which goes on for ever
-    waves = made.decode(params, changed, length, source)[:, frame * SPAN : (frame + 1) * SPAN]
-    np.testing.assert_allclose(waves[1:3], waves[:1].repeat(2, axis=0), atol=1e-6)
-    assert jnp.abs(waves[3] - waves[0]).max() > 1e-3
+    made, frame, length = vocoder(settings), 60, LENGTH[:1].repeat(4)
+    mel, source = mels()[:1].repeat(4, axis=0), np.zeros((4, FRAMES * SPAN), np.float32)
+    mel[1, frame] = source[2, frame * SPAN : (frame + 1) * SPAN] = np.nan
+    waves, pitches = made.decode(params, mel, length, source), made.f0(params, mel, length)
+    assert not np.isnan(waves[0]).any()
+    lines = 0 if causal else 1  # between the phases of frames
+    of_mel, of_source, of_pitch = reach(waves[1], frame), reach(waves[2], frame), reach(pitches[1], frame)
+    wanted = tuple(max(a, b + lines + c) for a, b, c in zip(of_mel, of_source, of_pitch, strict=True))
+    assert context_frames(settings) == wanted
 
 
 def test_faded_pieces_are_cosyvoices():
@@ -74,4 +77,4 @@ def test_faded_pieces_are_cosyvoices():
     pieces = [[23, 9, 23, 23, 20, 22], [20, 23, 18], [23], [8, 1]]
     waves = streamed(faded(settings), params, mels(), pieces, None)
     for row, mel, sizes in zip(waves, mels(), pieces, strict=True):
-        np.testing.assert_allclose(row, reference_hift.streamed(model, mel, sizes), atol=2e-4)
+        np.testing.assert_allclose(row, reference_hift.streamed(model, mel, sizes), atol=1e-4)

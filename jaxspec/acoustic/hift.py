@@ -257,8 +257,8 @@ class Vocoder(NamedTuple):
             length. The keys, of any kind, draw the source's noise, which depends on the row's key and the frame's index alone;
             without them there is none.
         f0: (params, mel, length) -> float32 [B T], the pitch in Hz, 0 beyond a row's length.
-        source: (params, f0, noise float32 [B N harmonics] | None, phase uint32 [B] = 0) -> float32 [B N]. The phase is that of
-            the fundamental before the first frame, in 2^-32 cycles.
+        source: (params, f0, noise float32 [B N harmonics] | None, phase uint32 [B] = 0) -> float32 [B N]. ``f0`` is 0 beyond a
+            row's length. The phase is that of the fundamental before the first frame, in 2^-32 cycles.
         decode: (params, mel, length, source) -> float32 [B N], the wave.
     """
 
