@@ -54,6 +54,7 @@ def synthesizer(target: Pretrained, drafter: Drafter | None = None, codec: Pretr
         codes=functools.partial(_codes, target),
         decode=codec and functools.partial(_decode, target, codec),
         reference=functools.partial(recording.reference, target, codec),
+        context_frames=codec.codec.context_frames if codec else (None, None),
     )
 
 
