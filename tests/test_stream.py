@@ -1,11 +1,20 @@
 """Speech in chunks: joined, they are what ``speak`` gives, and they come while the rest is decoded."""
 
+import contextlib
 import dataclasses
+import io
+import json
+import wave as wave_files
+from unittest import mock
 
 import commands
 import numpy as np
 import pytest
+import soundfile
 
+from jaxspec.audio.pcm import pcm16, wav_header
+from jaxspec.commands import main
+from jaxspec.commands.streaming import say_stream
 from jaxspec.synthesis import builtin, stream
 from jaxspec.synthesis.contract import Settings
 from jaxspec.synthesis.pipeline import Tally, speak
@@ -86,3 +95,63 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="at least 1 code"):
         stream.stream("Hi.", first_codes=0)
     assert list(stream.stream([])) == []
+
+
+def test_say_streams_to_a_file_and_to_standard_output(tmp_path, monkeypatch):
+    said = ["say", TEXTS[0], "--stream", "--verify", "exact", "--seed", "3", "--json"]
+    code, printed, shown = commands.run(*said, "--out", tmp_path / "a.wav")
+    assert code == 0
+    result = json.loads(printed)
+    assert "first audio after" in shown
+    assert 0 < result["time_to_first_audio_s"] < 60
+    assert result["underruns"] >= 0
+    assert result["gap_p50_s"] <= result["gap_p95_s"]
+    whole = speak(TEXTS[0], Settings(verify="exact", seed=3)).utterances[0].wave
+    wave, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == 16_000
+    np.testing.assert_allclose(wave, whole, atol=2e-4)
+    assert result["audio_seconds"] == pytest.approx(len(wave) / rate, abs=1e-3)
+
+    sound, err = io.TextIOWrapper(io.BytesIO()), io.StringIO()
+    with (
+        mock.patch("sys.stdout", sound),
+        contextlib.redirect_stderr(err),
+        mock.patch("sys.argv", ["jaxspec", *said, "--format", "pcm"]),
+    ):
+        main.main()
+    np.testing.assert_array_equal(
+        np.frombuffer(sound.buffer.getvalue(), "<i2"), soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
+    )
+    assert json.loads(err.getvalue().splitlines()[-1])["tokens"] == result["tokens"]
+
+
+def test_a_player_that_is_closed_ends_the_stream(tmp_path, monkeypatch):
+    with (tmp_path / "player").open("wb") as player:
+        closed = mock.Mock(fileno=player.fileno, buffer=mock.Mock(write=mock.Mock(side_effect=BrokenPipeError)))
+        monkeypatch.setattr("sys.stdout", closed)
+        tally, timing = say_stream(TEXTS[1], Settings(), builtin.builtin(), None, False)
+    assert (tally.generations, timing.figures()["time_to_first_audio_s"]) == ([], 0.0)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--stream --plot a.png", "--stream --out a.mp3", "--stream --format flac", "--format pcm --out a.wav"]
+)
+def test_what_a_stream_cannot_do_is_refused(arguments):
+    code, printed, error = commands.run("say", "Hi.", *arguments.split())
+    assert (code, printed) == (2, "")
+    assert "--stream" in error
+
+
+def test_the_header_of_a_stream_is_one_that_readers_know():
+    samples = pcm16(np.array([0, 0.5, -2], np.float32))
+    for header in (wav_header(24_000), wav_header(24_000, len(samples))):
+        with wave_files.open(io.BytesIO(header + samples)) as file:
+            assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (24_000, 1, 2)
+            assert file.readframes(3) == samples
+    assert header == soundfile_header(samples)
+
+
+def soundfile_header(samples):
+    file = io.BytesIO()
+    soundfile.write(file, np.frombuffer(samples, "<i2"), 24_000, format="WAV", subtype="PCM_16")
+    return file.getvalue()[:44]
