@@ -245,7 +245,8 @@ def admit(
             f"expected a request of one row with at most {num_stops} stop ids, got one of {request.prompt.shape[0]} rows with "
             f"{request.stop_ids.shape[1]}: admit rows one by one, to a state made for as many stop ids"
         )
-    needed = int(sum(jax.device_get((request.prompt_length, request.limit)))[0]) + _length(draft) + 1
+    prompt_length, limit = jax.device_get((request.prompt_length, request.limit))
+    needed = int(prompt_length[0]) + int(limit[0]) + _length(draft) + 1
     if needed > cells:
         raise ValueError(f"expected a request that fits {cells} cells, got one that needs {needed}: lower its limit")
     return _admit(target, target_params, draft, draft_params, state, slot, request)

@@ -8,6 +8,7 @@ import wave as wave_files
 from unittest import mock
 
 import commands
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -17,8 +18,9 @@ from jaxspec.commands import main
 from jaxspec.commands.streaming import say_stream
 from jaxspec.synthesis import builtin, stream
 from jaxspec.synthesis.contract import Settings
+from jaxspec.synthesis.decoding import resolve, tokens_of
 from jaxspec.synthesis.pipeline import Tally, speak
-from jaxspec.synthesis.slots import Row, Slots
+from jaxspec.synthesis.slots import Row, Slots, row_request
 from jaxspec.synthesis.windows import Windows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -58,6 +60,25 @@ def test_the_first_chunk_comes_before_the_last_code_is_decoded(monkeypatch):
     assert 4 + 6 <= early <= 4 + 6 + 2  # the codec looks 6 codes ahead, and the device is one round ahead
     assert len(list(chunks)) > 3
     assert sum(rounds) > 3 * early
+
+
+def test_rows_computed_in_batches_of_the_size_in_use_are_the_same():
+    """Pieces that arrive and leave in four slots, by ones, twos and fours."""
+    voice, settings = builtin.builtin(), Settings(verify="exact", temperature=0.0)
+    pieces = [piece for text in ("Hi. Ho. No.", "One day.", "Go on.") for piece in voice.pieces(text)]
+    requests, decoding = voice.requests(pieces, settings), resolve(voice, settings)
+    keys = jax.random.split(jax.random.key(0), 8)
+    slots = Slots(voice, decoding, 4, 114 + 240 + 4, 1, sizes=(1, 2))
+    waiting, rows, sizes = [row_request(voice, requests, i, keys[i : i + 1], 64) for i in range(len(pieces))], [], []
+    while waiting or any(slots.rows) or slots.unread:
+        for _ in range(min(len(waiting), len(rows) % 3 + 1, slots.rows.count(None))):
+            rows.append(slots.admit(waiting.pop(0)))
+        sizes.append(slots.advance(3))
+        list(slots.read())
+    assert set(sizes) == {1, 2, 4}
+    together = tokens_of(pieces, keys, voice, settings, decoding)
+    for row, tokens, length in zip(rows, together.tokens, together.length, strict=True):
+        np.testing.assert_array_equal(row.tokens, tokens[:length])
 
 
 def test_a_codec_without_bounds_and_frames_of_several_codes():

@@ -5,18 +5,18 @@ The host may stay one call behind the device: ``advance`` returns at once, and `
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxspec import sampling, speculate
-from jaxspec.request import Request
+from jaxspec import request, speculate
 from jaxspec.state import LENGTH_LIMIT, RUNNING, Counts, Emitted, Generation, Info, State
 from jaxspec.synthesis.contract import Requests, Synthesizer
 from jaxspec.synthesis.decoding import Decoding
-from jaxspec.types import Array, Draft, LanguageModel, Params
+from jaxspec.types import Array, Draft, LanguageModel, Params, Verify
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,20 +49,30 @@ class Slots:
         count: B, the number of slots.
         cells: S, what a row's prompt and tokens fit into, with K + 1 to spare.
         num_stops: how many stop ids a request has.
+        sizes: a call computes as many rows as the smallest of these that holds those in use; ``count`` is always one.
     """
 
-    def __init__(self, synthesizer: Synthesizer, decoding: Decoding, count: int, cells: int, num_stops: int):
+    def __init__(
+        self,
+        synthesizer: Synthesizer,
+        decoding: Decoding,
+        count: int,
+        cells: int,
+        num_stops: int,
+        sizes: Sequence[int] = (),
+    ):
         draft_params = synthesizer.drafter.params if synthesizer.drafter and decoding.draft else None
         self._models = synthesizer.target, synthesizer.target_params, decoding.draft, draft_params
         self._verify = decoding.verify if decoding.draft else None
         self._state = _empty(*self._models, count, cells, num_stops)
         self._flying: collections.deque[tuple[Emitted, np.ndarray, list[Row | None]]] = collections.deque()
         self.rows: list[Row | None] = [None] * count
+        self.sizes = sorted({*sizes, count})
 
-    def admit(self, request: Request) -> Row:
+    def admit(self, one: request.Request) -> Row:
         """Puts a request of one row into an empty slot; there must be one."""
         slot, row = self.rows.index(None), Row()
-        self._state = speculate.admit(*self._models, self._state, slot, request)
+        self._state = speculate.admit(*self._models, self._state, slot, one)
         self.rows[slot] = row
         return row
 
@@ -71,14 +81,31 @@ class Slots:
         if row in self.rows:
             self.rows[self.rows.index(row)] = None
 
-    def advance(self, rounds: int) -> None:
-        """Starts at most so many rounds of all rows, and the copy of what they emit."""
-        self._state = speculate.advance(*self._models, self._verify, self._state, rounds)
+    def advance(self, rounds: int, size: int | None = None) -> int:
+        """Starts at most so many rounds of all rows, and the copy of what they emit.
+
+        Args:
+            rounds: 1 or more.
+            size: one of ``sizes`` in place of the smallest that will do.
+
+        Returns:
+            The number of rows that are computed.
+        """
+        used = [slot for slot, row in enumerate(self.rows) if row]
+        size = size or next(size for size in self.sizes if size >= len(used))
+        if size == len(self.rows):
+            self._state = speculate.advance(*self._models, self._verify, self._state, rounds)
+        else:
+            spare = [slot for slot, row in enumerate(self.rows) if not row]
+            index = np.array((used + spare)[:size], np.int32)
+            verify = self._verify and speculate.as_pytree(self._verify)
+            self._state = _advance_some(*self._models, verify, self._state, index, rounds)
         since = np.array([len(row.tokens) if row else 0 for row in self.rows], np.int32)
         news = speculate.emitted(self._state, since)
         for array in jax.tree.leaves(news):
             array.copy_to_host_async()
         self._flying.append((news, since, list(self.rows)))
+        return size
 
     @property
     def unread(self) -> int:
@@ -102,7 +129,7 @@ class Slots:
             yield row
 
 
-def row_request(synthesizer: Synthesizer, requests: Requests, row: int, keys: Array, width: int | None = None) -> Request:
+def row_request(synthesizer: Synthesizer, requests: Requests, row: int, keys: Array, width: int | None = None) -> request.Request:
     """One row of some requests, for ``Slots.admit``.
 
     Args:
@@ -112,10 +139,8 @@ def row_request(synthesizer: Synthesizer, requests: Requests, row: int, keys: Ar
         keys: [1], its key.
         width: to which its prompt is cut or padded; by default that of the requests.
     """
-    one, width = slice(row, row + 1), requests.prompt.shape[1] if width is None else width
-    prompt = np.zeros((1, width), np.int32)
-    kept = requests.prompt[one, :width]
-    prompt[:, : kept.shape[1]] = kept
+    one, kept = slice(row, row + 1), requests.prompt[row : row + 1, :width]
+    prompt = np.pad(kept, ((0, 0), (0, 0 if width is None else width - kept.shape[1])))
     sampled = requests.sampling[row] if isinstance(requests.sampling, list) else requests.sampling
     return speculate.check_request(
         keys,
@@ -130,6 +155,23 @@ def row_request(synthesizer: Synthesizer, requests: Requests, row: int, keys: Ar
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=5)
+def _advance_some(
+    target: LanguageModel,
+    target_params: Params,
+    draft: Draft | None,
+    draft_params: Params,
+    verify: Verify | None,
+    state: State,
+    index: Array,
+    num_rounds: Array | int,
+) -> State:
+    """``speculate.advance`` of the rows ``index`` int32 [n], all different, of a state that is donated."""
+    some = jax.tree.map(lambda rows: rows[index], state)
+    some = speculate.advance(target, target_params, draft, draft_params, verify, some, num_rounds)
+    return jax.tree.map(lambda rows, new: rows.at[index].set(new, unique_indices=True), state, some)
+
+
 def _empty(
     target: LanguageModel,
     target_params: Params,
@@ -140,16 +182,18 @@ def _empty(
     num_stops: int,
 ) -> State:
     """A state whose rows have all finished, of zeros, so that nothing is compiled for it."""
-
-    def init(params: tuple[Params, Params], keys: Array) -> State:
-        nothing = np.zeros(count, np.int32)
-        stops = np.zeros((count, num_stops), np.int32)
-        request = Request(keys, np.zeros((count, 1), np.int32), nothing + 1, nothing, stops, sampling.rows(settings, count))
-        return speculate.init(target, params[0], draft, params[1], request, cells)
-
-    settings, keys = sampling.Sampling(), jax.random.wrap_key_data(np.zeros((count, 2), np.uint32), impl="threefry2x32")
-    shapes = jax.eval_shape(init, (target_params, draft_params), keys)
+    idle = request.check(
+        jax.random.wrap_key_data(jax.device_put(np.zeros((count, 2), np.uint32)), impl="threefry2x32"),
+        np.zeros((count, 1), np.int32),
+        np.ones(count, np.int32),
+        max_new_tokens=1,
+        limit=0,
+        stop_ids=[[0] * num_stops] * count,
+    )
+    shapes = jax.eval_shape(
+        lambda params, idle: speculate.init(target, params[0], draft, params[1], idle, cells), (target_params, draft_params), idle
+    )
     zeros: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes._replace(keys=None, sampling=None))
     ones, finished = np.ones(count, np.int32), np.full(count, LENGTH_LIMIT, np.int32)
     state = jax.device_put(zeros._replace(start=ones, length=ones.copy(), end=ones.copy(), stop_reason=finished))
-    return state._replace(keys=keys, sampling=sampling.rows(settings, count))
+    return state._replace(keys=idle.keys, sampling=idle.sampling)
