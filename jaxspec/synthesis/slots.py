@@ -21,10 +21,11 @@ from jaxspec.types import Array, Draft, LanguageModel, Params, Verify
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """What the host knows of a row: all that it has emitted, and, once it has finished, why."""
+    """What the host knows of a row: all that it has emitted, how much of it came last, and, once it has finished, why."""
 
     tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     origin: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int8))
+    num_new: int = 0
     stop_reason: int = RUNNING
     counts: Counts | None = None  # of arrays without a batch axis
 
@@ -120,6 +121,7 @@ class Slots:
             if row is None or self.rows[slot] is not row:  # it was given up, or had finished one call earlier
                 continue
             new = slice(len(row.tokens) - since[slot], news.length[slot])
+            row.num_new = int(new.stop - new.start)
             row.tokens = np.concatenate([row.tokens, news.tokens[slot, new]])
             row.origin = np.concatenate([row.origin, news.origin[slot, new]])
             row.stop_reason = int(news.stop_reason[slot])
