@@ -180,9 +180,9 @@ def test_a_failure_of_the_device_ends_its_requests_and_no_others(engine, monkeyp
 def test_weights_that_are_not_finite_end_their_own_request():
     """The voice rms is NaN: slt, in the slot beside it, says bit by bit what it says alone."""
     voice = voices.load()
-    table = np.array(voice.target_params["table_0"])
-    table[voices.VOCAB + len(voices.SYMBOLS) + 1] = np.nan
-    bad = voice._replace(target_params={**voice.target_params, "table_0": table})
+    table = np.array(voice.target_params["table_1"])
+    table[len(voices.SYMBOLS) + 1] = np.nan
+    bad = voice._replace(target_params={**voice.target_params, "table_1": table})
     engine = Engine(builtin.synthesizer(bad), ("autoregressive",), Limits(slots=2))
     engine.start()
     alone = submit(engine, TEXTS[0])[1].result()

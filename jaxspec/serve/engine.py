@@ -306,7 +306,8 @@ class Engine:
         wave = waves.get(id(window))
         if window is None:
             counts = count(job.generations, job.rule, job.settings.seed)
-            self.totals.update({name: counts[name] for name in ("tokens", "rounds", "drafted", "accepted")})
+            counts["audio_seconds"] = job.num_samples / self.synthesizer.sample_rate_hz
+            self.totals.update({name: counts[name] for name in ("tokens", "rounds", "drafted", "accepted", "audio_seconds")})
             self._mean_s = 0.9 * self._mean_s + 0.1 * (time.monotonic() - job.began_s)
             self._end(job, "finished", Done(counts))
         elif isinstance(wave, np.ndarray):

@@ -58,6 +58,7 @@ class Job:
     deadline_s: float  # on the monotonic clock
     began_s: float = dataclasses.field(default_factory=time.monotonic)
     next_piece: int = 0
+    num_samples: int = 0  # of sound that was told
     generations: list[Generation] = dataclasses.field(default_factory=list)
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
     outcome: str = ""  # "finished", "failed" or "cancelled", once it has ended
@@ -72,6 +73,7 @@ class Job:
         """Gives sound to the listener unless the job has ended."""
         with self._lock:
             if not self.ended.is_set():
+                self.num_samples += len(sound.wave)
                 self.listen(sound)
 
     def end(self, outcome: str, event: Done | Failed | None = None) -> bool:

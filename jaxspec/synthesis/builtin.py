@@ -65,6 +65,7 @@ def synthesizer(voice: Voice) -> Synthesizer:
         decode=decode,
         reference=_reference,
         context_frames=model.context_frames,
+        voices=VOICES,
     )
 
 

@@ -19,7 +19,7 @@ from jaxspec.codec.padding import decode_rows
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.groups import Groups
 from jaxspec.models import card
-from jaxspec.synthesis import recording
+from jaxspec.synthesis import recording, voices
 from jaxspec.synthesis.contract import Drafter, Reference, Requests, Settings, Synthesizer, padded, target_of
 from jaxspec.text import phonemes
 from jaxspec.text.cut import halve
@@ -55,6 +55,7 @@ def synthesizer(target: Pretrained, drafter: Drafter | None = None, codec: Pretr
         decode=codec and functools.partial(_decode, target, codec),
         reference=functools.partial(recording.reference, target, codec),
         context_frames=codec.codec.context_frames if codec else (None, None),
+        voices=(*model.voices, *voices.names(target.folder)),
     )
 
 
