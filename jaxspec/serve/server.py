@@ -15,8 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxspec.serve.engine import Engine
 from jaxspec.serve.http import Front, application
 
-__all__ = ["Front", "bind", "serve"]
-_HEADERS_S = 10.0  # that a client may take from its connection, or its first byte, to the end of the headers
+__all__ = ["Front", "bind", "run", "serve"]
+HEADERS_S = 10.0  # that a client may take from its connection, or its first byte, to the end of the headers
 log = logging.getLogger("jaxspec.serve")
 T = TypeVar("T")
 
@@ -45,27 +45,57 @@ Progress = Callable[[int, int], None]
 
 
 def serve(engine: Engine, front: Front, sockets: Sequence[socket.socket], drain_s: float, progress: Progress) -> None:
-    """Warms the engine up and serves HTTP at the first socket, and Wyoming at the second if there is one, until SIGTERM or SIGINT.
+    """``run`` until SIGTERM or SIGINT."""
 
-    During the warm-up requests are refused, and /health says so. At the signal new requests are refused, and those that were
-    accepted end, for at most ``drain_s`` seconds.
+    async def until_a_signal() -> None:
+        loop, end = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end.set)
+        await run(engine, front, sockets, drain_s, progress, end)
+
+    asyncio.run(until_a_signal())
+
+
+async def run(
+    engine: Engine,
+    front: Front,
+    sockets: Sequence[socket.socket],
+    drain_s: float,
+    progress: Progress,
+    end: asyncio.Event,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Warms the engine up and serves: HTTP at the first socket, and Wyoming at the second if there is one.
+
+    During the warm-up requests are refused, and /health says so. At the end new requests are refused, and those that were
+    accepted are finished.
+
+    Args:
+        engine: not yet started; it is closed at the end.
+        front: how the server meets its clients.
+        sockets: that listen.
+        drain_s: the most seconds to wait for accepted requests.
+        progress: of the warm-up, called with (done, total).
+        end: when to end.
+        ready: called after the warm-up.
 
     Raises:
         Exception: what the warm-up raised.
     """
-    asyncio.run(_serve(engine, front, sockets, drain_s, progress))
 
+    def warmed(done: "asyncio.Future[None]") -> None:
+        if done.exception():
+            end.set()
+        else:
+            log.info("serves speech at http://%s:%d", *sockets[0].getsockname()[:2])
+            ready()
 
-async def _serve(engine: Engine, front: Front, sockets: Sequence[socket.socket], drain_s: float, progress: Progress) -> None:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
     http = _Http(_config(engine, front))
     serving = asyncio.create_task(http.serve(sockets=[sockets[0]]))
-    others = [await wyoming_server(engine, sockets[1], front)] if len(sockets) > 1 else []
+    others = [await _wyoming(engine, sockets[1], front)] if len(sockets) > 1 else []
     warming = _in_thread(lambda: engine.start(progress))
-    warming.add_done_callback(lambda done: _warmed(done, sockets[0], ended))
-    await asyncio.wait({asyncio.create_task(ended.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
+    warming.add_done_callback(warmed)
+    await asyncio.wait({asyncio.create_task(end.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
     if engine.ready:
         log.info("ends: %d requests are under way", engine.gauges()["requests"])
         if not await _in_thread(lambda: engine.drain(drain_s)):
@@ -78,13 +108,6 @@ async def _serve(engine: Engine, front: Front, sockets: Sequence[socket.socket],
     log.info("ended")
     if warming.done():
         warming.result()
-
-
-def _warmed(done: "asyncio.Future[None]", at: socket.socket, ended: asyncio.Event) -> None:
-    if done.exception():
-        ended.set()
-    else:
-        log.info("serves speech at http://%s:%d", *at.getsockname()[:2])
 
 
 def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
@@ -109,7 +132,7 @@ def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
     return future
 
 
-async def wyoming_server(engine: Engine, at: socket.socket, front: Front) -> Any:
+async def _wyoming(engine: Engine, at: socket.socket, front: Front) -> Any:
     """The Wyoming server, whose package is only needed for it."""
     from jaxspec.serve import wyoming_front
 
@@ -165,7 +188,7 @@ class Protocol(H11Protocol):
             self._late.cancel()
             self._late = None
         elif not under_way and self._late is None:
-            self._late = self.loop.call_later(_HEADERS_S, self._close)
+            self._late = self.loop.call_later(HEADERS_S, self._close)
 
     def _close(self) -> None:
         self._late = None

@@ -1,4 +1,4 @@
-"""The Wyoming protocol of Home Assistant, over the same engine: describe, synthesize, and synthesis of text that comes in parts."""
+"""The Wyoming protocol of Home Assistant, over the same engine: describe, synthesize, and text that comes in parts."""
 
 import asyncio
 import contextlib
