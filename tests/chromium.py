@@ -69,7 +69,9 @@ def page(folder, url):
                 assert time.monotonic() < deadline, "Chromium does not start"
                 time.sleep(0.1)
             targets = httpx.get(f"http://127.0.0.1:{chosen.read_text().split()[0]}/json").json()
-            socket = websocket.create_connection(next(t for t in targets if t["type"] == "page")["webSocketDebuggerUrl"], timeout=60)
+            socket = websocket.create_connection(
+                next(t for t in targets if t["type"] == "page")["webSocketDebuggerUrl"], timeout=60
+            )
             shown = Page(socket)
             for domain in ("Page", "Runtime", "Log"):
                 shown.call(f"{domain}.enable")

@@ -13,6 +13,7 @@ import threading
 import time
 import wave as wave_files
 
+import chromium
 import numpy as np
 import pytest
 
@@ -257,6 +258,25 @@ def test_wyomings_client_is_spoken_to(served):
     with socket.create_connection(("127.0.0.1", served.wyoming_port)) as connection:
         connection.sendall(b"{\n")
         assert connection.recv(10) == b""
+
+
+def test_the_page_plays_and_draws(served, tmp_path):
+    with chromium.page(tmp_path, f"{served.url}/") as page:
+        page.wait_for("at('error').textContent.includes('API key')")
+        page.value(f"at('key').value = '{KEY}', fill()")
+        page.wait_for("document.querySelectorAll('#voice option').length === 2")
+        said = len(page.said)  # the answer without a key
+        page.click("#play")
+        page.wait_for("at('acceptance').textContent === 'no draft'")
+        assert page.value("audio.state") == "running"
+        assert float(page.value("at('seconds').textContent").split()[0]) > 1
+        drawn = "[...at('{}').getContext('2d').getImageData(0, 0, 900, 20).data].some((value) => value)"
+        assert page.value(drawn.format("codes"))
+        assert page.screenshot().startswith(b"\x89PNG")
+        assert page.said[said:] == []
+        page.value("at('text').value = '?'")
+        page.click("#play")
+        page.wait_for("at('error').textContent.includes('one word')")
 
 
 def test_accepted_requests_end_well_when_the_server_is_asked_to_end(served):

@@ -32,6 +32,7 @@ from jaxspec.synthesis.pipeline import count
 from jaxspec.synthesis.windows import FIRST_CODES, Window
 
 AUTO = "auto"
+_ADMITTED = 2  # between two calls of the loop, so that those who listen do not wait for all who came at once
 log = logging.getLogger("jaxspec.serve")
 
 
@@ -204,15 +205,17 @@ class Engine:
         return requests._replace(limit=np.minimum(requests.limit, self._shapes.max_codes))
 
     def _admit_waiting(self) -> None:
-        """In the order of arrival, each rule's as far as its slots go."""
+        """Some, in the order of arrival, each rule's as far as its slots go."""
         with self._changed:
             waiting = list(self._waiting)
+        admitted = 0
         for job in waiting:
             lane = self._lanes[job.rule if job.rule != AUTO else self._choose()]
             if not job.ended.is_set():
-                if not lane.free:
+                if not lane.free or admitted == _ADMITTED:
                     continue
                 self._admit(lane, job)
+                admitted += 1
             with self._changed, contextlib.suppress(ValueError):  # it ended meanwhile
                 self._waiting.remove(job)
 

@@ -90,9 +90,9 @@ async def run(
             log.info("serves speech at http://%s:%d", *sockets[0].getsockname()[:2])
             ready()
 
+    others = [await _wyoming(engine, sockets[1], front)] if len(sockets) > 1 else []
     http = _Http(_config(engine, front))
     serving = asyncio.create_task(http.serve(sockets=[sockets[0]]))
-    others = [await _wyoming(engine, sockets[1], front)] if len(sockets) > 1 else []
     warming = _in_thread(lambda: engine.start(progress))
     warming.add_done_callback(warmed)
     await asyncio.wait({asyncio.create_task(end.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
