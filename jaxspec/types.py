@@ -178,7 +178,8 @@ class Codec(NamedTuple):
     """Waves to codes and back, for batches of rows of different lengths.
 
     encode(params, wave float32 [B N], length int32 [B]) -> codes int32 [B T Q]
-        ``length`` counts the valid samples of each row; a last frame that is partly valid counts. Codes after it are 0.
+        ``length`` counts the valid samples of each row. A row has ``encoded_frames(length)`` frames; where that is None, a last
+        frame that is partly valid counts. Codes after them are 0.
     decode(params, codes int32 [B T Q], length int32 [B], condition, key) -> wave float32 [B T*samples_per_frame]
         ``length`` counts the valid frames of each row; samples after them are 0.
         ``condition`` is what else the decoder is given for each row, such as its voice; None where it takes nothing.
@@ -194,9 +195,9 @@ class Codec(NamedTuple):
     # How many frames to the left and to the right of a frame its samples depend on; None: all of them (global attention or
     # normalisation, recurrence). A causal decoder has 0 to the right.
     context_frames: tuple[int | None, int | None]
-    encode_rate_hz: int = 0  # the sample rate of the waves that ``encode`` takes
-    # How many frames ``encode`` makes of a number of samples at that rate; None where there is no encoder.
-    num_frames: Callable[[int], int] | None = None
+    # Of encode, where they are not what decode implies: the sample rate of its wave, and samples (int or array) -> frames.
+    encode_rate_hz: int | None = None
+    encoded_frames: Callable[[Any], Any] | None = None
     # For a decoder whose condition is the voice of a recording: (params, wave float32 [N], its rate in Hz) -> (the recording's
     # codes int32 [T], its condition with leading axis 1), on the host; None for other decoders.
     condition: Callable[[Params, np.ndarray, int], tuple[np.ndarray, Condition]] | None = None

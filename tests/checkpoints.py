@@ -54,8 +54,8 @@ SEMANTIC = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
 SNAC = {
     "sampling_rate": 24_000,
     "encoder_dim": 4,
-    "encoder_rates": [2, 2],
-    "latent_dim": 12,
+    "encoder_rates": [2, 3, 4],
+    "latent_dim": None,
     "decoder_dim": 32,
     "decoder_rates": [4, 3, 2],
     "attn_window_size": None,
@@ -208,10 +208,15 @@ def merged_cosyvoice(folder, version, state, text, bias=True):
 
 @functools.cache
 def xcodec2_model(kind):
-    """A codec of transformers, every parameter of its decoder far from what it starts as, and loud enough to compare."""
+    """A small X-codec2 or NeuCodec of transformers, see ``randomised_xcodec2``."""
     settings, model = XCODEC2_KINDS[kind]
     semantic = transformers.Wav2Vec2BertConfig(**SEMANTIC, conv_depthwise_kernel_size=3)
-    model = model(settings(**XCODEC2, semantic_model_config=semantic)).eval()
+    return randomised_xcodec2(model(settings(**XCODEC2, semantic_model_config=semantic)))
+
+
+def randomised_xcodec2(model):
+    """The codec, every parameter far from what it starts as, its wave loud enough to compare, its codes diverse."""
+    model.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -219,8 +224,20 @@ def xcodec2_model(kind):
                 value.normal_(0, value[0].numel() ** -0.5, generator=generator)
             else:
                 value.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
+            if ".res_unit" in name and "conv2" in name:
+                value.mul_(0.3)  # or each residual unit would double the power
+        _centre(model, generator)
         model.acoustic_decoder.head.linear.bias[: model.config.n_fft // 2 + 1] += 2  # logarithms of magnitudes
     return model
+
+
+def _centre(model, generator):
+    """Makes the coordinates that are rounded differ from frame to frame by more than from 0."""
+    wave, features = (torch.randn(shape, generator=generator) for shape in ((1, 1, 50 * 320), (1, 50, 160)))
+    semantic = model.semantic_adapter(model.semantic_encoder(features).last_hidden_state.mT)
+    last = model.quantizer.project_in
+    last.weight.mul_(3)
+    last.bias.sub_(last(model.fc_encoder(torch.cat([semantic, model.acoustic_encoder(wave)], 1).mT)).mean((0, 1)))
 
 
 def xcodec2(folder, kind="X-codec2"):

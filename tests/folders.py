@@ -24,6 +24,7 @@ FOLDERS = {
     "xcodec2": ("xcodec2", {}),
     "neucodec": ("neucodec", {}),
     "snac": ("snac", {}),
+    "bare": ("snac", {"encoder": False}),
 }
 
 

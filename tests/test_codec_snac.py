@@ -1,4 +1,4 @@
-"""SNAC's decoder against the package snac, from random weights by way of the conversion rules, and on its own."""
+"""SNAC against the package snac, from random weights by way of the conversion rules, and on its own."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from checkpoints import SNAC, folded, planned, snac_model
 
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec.snac import Config, abstract_params, codec
-from jaxspec.convert.snac import RULES, config
+from jaxspec.convert.snac import config
 
-LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "latent_dim": None, "decoder_dim": 1024}
+LARGE = SNAC | {"encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024}
 LARGE |= {"decoder_rates": [8, 8, 4, 2], "codebook_size": 4096, "codebook_dim": 8}
+ENCODER = Config(encoder_rates=(2, 4, 8, 8))
 FRAMES, HOP = 5, 4 * 4 * 3 * 2
 LEVELS = [[0], [1, 4], [2, 3, 5, 6]]  # where in Orpheus' frame of seven each codebook's codes are
 KEYS = jax.random.split(jax.random.key(3), 3)
@@ -74,6 +75,59 @@ def test_wave_with_noise_is_the_packages_with_the_same(reference, ours, monkeypa
     np.testing.assert_allclose(ours[0].decode(ours[1], frames(), full(frames()), None, KEYS), wave, atol=1e-5)
 
 
+def compare_codes(model, made, params, wave, lengths):
+    """Codes of a row equal up to where two cosines are nearly equal; returns the ties and the distinct codes of each book."""
+    codes = np.asarray(made.encode(params, wave, lengths))
+    frame = round(made.sample_rate_hz / made.frame_rate_hz)
+    seen, ties = [set(), set(), set()], 0
+    for row, length in enumerate(lengths):
+        count = -(-length // frame)
+        assert not codes[row, count:].any()
+        with torch.no_grad():
+            padded = model.preprocess(torch.tensor(wave[row : row + 1, :length])[None])
+            residual = model.encoder(padded)
+            for book, level, some in zip(model.quantizer.quantizers, LEVELS, seen, strict=True):
+                pooled = torch.nn.functional.avg_pool1d(residual, book.stride, book.stride)
+                unit = torch.nn.functional.normalize
+                cosines = unit(book.in_proj(pooled)[0], dim=0).T @ unit(book.codebook.weight).T
+                values, order = cosines.topk(2)
+                near = (values[:, 0] - values[:, 1] < 1e-5).numpy()
+                step, chosen = book(residual)
+                np.testing.assert_array_equal(codes[row, :count][:, level].reshape(-1)[~near], order[~near, 0])
+                ties, residual = ties + near.sum(), residual - step
+                some |= set(chosen[0].tolist())
+        theirs = model.encode(torch.tensor(wave[row : row + 1, :length])[None])
+        if not ties:
+            for level, book in zip(LEVELS, theirs, strict=True):
+                np.testing.assert_array_equal(codes[row, :count][:, level].reshape(-1), book[0])
+    return ties, list(map(len, seen))
+
+
+def waves(count, rows, seed=0):
+    """Loud noise, of which the codes differ."""
+    generator = np.random.default_rng(seed)
+    return (10 * generator.normal(size=(rows, count)) * np.exp(generator.normal(size=(rows, 1)))).astype(np.float32)
+
+
+def test_codes_are_the_packages(reference, ours):
+    lengths = np.array([FRAMES * HOP + 1, 1, FRAMES * HOP, HOP + 7], np.int32)
+    ties, distinct = compare_codes(reference, *ours, waves(lengths.max(), 4), lengths)
+    assert not ties
+    assert min(distinct) > 3, distinct
+
+
+@pytest.mark.slow
+def test_codes_of_the_true_size_are_the_packages():
+    torch.manual_seed(0)
+    model = snac.SNAC(**LARGE).eval()
+    tensors = tensors_of(model.state_dict())
+    settings, rules = config({name: tensor.shape for name, tensor in tensors.items()}, LARGE)
+    assert settings == ENCODER
+    params = planned(tensors, rules, abstract_params(settings))
+    ties, _ = compare_codes(model, codec(settings), params, waves(24_000, 2), np.array([24_000, 5000], np.int32))
+    assert not ties
+
+
 def test_noise_is_standard_normal_and_that_of_its_row_and_frame():
     drawn = snac_codec.noise(KEYS, 40, 250)
     assert drawn.shape == (3, 10_000, 1)
@@ -86,7 +140,9 @@ def test_noise_is_standard_normal_and_that_of_its_row_and_frame():
 def test_the_older_names_of_weight_norm_give_the_same(reference, ours):
     old = {older(name): value for name, value in reference.state_dict().items()}
     assert old.keys() != reference.state_dict().keys()
-    jax.tree.map(np.testing.assert_array_equal, planned(tensors_of(old), RULES, ours[1]), ours[1])
+    tensors = tensors_of(old)
+    _, rules = config({name: tensor.shape for name, tensor in tensors.items()}, SNAC)
+    jax.tree.map(np.testing.assert_array_equal, planned(tensors, rules, ours[1]), ours[1])
 
 
 def test_noise_of_a_row_is_its_own_with_keys_of_other_implementations(ours):
@@ -112,11 +168,17 @@ def test_a_frame_is_2048_samples():
     assert Config().samples_per_frame == 2048
     made = codec(Config())
     assert made.encode is None
+    assert codec(ENCODER).encode is not None
     assert (made.sample_rate_hz, made.frame_rate_hz) == (24_000, 24_000 / 2048)
     assert codec(Config()) is made
     codes, length = jax.ShapeDtypeStruct((2, 12, 7), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     wave = jax.eval_shape(made.decode, abstract_params(Config()), codes, length, None, None)
     assert (wave.shape, wave.dtype) == ((2, 12 * 2048), jnp.float32)
+    wave = jax.ShapeDtypeStruct((2, 24_000), jnp.float32)
+    codes = jax.eval_shape(codec(ENCODER).encode, abstract_params(ENCODER), wave, length)
+    assert (codes.shape, codes.dtype) == ((2, 12, 7), jnp.int32)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(abstract_params(some))) for some in (Config(), ENCODER)]
+    assert sizes[1] - sizes[0] == pytest.approx(6.69e6, rel=0.01)
 
 
 def shapes_of(settings):
@@ -129,10 +191,13 @@ def shapes_of(settings):
 
 def test_sizes_come_from_the_shapes():
     shapes = shapes_of(LARGE)
-    assert config(shapes, None) == (Config(), RULES)
-    planned(folded({name: np.zeros(shape, np.int8) for name, shape in shapes.items()}), RULES, abstract_params(Config()))
+    tensors = folded({name: np.zeros(shape, np.int8) for name, shape in shapes.items()})
+    for encoder, wanted in ((True, ENCODER), (False, Config())):
+        made, rules = config(shapes, None, encoder)
+        assert made == wanted
+        planned(tensors, rules, abstract_params(made))
     strides = SNAC | {"sampling_rate": 8000, "vq_strides": [8, 2]}
-    assert config(shapes_of(strides), strides)[0] == Config(12, 32, (4, 3, 2), 16, 5, (8, 2), 8000)
+    assert config(shapes_of(strides), strides)[0] == Config(32, 32, (4, 3, 2), 16, 5, (8, 2), 8000, (2, 3, 4))
 
 
 REFUSED = [
@@ -140,6 +205,8 @@ REFUSED = [
     ({"noise": False}, "noise"),
     ({"depthwise": False}, "depthwise"),
     ({"vq_strides": [4, 3, 1]}, "vq_strides"),
+    ({"encoder_rates": [2, 4, 4]}, "rate and width of the decoder"),
+    ({"latent_dim": 12}, "rate and width of the decoder"),
 ]
 
 

@@ -1,7 +1,7 @@
 """The decoders of X-codec2 and NeuCodec against transformers, from random weights in both layouts."""
 
+import dataclasses
 import json
-import re
 
 import flax.linen as nn
 import jax
@@ -10,68 +10,20 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import XCODEC2, XCODEC2_KINDS, folded, planned, xcodec2_model
+from reference_xcodec2 import WEIGHT_NORMS, original, tensors
 
+from jaxspec.codec import xcodec2_encoder
 from jaxspec.codec.xcodec2 import Config, Decoder, abstract_params, codec
 from jaxspec.convert import xcodec2
 
 SMALL = Config(width=64, layers=2, heads=4, head_dim=16, mlp_width=256, quantizer_width=128)
 
-# What transformers calls it -> what the original checkpoints call it. Of what is dropped, the first part of the name is enough.
-ORIGINAL = (
-    (r"quantizer\.", "generator.quantizer."),
-    (r"acoustic_decoder\.fc\.", "fc_post_a."),
-    (r"acoustic_decoder\.(embed|prior_net|post_net)\.", r"generator.backbone.\1."),
-    (r"acoustic_decoder\.norm\.", "generator.backbone.final_layer_norm."),
-    (r"acoustic_decoder\.head\.linear\.", "generator.head.out."),
-    (r"acoustic_decoder\.layers\.(\d+)\.self_attn\.o_proj\.", r"generator.backbone.transformers.\1.att.c_proj."),
-    (r"acoustic_decoder\.layers\.(\d+)\.input_layernorm\.", r"generator.backbone.transformers.\1.att_norm."),
-    (r"acoustic_decoder\.layers\.(\d+)\.post_attention_layernorm\.", r"generator.backbone.transformers.\1.ffn_norm."),
-    (r"acoustic_decoder\.layers\.(\d+)\.mlp\.", r"generator.backbone.transformers.\1.mlp."),
-    (r"acoustic_encoder\.", "CodecEnc."),
-    (r"semantic_encoder\.", "semantic_model."),
-    (r"semantic_adapter\.", "SemanticEncoder_module."),
-    (r"fc_encoder\.", "fc_prior."),
-)
-# Name of the magnitude, name of the direction; None: weight norm is folded.
-WEIGHT_NORMS = {
-    "old": ("weight_g", "weight_v"),
-    "new": ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-    "none": None,
-}
-
-
-def tensors(kind):
-    """The checkpoint that transformers writes."""
-    return {name: value.numpy() for name, value in xcodec2_model(kind).state_dict().items()}
-
-
-def original(state, weight_norm):
-    """The same checkpoint in the original layout."""
-    renamed = {"generator.head.istft.window": np.ones(4, np.float32)}
-    for name, value in state.items():
-        if re.search(r"self_attn\.[qkv]_proj", name) and name.startswith("acoustic_decoder"):
-            continue
-        matches = [re.sub(f"^{theirs}", ours, name) for theirs, ours in ORIGINAL if re.match(theirs, name)]
-        assert len(matches) == 1, name
-        if weight_norm and matches[0].startswith("CodecEnc.") and value.ndim == 3:
-            part = matches[0].removesuffix("weight")
-            length = np.sqrt((value**2).sum((1, 2), keepdims=True))
-            renamed |= {part + weight_norm[0]: length, part + weight_norm[1]: 2 * value}
-        else:
-            renamed[matches[0]] = value
-    for i in range(SMALL.layers):
-        q, k, v = (state[f"acoustic_decoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv")
-        q, k = (y.reshape(SMALL.heads, 2, -1, SMALL.width).swapaxes(1, 2).reshape(y.shape) for y in (q, k))
-        renamed[f"generator.backbone.transformers.{i}.att.c_attn.weight"] = np.concatenate([q, k, v])
-    for part in ("fc_post_s", "SemanticDecoder_module.initial_conv"):
-        renamed |= {f"{part}.weight": np.ones((2, 2), np.float32), f"{part}.bias": np.ones(2, np.float32)}
-    return renamed
-
 
 def converted(state):
-    """(codec, parameters) of a checkpoint of the small size."""
+    """(codec, parameters) of a checkpoint of the small size, without its encoder."""
     tensors = folded(state)
-    config, rules = xcodec2.config({name: tensor.shape for name, tensor in tensors.items()}, XCODEC2)
+    config, rules = xcodec2.config({name: tensor.shape for name, tensor in tensors.items()}, XCODEC2, encoder=False)
+    assert config.encoder is None
     return codec(config), planned(tensors, rules, abstract_params(config))
 
 
@@ -119,11 +71,17 @@ def test_the_published_checkpoints_need_no_settings(kind):
     settings, model = XCODEC2_KINDS[kind]
     with torch.device("meta"):
         model = model(settings())
-    config, _ = xcodec2.config({name: tuple(value.shape) for name, value in model.state_dict().items()}, None)
-    assert config == {"X-codec2": Config(), "NeuCodec": Config(hop=480, sample_rate_hz=24_000)}[kind]
-    ours = abstract_params(config)
-    decoder = (model.acoustic_decoder, model.quantizer.project_out)
-    assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == sum(p.numel() for part in decoder for p in part.parameters())
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    config, _ = xcodec2.config(shapes, None)
+    decoder = {"X-codec2": Config(), "NeuCodec": Config(hop=480, sample_rate_hz=24_000)}[kind]
+    margin = {"X-codec2": 160, "NeuCodec": 0}[kind]
+    assert config == dataclasses.replace(decoder, encoder=xcodec2_encoder.Config(margin=margin))
+    assert xcodec2.config(shapes, None, encoder=False)[0] == decoder
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    assert count == sum(p.numel() for p in model.parameters()) - model.semantic_encoder.masked_spec_embed.numel()
+    parts = (model.acoustic_decoder, model.quantizer.project_out)
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(decoder)))
+    assert count == sum(p.numel() for part in parts for p in part.parameters())
 
 
 @pytest.mark.parametrize(
@@ -136,6 +94,9 @@ def test_the_published_checkpoints_need_no_settings(kind):
         ({}, {"num_attention_heads": 3}, "3 equal heads, got 64"),
         ({}, {"hidden_act": "gelu"}, "hidden_act"),
         ({}, {"quantization_levels": [8, 5, 5, 5]}, "quantization_levels"),
+        ({}, {"semantic_model_config": {"position_embeddings_type": "rotary"}}, "position_embeddings_type"),
+        ({"semantic_encoder.encoder.layers.0.ffn1.intermediate_dense.weight": None}, {}, "ffn1.intermediate_dense.weight"),
+        ({"acoustic_encoder.block.4.conv1.weight": None}, {}, "product 320, got"),
     ],
 )
 def test_other_models_are_refused(change, settings, message):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.codec import builtin, padding, snac, xcodec2
+from jaxspec.codec import builtin, padding, snac, w2v_bert, xcodec2, xcodec2_encoder
 from jaxspec.types import Codec
 
 BUILTIN = builtin.Config(voices=3, encoder_width=8, width=16)
@@ -21,8 +21,14 @@ XCODEC2 = xcodec2.Config(width=64, layers=2, heads=4, head_dim=16, mlp_width=96,
 NEUCODEC = xcodec2.Config(
     width=64, layers=2, heads=4, head_dim=16, mlp_width=96, quantizer_width=48, hop=24, sample_rate_hz=24_000
 )
-SNAC = snac.Config(latent_width=12, decoder_dim=32, decoder_rates=(4, 3, 2), codebook_size=16, codebook_dim=5)
+SNAC = snac.Config(16, decoder_dim=32, decoder_rates=(4, 3, 2), codebook_size=16, codebook_dim=5, encoder_rates=(2, 3, 4))
 TWO_BOOKS = snac.Config(latent_width=12, decoder_dim=16, decoder_rates=(8, 5), codebook_size=16, codebook_dim=5, strides=(2, 1))
+
+ENCODER = xcodec2_encoder.Config(w2v_bert.Config(32, 1, 2, 32, 3), 4, (16, 20), 32)
+ENCODERS = {
+    "xcodec2 with an encoder": xcodec2.Config(32, 1, 2, 16, 32, 16, encoder=ENCODER),
+    "neucodec with an encoder": xcodec2.Config(32, 1, 2, 16, 32, 16, 480, 24_000, dataclasses.replace(ENCODER, margin=0)),
+}
 
 FRAMES = 31
 LENGTHS = np.array([FRAMES, 1, 0, 8], np.int32)
@@ -51,10 +57,24 @@ def of_decoder(module, config, books, *arguments, scale=1.0):
     def params():
         codes, length = jnp.zeros((1, 1, books)[: 3 - (module is xcodec2)], jnp.int32), jnp.ones(1, jnp.int32)
         variables = jax.jit(module.Decoder(config).init)(jax.random.key(0), codes, length, *arguments)
+        made = variables["params"]
+        if module.codec(config).encode:
+            made |= jax.jit(module.Encoder(config).init)(jax.random.key(1), jnp.zeros((1, 1)), length)["params"]
         # Scaled down: SNAC at its initial values is loud, where the tanh saturates and rounding grows.
-        return jax.tree.map(lambda x: scale * x, nn.meta.unbox(variables["params"]))
+        return jax.tree.map(lambda x: scale * x, nn.meta.unbox(made))
 
     return Case(module.codec(config), params, books)
+
+
+def with_encoder(config):
+    case = of_decoder(xcodec2, config, 1)
+
+    def params():
+        wave, length = jnp.zeros((1, config.encoder.hop)), jnp.full(1, config.encoder.hop)
+        encoder = jax.jit(xcodec2_encoder.Encoder(config.encoder).init)(jax.random.key(1), wave, length)
+        return case.params() | {"encoder": nn.meta.unbox(encoder["params"])}
+
+    return case._replace(params=params)
 
 
 def of_fake(codec, seed, taps=1, books=1, condition=None):
@@ -72,13 +92,15 @@ CASES = {
     "recurrent": of_fake(codec_fakes.recurrent(), 2),
     "flow and vocoder": of_fake(*FLOW),
 }
+ENCODING = {name: case for name, case in CASES.items() if case.codec.encode}
+ENCODING |= {name: with_encoder(config) for name, config in ENCODERS.items()}
 OF_OTHER_SHAPES = {"builtin, shallow": of_builtin(SHALLOW), "snac of two books": of_decoder(snac, TWO_BOOKS, 3, None, scale=0.6)}
 
 
 @functools.cache
 def case(name):
     """A case, its parameters made."""
-    lazy = (CASES | OF_OTHER_SHAPES)[name]
+    lazy = (CASES | ENCODING | OF_OTHER_SHAPES)[name]
     return lazy._replace(params=lazy.params())
 
 
@@ -97,9 +119,13 @@ def span(codec):
     return round(codec.sample_rate_hz / codec.frame_rate_hz)
 
 
-@every
+def encoded_span(codec):
+    return round((codec.encode_rate_hz or codec.sample_rate_hz) / codec.frame_rate_hz)
+
+
+@pytest.mark.parametrize("name", CASES | ENCODING)
 def test_it_has_the_names_of_the_contract(name):
-    codec = CASES[name].codec
+    codec = (CASES | ENCODING)[name].codec
     assert list(inspect.signature(codec.decode).parameters) == ["params", "codes", "length", "condition", "key"]
     if codec.encode:
         assert list(inspect.signature(codec.encode).parameters) == ["params", "wave", "length"]
@@ -178,10 +204,10 @@ def test_frames_with_their_right_context_are_final(name):
     np.testing.assert_allclose(begun[:final], whole[:final], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].codec.encode])
+@pytest.mark.parametrize("name", ENCODING)
 def test_codes_are_independent_of_padding_and_batch(name):
     codec, params, *_ = case(name)
-    count, per = 7, span(codec)
+    count, per = 7, encoded_span(codec)
     length = np.array([count * per, 3 * per, 0, 2 * per + 1, per - 1], np.int32)
     wave = np.random.default_rng(2).normal(size=(len(length), count * per)).astype(np.float32)
     codes = np.asarray(codec.encode(params, wave, length))
@@ -191,11 +217,28 @@ def test_codes_are_independent_of_padding_and_batch(name):
         again = codec.encode(params, np.where(beyond, np.float32(garbage), wave), length)
         np.testing.assert_array_equal(again, codes)
     for row, samples in enumerate(length):
-        frames = -(-samples // per)
+        frames = codec.encoded_frames(samples) if codec.encoded_frames else -(-samples // per)
         assert not codes[row, frames:].any()
-        if frames:
-            alone = np.pad(wave[row, :samples], (0, frames * per - samples))[None]
-            np.testing.assert_array_equal(codes[row, :frames], codec.encode(params, alone, np.array([samples], np.int32))[0])
+        if frames and samples:
+            alone = np.pad(wave[row, :samples], (0, -samples % per))[None]
+            own = codec.encode(params, alone, np.array([samples], np.int32))[0, :frames]
+            np.testing.assert_array_equal(codes[row, :frames], own)
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_waves_of_a_batch_encode_in_one_call_of_few_shapes(name):
+    codec, params, *_ = case(name)
+    shapes, per = [], encoded_span(codec)
+    counting = codec._replace(encode=lambda *arguments: shapes.append(arguments[1].shape) or codec.encode(*arguments))
+    waves = [np.random.default_rng(row).normal(size=per * 2 + row).astype(np.float32) for row in range(3)]
+    rows = padding.encode_rows(counting, params, waves)
+    assert shapes == [(4, 40 * per)]
+    length = np.array([*map(len, waves)], np.int32)
+    whole = codec.encode(params, np.stack([np.pad(wave, (0, 3 * per - len(wave))) for wave in waves]), length)
+    for row, codes in enumerate(rows):
+        frames = codec.encoded_frames(len(waves[row])) if codec.encoded_frames else -(-len(waves[row]) // per)
+        assert len(codes) == frames
+        np.testing.assert_array_equal(codes, whole[row, :frames])
 
 
 @every
@@ -215,7 +258,7 @@ def test_rows_of_a_batch_decode_in_one_call_of_few_shapes(name):
     assert shapes[1:] == 3 * [(1, 40, books)]
 
 
-@every
+@pytest.mark.parametrize("name", CASES | ENCODING)
 def test_strict_modes_of_jax(name):
     """With 64 bits, strict dtypes, no promotion of ranks, and arguments that are on the device already."""
     codec, params, books, condition = case(name)

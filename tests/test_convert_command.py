@@ -6,13 +6,16 @@ import shutil
 
 import checkpoints
 import commands
+import jax
 import numpy as np
 import pytest
+import reference_xcodec2
 import safetensors.torch
 import snac
 import torch
 
 from jaxspec.checkpoint import pretrained
+from jaxspec.codec.padding import encode_rows
 from jaxspec.convert import llama, pipeline
 from jaxspec.convert.pipeline import convert
 
@@ -157,6 +160,33 @@ def test_a_converted_codec_sounds_like_the_reference(sources, tmp_path, name):
     np.testing.assert_allclose(
         made.codec.decode(made.params, codes, np.full(2, codes.shape[1], np.int32), None, None), wave, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["xcodec2", "neucodec"])
+def test_a_converted_codec_encodes_as_the_reference_unless_its_encoder_is_left_out(sources, tmp_path, name):
+    kind = {"xcodec2": "X-codec2", "neucodec": "NeuCodec"}[name]
+    wave = (0.1 * np.random.default_rng(0).normal(size=3000)).astype(np.float32)
+    assert command("convert", sources / name, tmp_path / "made")[::2] == (0, "")
+    made = pretrained.load_codec(tmp_path / "made")
+    (codes,) = encode_rows(made.codec, made.params, [wave])
+    reference_xcodec2.assert_codes_agree(
+        codes[:, 0], reference_xcodec2.encoded(kind, checkpoints.xcodec2_model(kind), wave), share=0.1
+    )
+    code, printed, _ = command("convert", sources / name, tmp_path / "small", "--without-encoder", "--json")
+    assert code == 0
+    assert any("acoustic_encoder." in tensor for tensor in json.loads(printed)["dropped"])
+    without = pretrained.load_codec(tmp_path / "small")
+    decoder = pretrained.load_codec(tmp_path / "made", encoder=False)
+    assert decoder.codec.encode is without.codec.encode is None
+    jax.tree.map(np.testing.assert_array_equal, decoder.params, without.params)
+    _, printed, _ = command("info", tmp_path / "made")
+    assert "encoder (semantic (width 64, layers 1, heads 4, mlp_width 64, taps 3), channels 4, strides (2, 2, 4, 4, 5)" in printed
+
+
+def test_a_language_model_has_no_encoder(sources, tmp_path):
+    code, _, err = command("convert", sources / "llasa", tmp_path / "made", "--without-encoder")
+    assert code == 2
+    assert "expected --without-encoder for a codec, got it for llasa, which has none" in err
 
 
 def test_a_converted_snac_sounds_like_the_reference(sources, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def test_the_command_converts_a_drafter_for_its_target(llasa_plus, tmp_path):
     ("options", "message"),
     [
         ([], "expected the target of the drafter llasa-plus, got none"),
-        (["--target", "TARGET", "--layers", "0"], "expected no --family, --layers, --head or --pad-to with --target"),
+        (["--target", "TARGET", "--layers", "0"], "expected no other option than --dtype and --revision with --target"),
         (["--target", "SOURCE"], "jaxspec.json"),
     ],
 )

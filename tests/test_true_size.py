@@ -1,6 +1,6 @@
-"""LLaSA-1B and X-codec2 at their true sizes with random weights: memory and time of a conversion, and synthesis to a wave.
+"""LLaSA-1B and X-codec2 at their true sizes with random weights: memory and time of a conversion, a wave, and codes of one.
 
-Run by hand; it takes minutes, 12 GB of disk and 16 GB of memory: pytest -m slow -s -n 0 tests/test_true_size.py
+Run by hand; it takes minutes, 16 GB of disk and 16 GB of memory: pytest -m slow -s -n 0 tests/test_true_size.py
 """
 
 import json
@@ -68,6 +68,24 @@ cli.main()
 kib = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
 print(json.dumps({"peak": int(kib) * 1024}))
 """
+ENCODE = """
+import json, pathlib, re, sys, time
+import numpy as np
+from jaxspec.checkpoint.pretrained import load_codec
+from jaxspec.codec.padding import encode_rows
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+start = time.perf_counter()
+made = load_codec(sys.argv[1])
+seconds, loaded = [time.perf_counter() - start], peak()
+wave, processor = 0.1 * np.random.default_rng(0).normal(size=64_000).astype(np.float32), []
+for _ in range(3):
+    start = time.perf_counter(), time.process_time()
+    (codes,) = encode_rows(made.codec, made.params, [wave])
+    seconds.append(time.perf_counter() - start[0])
+    processor.append(time.process_time() - start[1])
+print(json.dumps({"codes": codes.shape, "seconds": seconds, "processor": processor, "peaks": [loaded, peak()]}))
+"""
 
 
 def random_weights(path, shapes, dtype):
@@ -119,8 +137,7 @@ def xcodec2(tmp_path_factory):
     (folder / "config.json").write_text(config.to_json_string())
     with torch.device("meta"):
         shapes = shapes_of(transformers.Xcodec2Model(config))
-    decoder = {name: shape for name, shape in shapes.items() if name.startswith(("acoustic_decoder.", "quantizer.project_out."))}
-    random_weights(folder / "model.safetensors", decoder, np.float32)
+    random_weights(folder / "model.safetensors", shapes, np.float32)
     return folder
 
 
@@ -145,3 +162,19 @@ def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     assert rate == 16_000
     assert len(wave) % 320 == 0
     assert spoken["tokens"] == 50
+
+
+def test_xcodec2_encodes_four_seconds(xcodec2, tmp_path):
+    (figures,) = run(CONVERT, xcodec2, tmp_path / "codec", "", "")
+    above = (figures["peak"] - figures["before"]) / 1e9
+    print(
+        f"\nX-codec2, {figures['bytes'] / 1e9:.2f} GB: converted in {figures['seconds'][0]:.1f} s, {above:.2f} GB above the start"
+    )
+    assert above < 2
+    (figures,) = run(ENCODE, tmp_path / "codec")
+    load, first, *again = figures["seconds"]
+    loaded, peak = (number / 1e9 for number in figures["peaks"])
+    print(f"loaded in {load:.1f} s, peak {loaded:.2f} GB; 4 s encoded in {min(again):.1f} s, {first:.1f} s with compilation,")
+    print(f"  {min(figures['processor'][1:]):.1f} s of processors; peak {peak:.2f} GB")
+    assert figures["codes"] == [201, 1]
+    assert peak < 5

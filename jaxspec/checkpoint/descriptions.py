@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from jaxspec.checkpoint import store
 from jaxspec.common import records
-from jaxspec.models import card
 from jaxspec.models.card import Model
 from jaxspec.verify.rules import RULES
 
@@ -118,7 +117,7 @@ def read(folder: str | Path) -> Description:
         raise ValueError(f"expected kind {', '.join(_KINDS.values())} in {path}, got {kind!r}: install a newer jaxspec")
     made = _READ[kind]
     try:
-        return card.from_json(values) if made is Model else records.from_json(made, values)
+        return records.from_json(made, values)
     except ValueError as error:
         raise ValueError(f"expected the description of a {_NAMES[made]} in {path}, got {error}: make the folder again") from error
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import jax
 from blake3 import blake3
 
+from jaxspec.acoustic import cosyvoice
 from jaxspec.checkpoint import descriptions, store, tensors
 from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription, Tuned
 from jaxspec.checkpoint.tensors import Tensor
@@ -27,7 +28,7 @@ from jaxspec.types import Codec, Draft, LanguageModel, Params
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac}
+CODECS = {"xcodec2": xcodec2, "neucodec": xcodec2, "snac": snac, "cosyvoice2": cosyvoice, "cosyvoice3": cosyvoice}
 
 _Description = TypeVar("_Description", bound=Model | DraftDescription | CodecDescription)
 
@@ -67,7 +68,8 @@ class PretrainedCodec(NamedTuple):
     family: str
     codec: Codec
     params: Params
-    digest: str = ""  # of the parameters
+    digest: str = ""  # of all parameters
+    folder: Path = Path()
 
 
 def save(
@@ -75,6 +77,7 @@ def save(
     description: _Description,
     params: Params | Mapping[str, Tensor],
     tokenizer: "Tokenizer | None" = None,
+    inside: Callable[[Path], None] | None = None,
 ) -> _Description:
     """Writes a folder that ``load``, ``load_draft`` or ``load_codec`` reads. The folder appears only when it is complete.
 
@@ -84,6 +87,7 @@ def save(
         params: a nested dict of arrays of any dtype, or ``Tensor``s by path ("layer_0/mlp/up/kernel"), which are read a few rows
             at a time. Those that a draft shares with its target are left out.
         tokenizer: required for a language model, None otherwise.
+        inside: called with the folder before it appears, to put more into it.
 
     Returns:
         The description as written.
@@ -112,6 +116,8 @@ def save(
         if tokenizer is not None:
             tokenizer.save(str(partial / card.TOKENIZER))
         store.write_description(partial, descriptions.to_json(written))
+        if inside is not None:
+            inside(partial)
     return written
 
 
@@ -260,11 +266,12 @@ def with_features(target: Pretrained, feature_layers: tuple[int, ...]) -> Pretra
     return target._replace(model=dataclasses.replace(target.model, shape=shape))
 
 
-def load_codec(folder: str | Path) -> PretrainedCodec:
+def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
     """Loads a codec.
 
     Args:
         folder: that ``jaxspec convert`` or ``save`` made.
+        encoder: whether to load the encoder, where the folder has one.
 
     Returns:
         The codec, with its parameters on the device.
@@ -280,7 +287,9 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
         raise ValueError(
             f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
         ) from error
-    return PretrainedCodec(description.family, codec, store.read_params(folder), description.digest)
+    codec = codec if encoder else codec._replace(encode=None)
+    params = store.read_params(folder, without=None if encoder else "encoder")
+    return PretrainedCodec(description.family, codec, params, description.digest, Path(folder))
 
 
 def memory_bytes(*params: Params) -> int:

@@ -292,6 +292,7 @@ def read_params(
     dtype: str | None = None,
     sharding: Any = None,
     shared: Mapping[str, jax.Array] | None = None,
+    without: str | None = None,
 ) -> Params:
     """Restores parameters.
 
@@ -300,6 +301,7 @@ def read_params(
         dtype: of floats; by default as written.
         sharding: where each parameter goes: one sharding for all, or a tree of them; by default the first device.
         shared: arrays by path that are on the device already; they are used in place of those in the folder, if any.
+        without: a branch of the tree that is not read, such as "encoder".
 
     Returns:
         A nested dict of arrays.
@@ -314,7 +316,7 @@ def read_params(
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
-            flat = flatten(metadata)
+            flat = {name: leaf for name, leaf in flatten(metadata).items() if name.split("/")[0] != without}
             _check_complete(path, flat)
             placed = _shardings(sharding, flat)
             wanted = {

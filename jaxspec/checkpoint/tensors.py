@@ -69,6 +69,15 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0]._replace(shape=(int(starts[-1]), *tensors[0].shape[1:]), read=read)
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape on a new first axis, as one tensor with the name of the first."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return np.stack([tensor.all() for tensor in tensors[start:stop]])
+
+    return tensors[0]._replace(shape=(len(tensors), *tensors[0].shape), read=read)
+
+
 def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
     """A tensor converted to another dtype as it is read."""
     return tensor._replace(dtype=dtype, read=lambda start, stop: tensor.read(start, stop).astype(dtype, copy=False))

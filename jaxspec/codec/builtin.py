@@ -154,12 +154,4 @@ def codec(config: Config) -> Codec:
         return wave
 
     rate = config.sample_rate_hz
-    return Codec(
-        jax.jit(encode),
-        jax.jit(decode),
-        rate,
-        rate / config.samples_per_code,
-        config.context_frames,
-        encode_rate_hz=rate,
-        num_frames=lambda samples: -(-samples // config.samples_per_code),
-    )
+    return Codec(jax.jit(encode), jax.jit(decode), rate, rate / config.samples_per_code, config.context_frames)

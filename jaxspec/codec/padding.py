@@ -42,6 +42,33 @@ def padded_batch(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
+def encode_rows(codec: Codec, params: Params, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Encodes waves on the host, in one call.
+
+    Args:
+        codec: the codec.
+        params: its parameters.
+        waves: float32 [N] each, at the rate that the codec encodes.
+
+    Returns:
+        The codes of each wave, int32 [T Q].
+
+    Raises:
+        ValueError: the codec has no encoder.
+    """
+    if codec.encode is None:
+        raise ValueError("expected a codec with an encoder, got one that only decodes: convert it again, with its encoder")
+    span = round((codec.encode_rate_hz or codec.sample_rate_hz) / codec.frame_rate_hz)
+    length = np.array([len(wave) for wave in waves], np.int32)
+    batch = padded_batch(len(waves))
+    padded = np.zeros((batch, padded_length(-(-int(length.max()) // span)) * span), np.float32)
+    for row, wave in zip(padded, waves, strict=False):
+        row[: len(wave)] = wave
+    codes = jax.device_get(codec.encode(params, *jax.device_put((padded, np.pad(length, (0, batch - len(waves)))))))
+    frames = codec.encoded_frames or (lambda samples: -(-samples // span))
+    return [row[: frames(len(wave))] for row, wave in zip(codes, waves, strict=False)]
+
+
 def decode_rows(
     codec: Codec,
     params: Params,

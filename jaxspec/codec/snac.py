@@ -1,6 +1,7 @@
-"""The decoder of SNAC, whose codebooks have different rates (arXiv 2410.14411): frames of codes to waves, as Orpheus needs.
+"""SNAC, whose codebooks have different rates (arXiv 2410.14411): frames of codes to waves, as Orpheus needs, and back.
 
     codes -> vectors, repeated for their strides, summed -> [x8, x8, x4, x2: transposed convolution, noise, residuals] -> wave
+    wave -> [/2, /4, /8, /8: residuals, convolution] -> each codebook: mean over its stride, nearest vector, minus this -> codes
 
 Every convolution has zeros for input beyond a row's length, so that padding does not change a row.
 """
@@ -25,9 +26,11 @@ _DILATIONS = (1, 3, 9)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of the decoder; the defaults are those of the 24 kHz checkpoint.
+    """The shape of the codec; the defaults are those of the 24 kHz checkpoint, without its encoder.
 
     decoder_rates: the upsampling factor of each block, which also halves the channels.
+    encoder_rates: the downsampling factor of each block, which also doubles the channels, with the product of ``decoder_rates``;
+        () is without an encoder.
     strides: how many latent steps a code of each codebook spans, coarsest first; the first is a frame.
     """
 
@@ -38,6 +41,7 @@ class Config:
     codebook_dim: int = 8
     strides: tuple[int, ...] = (4, 2, 1)
     sample_rate_hz: int = 24_000
+    encoder_rates: tuple[int, ...] = ()
 
     @property
     def samples_per_frame(self) -> int:
@@ -192,17 +196,26 @@ class Block(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Codes to latent vectors."""
+    """Codes to latent vectors, and back."""
 
     config: Config
 
-    @nn.compact
-    def __call__(self, codes: Array) -> Array:
-        """int32 [B T] -> [B T latent_width]."""
+    def setup(self) -> None:
+        """Defines the parameters."""
         c = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codes", None))
-        vectors: Any = self.param("vectors", normal, (c.codebook_size, c.codebook_dim))
-        return Pointwise(c.latent_width, name="out")(vectors[codes])
+        self.vectors: Any = self.param("vectors", normal, (c.codebook_size, c.codebook_dim))
+        self.out = Pointwise(c.latent_width)
+        self.into = Pointwise(c.codebook_dim)  # of the encoder
+
+    def __call__(self, codes: Array) -> Array:
+        """int32 [B T] -> [B T latent_width]."""
+        return self.out(self.vectors[codes])
+
+    def nearest(self, x: Array) -> Array:
+        """The codes of the vectors of the largest cosine, the first of equal ones: [B T latent_width] -> int32 [B T]."""
+        x, vectors = (y / jnp.maximum(jnp.linalg.norm(y, axis=-1, keepdims=True), 1e-12) for y in (self.into(x), self.vectors))
+        return jnp.argmax(_dot(x, vectors.T), -1).astype(jnp.int32)
 
 
 class Head(nn.Module):
@@ -243,9 +256,95 @@ class Decoder(nn.Module):
         return jnp.where(padding.valid(length, wave.shape[1]), wave, 0)
 
 
+class Down(nn.Module):
+    """A convolution of 2 * stride taps and this stride, as the sum of two products."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array, length: Array) -> Array:
+        """[B T C] -> [B T/stride channels]."""
+        batch, _, width = x.shape
+        kernel = self.param("kernel", _kernel((None, "channels_in", "channels")), (2 * self.stride, width, self.channels))
+        left = -(-self.stride // 2)
+        x = jnp.pad(_masked(x, length), ((0, 0), (left, self.stride - left), (0, 0))).reshape(batch, -1, self.stride * width)
+        first, second = kernel.reshape(2, -1, self.channels)
+        y = _dot(x[:, :-1], first) + _dot(x[:, 1:], second)
+        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None]
+
+
+class First(nn.Module):
+    """The first convolution, from one channel."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, wave: Array) -> Array:
+        """[B T] -> [B T channels]."""
+        padded = jnp.pad(wave, ((0, 0), (_TAPS // 2, _TAPS // 2)))
+        shifted = jnp.stack([padded[:, i:][:, : wave.shape[1]] for i in range(_TAPS)], -1)
+        y = _dot(shifted, self.param("kernel", _kernel((None, "channels")), (_TAPS, self.channels)))
+        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None]
+
+
+class DownBlock(nn.Module):
+    """Residual units, and downsampling by ``stride`` to twice the channels."""
+
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array, length: Array) -> Array:
+        """[B T C], of which ``length`` int32 [B] steps are valid -> [B T/stride 2C]."""
+        for i, dilation in enumerate(_DILATIONS):
+            x = Residual(dilation, name=f"residual_{i}")(x, length)
+        return Down(2 * x.shape[-1], self.stride, name="down")(Snake(name="snake")(x), length)
+
+
+class Latents(nn.Module):
+    """A wave of whole frames to latent vectors."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, wave: Array, length: Array) -> Array:
+        """[B T*stride], of which ``length`` int32 [B] samples are valid -> [B T latent_width]."""
+        rates = self.config.encoder_rates
+        x = First(self.config.latent_width >> len(rates), name="first")(wave)
+        for i, stride in enumerate(rates, start=1):
+            x = DownBlock(stride, name=f"block_{i}")(x, length)
+            length = length // stride
+        return Depthwise(name="depthwise")(x, length)
+
+
+class Encoder(nn.Module):
+    """A wave to frames of codes. Blocks and residual units are numbered as in the checkpoint; the codebooks are the decoder's."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, wave: Array, length: Array) -> Array:
+        """Wave [B N], of which ``length`` int32 [B] samples are valid -> int32 [B T Q], 0 after the frames that these begin."""
+        c, (batch, samples) = self.config, wave.shape
+        frames = -(-samples // c.samples_per_frame)
+        count = -(-length // c.samples_per_frame)
+        x = jnp.where(padding.valid(length, samples), wave, 0)
+        x = jnp.pad(x, ((0, 0), (0, frames * c.samples_per_frame - samples)))
+        x = Latents(c, name="encoder")(x, count * c.samples_per_frame)  # the zeros that fill a frame are valid
+        books = []
+        for i, stride in enumerate(c.strides):
+            book = Codebook(c, name=f"codebook_{i}")
+            codes = book.nearest(x.reshape(batch, -1, stride, c.latent_width).mean(2))
+            x = x - jnp.repeat(book(codes), stride, axis=1)
+            books.append(codes.reshape(batch, frames, -1))
+        order = np.argsort(np.concatenate(c.slots))
+        codes = jnp.concatenate(books, -1)[:, :, order]
+        return jnp.where(padding.valid(count, frames)[:, :, None], codes, 0)
+
+
 @functools.lru_cache
 def codec(config: Config) -> Codec:
-    """The decoder as a ``jaxspec.types.Codec`` without an encoder, compiled; equal configs give the same object.
+    """SNAC as a ``jaxspec.types.Codec``, compiled; equal configs give the same object.
 
     A row has the codes of all codebooks for each frame [T Q], in the order of ``Config.slots``. ``condition`` is ignored. ``key``
     draws the noise that the blocks add, which depends on the row's key and the frame's index; without it there is none.
@@ -256,12 +355,20 @@ def codec(config: Config) -> Codec:
         wave: Any = decoder.apply({"params": params}, codes, length, key)
         return wave
 
+    def encode(params: Params, wave: Array, length: Array) -> Array:
+        codes: Any = Encoder(config).apply({"params": params}, wave, length)
+        return codes
+
     rate = config.sample_rate_hz
-    return Codec(None, jax.jit(decode), rate, rate / config.samples_per_frame, config.context_frames)
+    encoded = jax.jit(encode) if config.encoder_rates else None
+    return Codec(encoded, jax.jit(decode), rate, rate / config.samples_per_frame, config.context_frames)
 
 
 def abstract_params(config: Config) -> Params:
     """The shape and type of every parameter, as a tree of ShapeDtypeStruct."""
+    key, one = jax.random.key(0), jnp.ones(1, jnp.int32)
     codes = jnp.zeros((1, 1, sum(map(len, config.slots))), jnp.int32)
-    variables = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), codes, jnp.ones(1, jnp.int32), None))
-    return nn.meta.unbox(variables["params"])
+    params = jax.eval_shape(lambda: Decoder(config).init(key, codes, one, None))["params"]
+    if config.encoder_rates:  # the codebooks of the encoder have what those of the decoder have, and more
+        params |= jax.eval_shape(lambda: Encoder(config).init(key, jnp.zeros((1, config.samples_per_frame)), one))["params"]
+    return nn.meta.unbox(params)

@@ -1,4 +1,4 @@
-"""The decoder of X-codec2 and of NeuCodec: 50 codes a second to a 16 or 24 kHz wave (arXiv 2502.04128).
+"""X-codec2 and NeuCodec: 50 codes a second to a 16 or 24 kHz wave (arXiv 2502.04128), and back, with ``xcodec2_encoder``.
 
     code -> 8 digits of 4 levels -> convolutions -> transformer -> convolutions -> magnitude and phase -> wave
 
@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxspec.codec import fsq, padding, spectrum
+from jaxspec.codec import fsq, padding, spectrum, xcodec2_encoder
 from jaxspec.types import Array, Codec, Condition, Params
 
 LEVELS = (4,) * 8
@@ -24,7 +24,10 @@ EPS = 1e-6  # of every norm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of the decoder; the defaults are X-codec2's. A code spans ``hop`` samples."""
+    """The shape of the decoder; the defaults are X-codec2's. A code spans ``hop`` samples.
+
+    encoder: its shape; None where there is none.
+    """
 
     width: int = 1024
     layers: int = 12
@@ -34,6 +37,7 @@ class Config:
     quantizer_width: int = 2048
     hop: int = 320
     sample_rate_hz: int = 16_000
+    encoder: xcodec2_encoder.Config | None = None
 
     @property
     def n_fft(self) -> int:
@@ -155,12 +159,24 @@ class Decoder(nn.Module):
         return spectrum.istft(frames, mask[:, :, 0], c.n_fft, c.hop)
 
 
+def quantize(coordinates: Array) -> Array:
+    """Coordinates float32 [... 8], unbounded, to codes int32 [...].
+
+    The trained models bound them twice before they round: half tanh(z + atanh(1 / (2 half))) - 1/2 with half = 1.5015.
+    """
+    half = (LEVELS[0] - 1) / 2 * 1.001
+    for _ in range(2):
+        coordinates = half * jnp.tanh(coordinates + math.atanh(0.5 / half)) - 0.5
+    return fsq.to_codes(jnp.round(coordinates).astype(jnp.int32) + LEVELS[0] // 2, LEVELS)
+
+
 @functools.lru_cache
 def codec(config: Config) -> Codec:
-    """The decoder as a ``jaxspec.types.Codec`` without an encoder, compiled; equal configs give the same object.
+    """The codec as a ``jaxspec.types.Codec``, compiled; equal configs give the same object.
 
     A row has one code [T 1] for each frame of ``hop`` samples. ``condition`` and ``key`` are ignored. Attention and group norms
-    span the whole row, so the context is unbounded on both sides.
+    span the whole row, so the context is unbounded on both sides. The encoder's parameters are ``params["encoder"]``, the
+    decoder's are beside it; without an encoder ``encode`` is None.
     """
     model = Decoder(config)
 
@@ -170,10 +186,23 @@ def codec(config: Config) -> Codec:
             wave: Any = model.apply({"params": params}, codes[..., 0], length)
             return wave
 
-    return Codec(None, jax.jit(decode), config.sample_rate_hz, config.sample_rate_hz / config.hop, (None, None))
+    rate, context = config.sample_rate_hz, (None, None)
+    if config.encoder is None:
+        return Codec(None, jax.jit(decode), rate, rate / config.hop, context)
+    encoder, frames = xcodec2_encoder.Encoder(config.encoder), functools.partial(xcodec2_encoder.frames, config.encoder)
+
+    def encode(params: Params, wave: Array, length: Array) -> Array:
+        # Coordinates near the border between two codes are rounded.
+        with jax.default_matmul_precision("highest"):
+            coordinates: Any = encoder.apply({"params": params["encoder"]}, wave, length)
+        codes = quantize(coordinates)
+        return jnp.where(padding.valid(frames(length), codes.shape[1]), codes, 0)[:, :, None]
+
+    return Codec(jax.jit(encode), jax.jit(decode), rate, rate / config.hop, context, xcodec2_encoder.RATE_HZ, frames)
 
 
 def abstract_params(config: Config) -> Params:
     """The shape and type of every parameter, as a tree of ShapeDtypeStruct."""
     one_code = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    return nn.meta.unbox(jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), *one_code))["params"])
+    decoder = nn.meta.unbox(jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), *one_code))["params"])
+    return decoder | ({"encoder": xcodec2_encoder.abstract_params(config.encoder)} if config.encoder else {})

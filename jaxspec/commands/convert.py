@@ -34,6 +34,8 @@ class Convert:
     """speech: keep the head's rows for codes and stop ids only; smaller and faster, but their probs are renormalised."""
     pad_to: int = 1
     """Pad the rows of head and tables to a multiple of this, so that a mesh divides them."""
+    without_encoder: bool = False
+    """For a codec, or CosyVoice with its codec: leave out the encoder, which only recordings need; it is the larger part."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
 
@@ -43,13 +45,13 @@ class Convert:
         from jaxspec.convert import drafters, pipeline
 
         layers = parse_layers(self.layers) if self.layers is not None else None
-        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to)
+        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to, not self.without_encoder)
         if self.target is None:
             converted = pipeline.convert(self.source, self.dest, options, self.revision)
         elif options == pipeline.Options(dtype=self.dtype):
             converted = drafters.convert(self.source, self.dest, self.target, self.dtype, self.revision)
         else:
-            raise ValueError("expected no --family, --layers, --head or --pad-to with --target, got one: leave it out")
+            raise ValueError("expected no other option than --dtype and --revision with --target, got one: leave it out")
         report(card(converted, self.dest), {"folder": str(self.dest), **converted._asdict()}, self.json)
 
 

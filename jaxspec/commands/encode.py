@@ -7,13 +7,12 @@ import numpy as np
 import tyro
 
 from jaxspec.audio import files
-from jaxspec.checkpoint import descriptions
+from jaxspec.checkpoint import descriptions, pretrained
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import read_lines
 from jaxspec.common.files import claim, replacing
-from jaxspec.synthesis.load import load_codec
 from jaxspec.synthesis.recording import encode
 from jaxspec.train import samples
 
@@ -47,7 +46,7 @@ class Encode:
         digest = descriptions.read_as(self.codec, CodecDescription).digest
         outputs.make_folder(self.out)
         claim(self.out / "codec.json", {"codec": digest}, "use the codec that the folder was begun with, or another folder")
-        codec = load_codec(self.codec)
+        codec = pretrained.load_codec(self.codec)
         if codec.codec.encode is None:
             raise ValueError(f"expected a codec with its encoder, got {self.codec}: convert it without --without-encoder")
         todo = sorted((name for name in named if not self._codes(name).exists()), key=lambda name: named[name].stat().st_size)

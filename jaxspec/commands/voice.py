@@ -6,12 +6,11 @@ from typing import Literal
 
 import tyro
 
-from jaxspec.checkpoint import descriptions
+from jaxspec.checkpoint import descriptions, voices
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.commands.console import report
 from jaxspec.commands.inputs import check_reference, read_reference
 from jaxspec.models.card import Model
-from jaxspec.synthesis import voices
 from jaxspec.synthesis.load import codec_folder, load
 
 
@@ -54,6 +53,7 @@ class Voice:
             raise ValueError(f"expected a codec to encode the recording, got none in {self.model}: give --codec")
         check_reference(self.reference, self.reference_text)
         reference = read_reference(self.reference, self.reference_text, load(self.model, codec=codec))
-        voices.save(path, reference, descriptions.read_as(codec, CodecDescription).digest)
+        digest = descriptions.read_as(codec, CodecDescription).digest
+        voices.save(path, voices.Voice(reference.text, reference.codes, reference.condition, digest))
         kept = {"voice": self.name, "file": str(path), "codes": len(reference.codes)}
         report(f"{self.name}: {len(reference.codes)} codes in {path}", kept, self.json)

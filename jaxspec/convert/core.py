@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.checkpoint.tensors import Tensor, rows
+from jaxspec.checkpoint.tensors import Tensor, rows, stacked
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,13 +41,24 @@ class Rule(NamedTuple):
     Attributes:
         source: a regular expression.
         target: the parameter's path, in which {0}, {1} ... are the groups of ``source``; several paths split the rows of the
-            tensor equally, in this order; None drops the tensor.
+            tensor equally, in this order; None drops the tensor. A path that ends in [i] is entry i of a parameter that has one
+            for each layer.
         change: the transformation of the values.
     """
 
     source: str
     target: str | tuple[str, ...] | None
     change: Callable[[np.ndarray], np.ndarray] = same
+
+
+def affine(source: str, target: str, change: Callable[[np.ndarray], np.ndarray] = transpose) -> tuple[Rule, Rule]:
+    """The rules of a weight and a bias: {source}.weight and {source}.bias to {target}/kernel and {target}/bias."""
+    return Rule(rf"{source}\.weight", f"{target}/kernel", change), Rule(rf"{source}\.bias", f"{target}/bias")
+
+
+def norm(source: str, target: str) -> tuple[Rule, Rule]:
+    """The rules of a norm: {source}.weight and {source}.bias to {target}/scale and {target}/bias."""
+    return Rule(rf"{source}\.weight", f"{target}/scale"), Rule(rf"{source}\.bias", f"{target}/bias")
 
 
 # Weight norm as torch names it, before and since parametrizations: the magnitude, then the direction.
@@ -122,6 +133,10 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
                 problems.append(f"{name}: expected one tensor for {path}, got also {filled[path].name}: remove one of them")
             else:
                 filled[path] = part
+    stacks = {path: shape for path, shape in expected.items() if f"{path}[0]" in filled}
+    wanted = expected
+    expected = {path: shape for path, shape in expected.items() if path not in stacks}
+    expected |= {f"{path}[{i}]": shape[1:] for path, shape in stacks.items() for i in range(shape[0])}
     problems += [f"{path}: expected a tensor, got none: give all files" for path in expected if path not in filled]
     for path, part in filled.items():
         if path not in expected:
@@ -133,7 +148,8 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
             )
     if problems:
         raise ValueError("\n".join(problems))
-    return {path: filled[path] for path in expected}, dropped
+    filled |= {path: stacked([filled[f"{path}[{i}]"] for i in range(shape[0])]) for path, shape in stacks.items()}
+    return {path: filled[path] for path in wanted}, dropped
 
 
 def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, Tensor]]:

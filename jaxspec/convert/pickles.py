@@ -77,6 +77,11 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
         ValueError: the file is not a zip archive, is damaged, describes more than tensors and plain values, or a tensor does not
             lie within its storage; one line per problem.
     """
+    return _open(path, _state_dict)
+
+
+def _open(path: str | Path, choose: Callable[[Any], dict[str, _Stored]]) -> dict[str, Tensor]:
+    """The tensors that ``choose`` finds in what the file describes."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -85,11 +90,16 @@ def tensors(path: str | Path) -> dict[str, Tensor]:
                 got = "the format of torch before 1.6" if head[:1] == b"\x80" else f"a file that begins with {head!r}"
                 raise ValueError(f"expected a zip file of torch.save, got {got}: {_RESAVE}")
             with zipfile.ZipFile(file) as archive:
-                return _tensors(path, file, archive)
+                return _tensors(path, file, archive, choose)
     except _DAMAGE as error:
         raise ValueError(f"{path}: expected a complete zip file of torch.save, got {error}: download or save it again") from error
     except ValueError as error:
         raise ValueError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from error
+
+
+def nested(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of dicts within a dict by "outer/inner"; what is no tensor is skipped. Else as ``tensors``."""
+    return _open(path, _two_levels)
 
 
 def some(names: Iterable[str]) -> str:
@@ -180,7 +190,9 @@ def _exactly(file: IO[bytes], count: int) -> bytes:
     return data
 
 
-def _tensors(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[str, Tensor]:
+def _tensors(
+    path: Path, file: IO[bytes], archive: zipfile.ZipFile, choose: Callable[[Any], dict[str, _Stored]]
+) -> dict[str, Tensor]:
     members = {info.filename: info for info in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in members if re.fullmatch(r"[^/]*/data\.pkl", name)]
     if len(roots) != 1 or len(members) != len(archive.infolist()):
@@ -191,7 +203,7 @@ def _tensors(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> dict[str,
                 raise ValueError(f"expected little-endian numbers, got byte order {got!r}: save it on a little-endian machine")
     pickle = _readable(members[f"{roots[0]}data.pkl"], _PICKLE_BYTES)
     with archive.open(pickle) as record:
-        stored = _state_dict(_unpickle(_exactly(record, pickle.file_size)))
+        stored = choose(_unpickle(_exactly(record, pickle.file_size)))
     found, problems = {}, unsupported({name: value.dtype for name, value in stored.items()})
     for name, value in stored.items():
         if value.dtype in DTYPES:
@@ -251,6 +263,14 @@ def _state_dict(value: Any) -> dict[str, _Stored]:
     if not found or any(_named(item) for item in state.values()):
         got = f"a dict of {some(map(str, value))}" if isinstance(value, dict) else f"a {_kind(value)}"
         raise ValueError(f"expected one dict of tensors by name, at the top or as 'state_dict' or 'model', got {got}: {_RESAVE}")
+    return found
+
+
+def _two_levels(value: Any) -> dict[str, _Stored]:
+    inner = {key: _named(item) for key, item in value.items()} if isinstance(value, dict) else {}
+    found = {f"{key}/{name}": item for key, items in inner.items() if items for name, item in items.items()}
+    if not found:
+        raise ValueError(f"expected dicts of tensors in a dict, got a {_kind(value)}: {_RESAVE}")
     return found
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxspec.checkpoint import pretrained, store
+from jaxspec.checkpoint import pretrained, store, voices
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.checkpoint.tensors import Tensor, cast, joined, padded, rows
 from jaxspec.codec import snac as snac_codec
 from jaxspec.codec import xcodec2 as xcodec2_codec
 from jaxspec.common.trees import flatten
-from jaxspec.convert import cosyvoice, llama, snac, xcodec2
+from jaxspec.convert import acoustic, cosyvoice, llama, snac, xcodec2
 from jaxspec.convert.core import Rule, fold_weight_norm, plan
 from jaxspec.convert.source import Source, open_source
 from jaxspec.models import card, llasa, neutts, orpheus, transformer
@@ -90,6 +90,7 @@ class Options:
         layers: those to keep, for a draft; by default all.
         head: "all", or "speech": codes and stop ids only, for models with text and codes in one vocabulary.
         pad_to: rows of the head and the tables are padded to a multiple of it, so that a mesh divides them.
+        encoder: whether to convert the codec's encoder too; without it a codec only decodes.
 
     Raises:
         ValueError: a setting is out of range.
@@ -100,6 +101,7 @@ class Options:
     layers: tuple[int, ...] | None = None
     head: str = "all"
     pad_to: int = 1
+    encoder: bool = True
 
     def __post_init__(self) -> None:
         if self.family is not None and self.family not in FAMILIES:
@@ -157,9 +159,22 @@ def convert(source: str, dest: str | Path, options: Options | None = None, revis
     layout = _layout(name, opened, tokenizer, options)
     files = tuple(path.name for path in opened.files)
     description = dataclasses.replace(layout.description, source=opened.origin, files=files)
-    written = pretrained.save(dest, description, layout.params, layout.tokenizer)
+    whole = name in cosyvoice_model.VERSIONS and not options.layers and (opened.folder / acoustic.FLOW).is_file()
+    sound = acoustic.layout(opened.folder, cosyvoice_model.VERSIONS[name], options.encoder) if whole else None
+    inside = functools.partial(_write_sound, opened, sound, layout.notes) if sound else None
+    written = pretrained.save(dest, description, layout.params, layout.tokenizer, inside)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in layout.params.values())
     return Converted(name, written.parameters, total, layout.dropped, layout.notes)
+
+
+def _write_sound(opened: Source, sound: acoustic.Sound, notes: list[str], folder: Path) -> None:
+    """Writes the codec of CosyVoice and its named voices into the folder of its language model."""
+    written = pretrained.save(folder / "codec", dataclasses.replace(sound.description, source=opened.origin), sound.params)
+    found = acoustic.voices(opened.folder, written.digest)
+    for name, voice in found.items():
+        voices.save(voices.path_of(folder, name), voice)
+    named = f" and {len(found)} named voices" if found else ""
+    notes.append(f"with its codec of {written.parameters / 1e6:,.1f} M parameters{named}")
 
 
 def drafter_of(tensors: Mapping[str, Tensor]) -> str | None:
@@ -210,6 +225,8 @@ def _tokenizer(opened: Source) -> "Tokenizer | None":
 def _layout(name: str, opened: Source, tokenizer: "Tokenizer | None", options: Options) -> Layout:
     if name in CODECS:
         return _codec(name, opened, options)
+    if not options.encoder and name in VOCABULARIES:
+        raise ValueError(f"expected --without-encoder for a codec, got it for {name}, which has none: leave it out")
     if tokenizer is None:
         raise ValueError(f"expected {card.TOKENIZER} beside the weights of {name}, got none: download it too")
     if name in VOCABULARIES:
@@ -222,7 +239,8 @@ def _codec(name: str, opened: Source, options: Options) -> Layout:
         raise ValueError(f"expected no --layers, --head or --pad-to for the codec {name}, got one: leave it out")
     table, codec, licence = CODECS[name]
     tensors = fold_weight_norm(opened.tensors)
-    config, rules = table.config({key: tensor.shape for key, tensor in tensors.items()}, opened.config)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    config, rules = table.config(shapes, opened.config, options.encoder)
     description = CodecDescription(name, dataclasses.asdict(config), licence)
     dtype = DTYPES[options.dtype or "float32"]
     return _planned(tensors, rules, codec.abstract_params(config), dtype, description, [], [])

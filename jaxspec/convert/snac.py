@@ -1,13 +1,15 @@
-"""Rules for SNAC in the names of the package ``snac``; the encoder is left out."""
+"""Rules for SNAC in the names of the package ``snac``."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxspec.codec.snac import Config
-from jaxspec.convert.core import Rule, is_count
+from jaxspec.convert.core import Rule, conv, is_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -18,7 +20,7 @@ def _pointwise(weight: np.ndarray) -> np.ndarray:
 
 
 def _depthwise(weight: np.ndarray) -> np.ndarray:
-    """[C 1 taps] -> [taps C]."""
+    """[C 1 taps] -> [taps C]; also of a convolution from one channel."""
     return weight[:, 0].T
 
 
@@ -36,10 +38,30 @@ _QUANTIZER, _MODEL = r"quantizer\.quantizers\.(\d+)\.", r"decoder\.model\."
 _BLOCK = _MODEL + r"(\d+)\.block\."
 _UNIT = _BLOCK + r"([345])\.block\."
 _LAST = _MODEL + r"(?![01]\.)\d+\."
+_DOWN = r"encoder\.block\.(\d+)\.block\."
+_DOWN_UNIT = _DOWN + r"([012])\.block\."
+_DEPTHWISE = r"encoder\.block\.(?!0\.)\d+\."
 
-RULES = (
-    Rule(r"encoder\..*", None),
-    Rule(_QUANTIZER + r"in_proj\..*", None),
+_ENCODER = (
+    Rule(r"encoder\.block\.0\.weight", "encoder/first/kernel", _depthwise),
+    Rule(r"encoder\.block\.0\.bias", "encoder/first/bias"),
+    Rule(_DOWN_UNIT + r"0\.alpha", "encoder/block_{0}/residual_{1}/snake_in/alpha", np.ravel),
+    Rule(_DOWN_UNIT + r"1\.weight", "encoder/block_{0}/residual_{1}/depthwise/kernel", _depthwise),
+    Rule(_DOWN_UNIT + r"1\.bias", "encoder/block_{0}/residual_{1}/depthwise/bias"),
+    Rule(_DOWN_UNIT + r"2\.alpha", "encoder/block_{0}/residual_{1}/snake_out/alpha", np.ravel),
+    Rule(_DOWN_UNIT + r"3\.weight", "encoder/block_{0}/residual_{1}/pointwise/kernel", _pointwise),
+    Rule(_DOWN_UNIT + r"3\.bias", "encoder/block_{0}/residual_{1}/pointwise/bias"),
+    Rule(_DOWN + r"3\.alpha", "encoder/block_{0}/snake/alpha", np.ravel),
+    Rule(_DOWN + r"4\.weight", "encoder/block_{0}/down/kernel", conv),
+    Rule(_DOWN + r"4\.bias", "encoder/block_{0}/down/bias"),
+    Rule(_DEPTHWISE + r"weight", "encoder/depthwise/kernel", _depthwise),
+    Rule(_DEPTHWISE + r"bias", "encoder/depthwise/bias"),
+    Rule(_QUANTIZER + r"in_proj\.weight", "codebook_{0}/into/kernel", _pointwise),
+    Rule(_QUANTIZER + r"in_proj\.bias", "codebook_{0}/into/bias"),
+)
+_WITHOUT_ENCODER = (Rule(r"encoder\..*", None), Rule(_QUANTIZER + r"in_proj\..*", None))
+
+_DECODER = (
     Rule(_QUANTIZER + r"codebook\.weight", "codebook_{0}/vectors"),
     Rule(_QUANTIZER + r"out_proj\.weight", "codebook_{0}/out/kernel", _pointwise),
     Rule(_QUANTIZER + r"out_proj\.bias", "codebook_{0}/out/bias"),
@@ -63,12 +85,13 @@ RULES = (
 )
 
 
-def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, tuple[Rule, ...]]:
-    """The configuration of a checkpoint's decoder.
+def config(shapes: Shapes, settings: Mapping[str, Any] | None, encoder: bool = True) -> tuple[Config, tuple[Rule, ...]]:
+    """The configuration of a checkpoint.
 
     Args:
         shapes: of each tensor by name, weight norm folded.
         settings: config.json, for strides and sample rate; without it, those of the 24 kHz checkpoint.
+        encoder: whether to convert the encoder, where the checkpoint has one.
 
     Returns:
         The configuration, and the rules that convert the checkpoint.
@@ -85,11 +108,19 @@ def config(shapes: Shapes, settings: Mapping[str, Any] | None) -> tuple[Config, 
     strides, rate = settings.get("vq_strides", Config.strides), settings.get("sampling_rate", Config.sample_rate_hz)
     strides = tuple(strides) if isinstance(strides, list) else strides
     books = sum(name.endswith(".codebook.weight") for name in shapes)
+    downs = itertools.takewhile(shapes.__contains__, (f"encoder.block.{i}.block.4.weight" for i in itertools.count(1)))
+    up_rates, down_rates = (tuple(shapes[name][2] // 2 for name in names) for names in (ups, downs))
+    first = latent >> len(down_rates), 1, 7
+    if down_rates and (math.prod(down_rates), shapes.get("encoder.block.0.weight")) != (math.prod(up_rates), first):
+        raise ValueError(f"expected an encoder with the rate and width of the decoder, got rates {down_rates}: use snac_24khz")
     if not is_count(rate):
         raise ValueError(f"expected a whole number as sampling_rate, got {rate!r}: correct config.json")
     if not isinstance(strides, tuple) or len(strides) != books or not all(is_count(i) and not strides[0] % i for i in strides):
         raise ValueError(f"expected {books} vq_strides that divide the first of them, got {strides}: correct config.json")
-    return Config(latent, width, tuple(shapes[up][2] // 2 for up in ups), size, dim, strides, rate), RULES
+    made = Config(latent, width, up_rates, size, dim, strides, rate)
+    if not encoder or not down_rates:
+        return made, (*_DECODER, *_WITHOUT_ENCODER)
+    return dataclasses.replace(made, encoder_rates=down_rates), (*_DECODER, *_ENCODER)
 
 
 def _refuse_unsupported(shapes: Shapes) -> None:

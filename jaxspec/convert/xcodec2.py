@@ -1,14 +1,13 @@
-"""Rules for the decoders of X-codec2 and NeuCodec, in the original layout and in that of transformers 5.
+"""Rules for X-codec2 and NeuCodec, in the original layout and in that of transformers 5."""
 
-Only the decoder is converted; the encoder is dropped by name.
-"""
-
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxspec.codec.xcodec2 import EPS, LEVELS, Config
-from jaxspec.convert.core import Rule, conv, is_count, transpose
+from jaxspec.convert import xcodec2_encoder
+from jaxspec.convert.core import Rule, affine, conv, is_count, norm, transpose
 
 # Settings that tensor shapes do not show and the decoder assumes.
 FIXED = {"hidden_act": "silu", "rms_norm_eps": EPS, "quantization_levels": list(LEVELS)}
@@ -17,21 +16,13 @@ FIXED = {"hidden_act": "silu", "rms_norm_eps": EPS, "quantization_levels": list(
 HEADS = {1282: (320, 16_000), 1922: (480, 24_000)}
 
 
-def _affine(source: str, target: str, change: Any = transpose) -> tuple[Rule, Rule]:
-    return Rule(rf"{source}\.weight", f"{target}/kernel", change), Rule(rf"{source}\.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> tuple[Rule, Rule]:
-    return Rule(rf"{source}\.weight", f"{target}/scale"), Rule(rf"{source}\.bias", f"{target}/bias")
-
-
 def _outside_attention(root: str, layers: str, norms: tuple[str, str]) -> tuple[Rule, ...]:
     """The part whose names agree in the two layouts under ``root``: convolutions, MLPs, and the norms of the layers."""
     layer = rf"{root}\.{layers}\.(\d+)"
     return (
-        *_affine(rf"{root}\.embed", "embed", conv),
-        *_norm(rf"{root}\.(prior|post)_net\.(\d)\.(norm\d)", "{0}_{1}/{2}"),
-        *_affine(rf"{root}\.(prior|post)_net\.(\d)\.(conv\d)", "{0}_{1}/{2}", conv),
+        *affine(rf"{root}\.embed", "embed", conv),
+        *norm(rf"{root}\.(prior|post)_net\.(\d)\.(norm\d)", "{0}_{1}/{2}"),
+        *affine(rf"{root}\.(prior|post)_net\.(\d)\.(conv\d)", "{0}_{1}/{2}", conv),
         Rule(rf"{layer}\.{norms[0]}\.weight", "layer_{0}/attention_norm/scale"),
         Rule(rf"{layer}\.{norms[1]}\.weight", "layer_{0}/mlp_norm/scale"),
         Rule(rf"{layer}\.mlp\.fc1\.weight", "layer_{0}/mlp/up/kernel", transpose),
@@ -40,8 +31,8 @@ def _outside_attention(root: str, layers: str, norms: tuple[str, str]) -> tuple[
 
 
 RULES_ORIGINAL = (
-    *_affine(r"generator\.quantizer\.project_out", "project_out"),
-    *_affine("fc_post_a", "fc"),
+    *affine(r"generator\.quantizer\.project_out", "project_out"),
+    *affine("fc_post_a", "fc"),
     *_outside_attention(r"generator\.backbone", "transformers", ("att_norm", "ffn_norm")),
     Rule(
         r"generator\.backbone\.transformers\.(\d+)\.att\.c_attn\.weight",
@@ -49,28 +40,25 @@ RULES_ORIGINAL = (
         transpose,
     ),
     Rule(r"generator\.backbone\.transformers\.(\d+)\.att\.c_proj\.weight", "layer_{0}/attention/out/kernel", transpose),
-    *_norm(r"generator\.backbone\.final_layer_norm", "norm"),
-    *_affine(r"generator\.head\.out", "head"),
+    *norm(r"generator\.backbone\.final_layer_norm", "norm"),
+    *affine(r"generator\.head\.out", "head"),
     Rule(r"generator\.head\.istft\.window", None),
-    Rule(r"generator\.quantizer\.project_in\..*", None),
-    Rule(r"(CodecEnc|SemanticEncoder_module|semantic_model|fc_prior)\..*", None),
     Rule(r"(fc_post_s|SemanticDecoder(_module)?)\..*", None),  # used in training only
 )
 
 # Query and key hold the dimensions of a head in another order than the original, the same in both, so q k is unchanged.
 RULES_TRANSFORMERS = (
-    *_affine(r"quantizer\.project_out", "project_out"),
-    *_affine(r"acoustic_decoder\.fc", "fc"),
+    *affine(r"quantizer\.project_out", "project_out"),
+    *affine(r"acoustic_decoder\.fc", "fc"),
     *_outside_attention(r"acoustic_decoder", "layers", ("input_layernorm", "post_attention_layernorm")),
     Rule(r"acoustic_decoder\.layers\.(\d+)\.self_attn\.q_proj\.weight", "layer_{0}/attention/query/kernel", transpose),
     Rule(r"acoustic_decoder\.layers\.(\d+)\.self_attn\.k_proj\.weight", "layer_{0}/attention/key/kernel", transpose),
     Rule(r"acoustic_decoder\.layers\.(\d+)\.self_attn\.v_proj\.weight", "layer_{0}/attention/value/kernel", transpose),
     Rule(r"acoustic_decoder\.layers\.(\d+)\.self_attn\.o_proj\.weight", "layer_{0}/attention/out/kernel", transpose),
-    *_norm(r"acoustic_decoder\.norm", "norm"),
-    *_affine(r"acoustic_decoder\.head\.linear", "head"),
+    *norm(r"acoustic_decoder\.norm", "norm"),
+    *affine(r"acoustic_decoder\.head\.linear", "head"),
     Rule(r"acoustic_decoder\.(head\.window|rotary_emb\..*)", None),
-    Rule(r"quantizer\.(project_in|quantizer)\..*", None),
-    Rule(r"(acoustic_encoder|semantic_adapter|semantic_encoder|fc_encoder)\..*", None),
+    Rule(r"quantizer\.quantizer\..*", None),
 )
 
 
@@ -99,13 +87,14 @@ def _rules(names: Iterable[str]) -> tuple[Rule, ...]:
 
 
 def config(
-    names_and_shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any] | None
+    names_and_shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any] | None, encoder: bool = True
 ) -> tuple[Config, tuple[Rule, ...]]:
-    """The configuration of a checkpoint's decoder.
+    """The configuration of a checkpoint.
 
     Args:
         names_and_shapes: the shape of each tensor of the checkpoint, by name.
         settings: config.json, for the number of heads; without it, the 16 of the published checkpoints.
+        encoder: whether to convert the encoder, where the checkpoint has one.
 
     Returns:
         The configuration, and the rules that convert the checkpoint.
@@ -132,4 +121,9 @@ def config(
         raise ValueError(f"expected attention features in {heads} equal heads, got {features}: give its config.json")
     layers = sum(name.endswith("mlp/up/kernel") for name in shapes)
     mlp_width, quantizer_width = shapes["layer_0/mlp/up/kernel"][0], shapes["project_out/kernel"][0]
-    return Config(width, layers, heads, features // heads, mlp_width, quantizer_width, *HEADS[rows]), rules
+    made = Config(width, layers, heads, features // heads, mlp_width, quantizer_width, *HEADS[rows])
+    layout = xcodec2_encoder.ORIGINAL if rules is RULES_ORIGINAL else xcodec2_encoder.TRANSFORMERS
+    if not encoder or not layout.is_in(names_and_shapes):
+        return made, (*rules, layout.without)
+    own = xcodec2_encoder.config(layout, names_and_shapes, settings.get("semantic_model_config"), made.sample_rate_hz)
+    return dataclasses.replace(made, encoder=own), (*rules, *xcodec2_encoder.rules(layout, own))

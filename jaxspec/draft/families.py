@@ -7,7 +7,6 @@ from typing import Any
 from jaxspec.common import records
 from jaxspec.draft import block, eagle, medusa, mtp, recurrent, smaller, streaming
 from jaxspec.draft.family import Family
-from jaxspec.models.transformer import Config, RopeScaling
 
 FAMILIES: dict[str, Family] = {
     "model": smaller,
@@ -37,12 +36,5 @@ def from_json(family: str, settings: Mapping[str, Any], dtype: str) -> Any:
         KeyError: there is no such family.
         ValueError: the settings are not those of the family.
     """
-    shapes = {name: _shape(value) for name, value in settings.items() if isinstance(value, Mapping)}
-    if "target" in shapes:
-        shapes["target"] = dataclasses.replace(shapes["target"], dtype=dtype)
-    return records.from_json(FAMILIES[family].Config, {**settings, **shapes})
-
-
-def _shape(values: Mapping[str, Any]) -> Config:
-    scaling = values.get("rope_scaling")
-    return records.from_json(Config, {**values, "rope_scaling": records.from_json(RopeScaling, scaling) if scaling else None})
+    target = {"target": {**settings["target"], "dtype": dtype}} if "target" in settings else {}
+    return records.from_json(FAMILIES[family].Config, {**settings, **target})

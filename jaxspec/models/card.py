@@ -7,12 +7,11 @@ folder's JSON, and synthesis reads nothing else about the family.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxspec.common import records
-from jaxspec.models.transformer import Config, RopeScaling
+from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -76,29 +75,6 @@ class Model:
     digest: str = ""
     tables: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     parameters: int = 0
-
-
-def from_json(values: Mapping[str, Any]) -> Model:
-    """A model from its JSON values.
-
-    Raises:
-        ValueError: a field is missing, unknown, or of another type.
-    """
-    for name in ("shape", "sampling"):
-        if not isinstance(values.get(name), Mapping):
-            raise ValueError(f"{name} is {values.get(name)!r}")
-    sampling = records.from_json(Sampling, values["sampling"])
-    return records.from_json(Model, {**values, "shape": shape_from_json(values["shape"]), "sampling": sampling})
-
-
-def shape_from_json(values: Mapping[str, Any]) -> Config:
-    """The shape of a transformer from JSON values.
-
-    Raises:
-        ValueError: a field is missing, unknown, or of another type.
-    """
-    scaling = values.get("rope_scaling")
-    return records.from_json(Config, {**values, "rope_scaling": records.from_json(RopeScaling, scaling) if scaling else None})
 
 
 def code_ids(tokenizer: "Tokenizer", pattern: str) -> tuple[int, int]:

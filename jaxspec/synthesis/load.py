@@ -48,7 +48,7 @@ def codec_folder(model: Path, codec: str | Path | None) -> Path | None:
 
 def load_codec(folder: str | Path) -> PretrainedCodec:
     """A codec whose traced decoder is kept on disk, see ``jaxspec.common.compilation_cache``."""
-    loaded = pretrained.load_codec(folder)
+    loaded = pretrained.load_codec(folder, encoder=False)
     described = store.read_description(folder)
     kept = keep(loaded.codec.decode, f"decode {described}")
     stages = tuple((name, keep(stage, f"{name} {described}")) for name, stage in loaded.codec.stages)

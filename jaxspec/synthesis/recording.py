@@ -3,14 +3,13 @@
 import functools
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jaxspec.audio.files import check_reference
 from jaxspec.audio.resample import resample
-from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
-from jaxspec.codec.padding import padded_batch, padded_length
-from jaxspec.synthesis import voices
+from jaxspec.checkpoint import voices
+from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, load_codec
+from jaxspec.codec.padding import encode_rows
 from jaxspec.synthesis.contract import Reference, Settings
 
 
@@ -19,7 +18,7 @@ def reference(target: Pretrained, codec: PretrainedCodec | None, wave: np.ndarra
 
     Args:
         target: whose reference it becomes.
-        codec: with its encoder.
+        codec: from a folder that has its encoder.
         wave: float32 [N], mono.
         rate: of the wave in Hz.
         text: what the recording says.
@@ -29,10 +28,11 @@ def reference(target: Pretrained, codec: PretrainedCodec | None, wave: np.ndarra
             needs it.
     """
     model = target.model
+    check_reference(wave, rate)
+    codec = codec and load_codec(codec.folder)  # with its encoder, which is large and only needed here
     if codec is None or codec.codec.encode is None:
         got = "no codec" if codec is None else "one that was converted without it"
         raise ValueError(f"expected the codec of {model.family} with its encoder for a recording, got {got}: convert it whole")
-    check_reference(wave, rate)
     if codec.codec.condition is not None:
         codes, condition = codec.codec.condition(codec.params, wave, rate)
         return Reference(text, codes, condition)
@@ -50,20 +50,14 @@ def encode(codec: PretrainedCodec, recordings: list[tuple[np.ndarray, int]]) -> 
 
     Returns:
         The codes of each, int32 [T], or [T Q] where a frame has Q codes.
+
+    Raises:
+        ValueError: the codec has no encoder.
     """
     model = codec.codec
-    assert model.encode is not None
-    assert model.num_frames is not None
-    resampled = [resample(wave, rate, model.encode_rate_hz) for wave, rate in recordings]
-    span = round(model.encode_rate_hz / model.frame_rate_hz)
-    length = np.array([len(wave) for wave in resampled], np.int32)
-    waves = np.zeros((padded_batch(len(resampled)), padded_length(int(length.max()) // span + 1) * span), np.float32)
-    for padded, wave in zip(waves, resampled, strict=False):
-        padded[: len(wave)] = wave
-    lengths = np.pad(length, (0, len(waves) - len(resampled)), constant_values=span)
-    codes = jax.device_get(model.encode(codec.params, *jax.device_put((waves, lengths))))
-    counted = [row[: model.num_frames(len(wave))] for row, wave in zip(codes, resampled, strict=False)]
-    return [row[:, 0] if row.shape[-1] == 1 else row for row in counted]
+    rate_hz = model.encode_rate_hz or model.sample_rate_hz
+    rows = encode_rows(model, codec.params, [resample(wave, rate, rate_hz) for wave, rate in recordings])
+    return [row[:, 0] if row.shape[1] == 1 else row for row in rows]
 
 
 def of_settings(target: Pretrained, codec: PretrainedCodec | None, settings: Settings) -> Reference | None:
@@ -92,4 +86,4 @@ def _added(folder: Path, name: str, digest: str) -> Reference:
     stored = voices.read(voices.path_of(folder, name))
     if digest and stored.encoder != digest:
         raise ValueError(f"expected the voice {name} of the codec {digest}, got one of {stored.encoder}: add it again")
-    return stored.reference
+    return Reference(stored.text, stored.codes, stored.condition)

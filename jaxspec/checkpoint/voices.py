@@ -1,13 +1,8 @@
-"""Voices that were made from recordings: a reference in a file beside its model, encoded once.
-
-    MODEL/voices/NAME.safetensors
-
-The header holds the reference's text and the digest of the codec that encoded it.
-"""
+"""Voices that were made from recordings, each in a file of its model's folder: MODEL/voices/NAME.safetensors."""
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -15,16 +10,24 @@ import safetensors.numpy
 
 from jaxspec.common.files import replacing
 from jaxspec.common.trees import flatten, unflatten
-from jaxspec.synthesis.contract import Reference
 
 _FORMAT = "jaxspec voice 1"
 _NAME = re.compile(r"\w[\w .-]*")
 
 
-class Stored(NamedTuple):
-    """A voice file: a reference, and the digest of the codec that encoded it."""
+class Voice(NamedTuple):
+    """A recording, encoded.
 
-    reference: Reference
+    Attributes:
+        text: what it says.
+        codes: int32 [T] or [T Q].
+        condition: what the codec's decoder is given of it, a nested dict of arrays, or None.
+        encoder: the digest of the codec that encoded it.
+    """
+
+    text: str
+    codes: np.ndarray
+    condition: dict[str, Any] | None
     encoder: str
 
 
@@ -44,27 +47,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "voices").glob("*.safetensors"))
 
 
-def save(path: Path, reference: Reference, encoder: str) -> None:
-    """Writes a voice file atomically.
-
-    Args:
-        path: see ``path_of``; its folder is created.
-        reference: to keep.
-        encoder: the digest of the codec that encoded it.
+def save(path: Path, voice: Voice) -> None:
+    """Writes a voice file atomically; its folder is created.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"codes": reference.codes}
-    if reference.condition is not None:
-        arrays |= {f"condition/{name}": np.ascontiguousarray(array) for name, array in flatten(reference.condition).items()}
-    header = {"format": _FORMAT, "text": reference.text, "encoder": encoder}
+    condition = {f"condition/{name}": np.ascontiguousarray(array) for name, array in flatten(voice.condition or {}).items()}
+    header = {"format": _FORMAT, "text": voice.text, "encoder": voice.encoder}
     with replacing(path) as partial:
-        partial.write_bytes(safetensors.numpy.save(arrays, header))
+        partial.write_bytes(safetensors.numpy.save({"codes": voice.codes, **condition}, header))
 
 
-def read(path: Path) -> Stored:
+def read(path: Path) -> Voice:
     """Reads a voice file.
 
     Raises:
@@ -77,7 +73,6 @@ def read(path: Path) -> Stored:
         if header.get("format") != _FORMAT:
             raise ValueError(f"format {header.get('format')!r} in place of {_FORMAT!r}")
         condition = {name.removeprefix("condition/"): array for name, array in arrays.items() if name != "codes"}
-        reference = Reference(header["text"], arrays["codes"], unflatten(condition) if condition else None)
-        return Stored(reference, header["encoder"])
+        return Voice(header["text"], arrays["codes"], unflatten(condition) if condition else None, header["encoder"])
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(f"expected a voice file, got {path}: {error}; add the voice again") from error
