@@ -14,12 +14,13 @@ import numpy as np
 
 from jaxspec import groups as asg
 from jaxspec.checkpoint import groups as group_files
+from jaxspec.checkpoint import voices
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
 from jaxspec.codec.padding import decode_rows
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.groups import Groups
 from jaxspec.models import card
-from jaxspec.synthesis import recording, voices
+from jaxspec.synthesis import recording
 from jaxspec.synthesis.contract import Drafter, Reference, Requests, Settings, Synthesizer, padded, target_of
 from jaxspec.text import phonemes
 from jaxspec.text.cut import halve
