@@ -3,7 +3,8 @@
 One round is ``step``: propose -> score -> verify_and_commit. ``generate`` runs rounds in one ``lax.while_loop`` until every row
 has finished; nothing is read back to the host inside it, and the caches are updated in place. ``autoregressive`` is the plain
 loop without a draft, the oracle that speculation is tested against. For streams and servers the same loop runs in segments:
-``init``, then ``advance`` by some rounds, ``emitted`` to read what is new, ``admit`` to put a request into a finished row's slot.
+``init``, then ``advance`` by some rounds, ``emitted`` to read what is new, ``admit`` to put a request into a finished row's slot;
+without a draft these run the plain loop.
 
 Invariants. Finished rows are unchanged. The randomness of a row depends on its own key and position only: the round that begins
 at position t gives fold_in(row key, t) to the verifier, and the same of a second stream to the draft. So a request gets the same
@@ -125,16 +126,18 @@ def autoregressive_request(target: LanguageModel, capacity: int, target_params: 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 5))
-def init(target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, request: Request, cells: int) -> State:
+def init(
+    target: LanguageModel, target_params: Params, draft: Draft | None, draft_params: Params, request: Request, cells: int
+) -> State:
     """The state before the first round: prompts in place, target and draft prefilled.
 
     Args:
         target: the target.
         target_params: its parameters.
-        draft: the draft.
+        draft: the draft; None: the plain loop, with K = 0.
         draft_params: its parameters.
         request: B checked requests, see ``request.check``.
-        cells: S, static: the capacity of buffers and caches. A row needs prompt_length + limit + draft.length + 1 of them.
+        cells: S, static: the capacity of buffers and caches. A row needs prompt_length + limit + K + 1 of them.
 
     Raises:
         ValueError: the prompts do not fit, or target or draft do not keep their contracts.
@@ -148,36 +151,39 @@ def init(target: LanguageModel, target_params: Params, draft: Draft, draft_param
 
 
 def _init(
-    target: LanguageModel, target_params: Params, draft: Draft, draft_params: Params, request: Request, cells: int
+    target: LanguageModel, target_params: Params, draft: Draft | None, draft_params: Params, request: Request, cells: int
 ) -> State:
     request = requests.complete(request)
-    state, features = _prefill(target, target_params, request, cells, draft.length)
+    state, features = _prefill(target, target_params, request, cells, _length(draft))
+    if draft is None:
+        return state
     return state._replace(draft=draft.init(draft_params, request.prompt, request.prompt_length, cells, features))
 
 
 def advance(
     target: LanguageModel,
     target_params: Params,
-    draft: Draft,
+    draft: Draft | None,
     draft_params: Params,
-    verify: Verify,
+    verify: Verify | None,
     state: State,
     num_rounds: Array | int,
 ) -> State:
     """Runs at most ``num_rounds`` rounds, fewer when every row finishes earlier. ``state`` is donated.
 
-    However the rounds are split, the tokens are those of ``generate``. Args as in ``init``, and the verifier.
+    However the rounds are split, the tokens are those of ``generate``, or without a draft those of ``autoregressive``. Args as in
+    ``init``, and the verifier, which only a draft needs.
     """
-    return _advance(target, target_params, draft, draft_params, as_pytree(verify), state, num_rounds)
+    return _advance(target, target_params, draft, draft_params, verify and as_pytree(verify), state, num_rounds)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=5)
 def _advance(
     target: LanguageModel,
     target_params: Params,
-    draft: Draft,
+    draft: Draft | None,
     draft_params: Params,
-    verify: Verify,
+    verify: Verify | None,
     state: State,
     num_rounds: Array | int,
 ) -> State:
@@ -185,6 +191,9 @@ def _advance(
         return (carry[0] < num_rounds) & is_running(carry[1])
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+        if draft is None:
+            return carry[0] + 1, rounds.plain_step(target, target_params, carry[1])
+        assert verify is not None
         return carry[0] + 1, rounds.step(target, target_params, draft, draft_params, verify, carry[1])
 
     return jax.lax.while_loop(go_on, body, (jnp.int32(0), state))[1]
@@ -192,7 +201,7 @@ def _advance(
 
 @functools.partial(jax.jit, static_argnums=2)
 def emitted(state: State, since: Array, width: int | None = None) -> Emitted:
-    """What each row has emitted beyond its first ``since`` tokens; ``state`` stays usable.
+    """What each row has emitted beyond its first ``since`` tokens, in arrays of its own; ``state`` stays usable.
 
     Args:
         state: of a running loop.
@@ -201,13 +210,14 @@ def emitted(state: State, since: Array, width: int | None = None) -> Emitted:
     """
     width = state.tokens.shape[1] if width is None else width
     length = jnp.clip(state.length - state.start - since, 0, width)
-    return Emitted(_cut(state.tokens, state.start + since, length, width), length, state.stop_reason)
+    tokens, origin = (_cut(buffer, state.start + since, length, width) for buffer in (state.tokens, state.origin))
+    return Emitted(tokens, length, state.stop_reason, origin, state.counts)
 
 
 def admit(
     target: LanguageModel,
     target_params: Params,
-    draft: Draft,
+    draft: Draft | None,
     draft_params: Params,
     state: State,
     slot: Array | int,
@@ -224,7 +234,7 @@ def admit(
         draft_params: its parameters.
         state: of a running loop, with S cells.
         slot: 0 .. B-1, a row that has finished or is given up.
-        request: of one row: prompt_length + limit + draft.length + 1 is at most S, and it has no more stop ids than the state.
+        request: of one row: prompt_length + limit + K + 1 is at most S, and it has no more stop ids than the state.
 
     Raises:
         ValueError: the request has several rows, or does not fit the state.
@@ -235,7 +245,8 @@ def admit(
             f"expected a request of one row with at most {num_stops} stop ids, got one of {request.prompt.shape[0]} rows with "
             f"{request.stop_ids.shape[1]}: admit rows one by one, to a state made for as many stop ids"
         )
-    needed = int(jax.device_get(request.prompt_length + request.limit)[0]) + draft.length + 1
+    prompt_length, limit = jax.device_get((request.prompt_length, request.limit))
+    needed = int(prompt_length[0]) + int(limit[0]) + _length(draft) + 1
     if needed > cells:
         raise ValueError(f"expected a request that fits {cells} cells, got one that needs {needed}: lower its limit")
     return _admit(target, target_params, draft, draft_params, state, slot, request)
@@ -245,7 +256,7 @@ def admit(
 def _admit(
     target: LanguageModel,
     target_params: Params,
-    draft: Draft,
+    draft: Draft | None,
     draft_params: Params,
     state: State,
     slot: Array | int,
@@ -296,6 +307,11 @@ def check_request(
         vocab=vocab,
         num_ids=target.num_ids,
     )
+
+
+def _length(draft: Draft | None) -> int:
+    """K; 0 where there is no draft."""
+    return 0 if draft is None else draft.length
 
 
 def as_pytree(verify: Verify) -> Verify:

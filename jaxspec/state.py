@@ -73,3 +73,5 @@ class Emitted(NamedTuple):
     tokens: Array  # int32 [B N], padded with PAD
     length: Array  # int32 [B], how many there are
     stop_reason: Array  # int32 [B], RUNNING while the row goes on
+    origin: Array  # int8 [B N], where each comes from; PAD where there is none
+    counts: Counts  # the running totals of each row

@@ -54,7 +54,7 @@ def test_a_command_parses(page, line):
 def test_another_command_is_known_and_its_files_exist(page, line):
     arguments = shlex.split(line, comments=True)
     assert arguments[0] in SCRIPTS, line
-    for name in re.findall(r"(?:scripts|tests|examples)/[\w./]+", line):
+    for name in re.findall(r"(?:scripts|tests|examples)/[\w./-]+", line):
         assert (ROOT / name).exists(), name
 
 

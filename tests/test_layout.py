@@ -14,7 +14,7 @@ ROOT = pathlib.Path(jaxspec.__file__).parent
 # A module imports only from those before it, and from its own folder. This is the order to read the code in.
 ORDER = """
 types keys sampling cache groups state request checks verify rounds speculate
-common audio text codec acoustic models draft checkpoint convert synthesis train evaluate bench commands
+common audio text codec acoustic models draft checkpoint convert synthesis train evaluate bench serve commands
 """.split()
 
 NEVER = {"torch", "transformers"}
@@ -31,6 +31,7 @@ LATE = NEVER | {
     "resemblyzer",
 }
 LATE |= {"orbax", "tensorstore", "tokenizers", "huggingface_hub", "phonemizer"}
+LATE |= {"fastapi", "uvicorn", "pydantic", "starlette", "prometheus_client", "av", "wyoming"}
 
 TIMED = """
 import sys, time

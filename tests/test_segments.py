@@ -11,7 +11,7 @@ import pytest
 from jaxspec import groups, request, speculate, verify
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.sampling import Sampling
-from jaxspec.state import PAD, RUNNING
+from jaxspec.state import PAD, RUNNING, Counts
 
 V, K, N, SLOTS = 6, 3, 9, 3
 LM = fakes.hash_model()
@@ -24,6 +24,7 @@ DRAFTS = {
     "ngram": (ngram_draft(K, V), None),
     "heads on the features": (fakes.feature_heads(K), jnp.stack([TARGET] * K)),
     "block": (fakes.block_drafter(K, V), jax.random.normal(jax.random.key(8), (V, K, V))),
+    "none": (None, None),
 }
 VERIFIERS = {"exact": verify.exact(), "tolerance": verify.tolerance(0.4), "coarse_grained": verify.coarse_grained(GROUPS)}
 
@@ -46,8 +47,13 @@ def alone(i, models, rule):
     key, prompt, length, limit, stops, sampling = one_request(i)
     prompt = np.pad(prompt, ((0, 0), (0, 5 - prompt.shape[1])))  # one width, so that one program serves all
     settings = {"max_new_tokens": N, "limit": limit, "stop_ids": stops, "sampling": sampling}
-    out = speculate.generate(key, *models, rule, prompt, length, **settings)
-    return np.asarray(out.tokens[0, : int(out.length[0])]).tolist()
+    if models[2] is None:
+        out = speculate.autoregressive(key, *models[:2], prompt, length, **settings)
+    else:
+        out = speculate.generate(key, *models, rule, prompt, length, **settings)
+    said = slice(0, int(out.length[0]))
+    counts = [np.asarray(getattr(out.info, name)[0]).tolist() for name in Counts._fields]
+    return np.asarray(out.tokens[0, said]).tolist(), np.asarray(out.info.origin[0, said]).tolist(), counts
 
 
 def empty_state(models):
@@ -61,7 +67,8 @@ def empty_state(models):
 def test_rows_that_arrive_and_leave_at_random_equal_themselves_alone(draft, verifier):
     built, params = DRAFTS[draft]
     models, rule = (LM, TARGET, built, params), VERIFIERS[verifier]
-    rng, waiting, running, said = np.random.default_rng(1), list(range(8)), {}, {i: [] for i in range(8)}
+    rng, waiting, running, said = np.random.default_rng(1), list(range(8)), {}, {i: ([], []) for i in range(8)}
+    counts = {}
     state, since = empty_state(models), np.zeros(SLOTS, np.int32)
     while waiting or running:
         for slot in range(SLOTS):
@@ -73,12 +80,14 @@ def test_rows_that_arrive_and_leave_at_random_equal_themselves_alone(draft, veri
         for slot in list(running):
             count = int(new.length[slot])
             assert (np.asarray(new.tokens[slot, count:]) == PAD).all()
-            said[running[slot]] += np.asarray(new.tokens[slot, :count]).tolist()
+            for parts, row in zip(said[running[slot]], (new.tokens, new.origin), strict=True):
+                parts += np.asarray(row[slot, :count]).tolist()
+            counts[running[slot]] = [np.asarray(total[slot]).tolist() for total in new.counts]
             since[slot] += count
             if int(new.stop_reason[slot]) != RUNNING:
                 del running[slot]
-    for i, tokens in said.items():
-        assert tokens == alone(i, models, rule), i
+    for i, parts in said.items():
+        assert (*parts, counts[i]) == alone(i, models, rule), i
 
 
 def test_segments_of_any_length_give_the_tokens_of_generate():

@@ -1,6 +1,7 @@
 """Recordings: reads them from files, and checks that one can be a reference."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,17 +22,22 @@ def read(path: str | Path) -> tuple[np.ndarray, int]:
         ValueError: the file is not a recording, is damaged or empty, or has samples that are not finite.
         OSError: there is no such file, or it cannot be read.
     """
+    with Path(path).open("rb") as file:
+        return decode(file, str(path))
+
+
+def decode(file: BinaryIO, name: str) -> tuple[np.ndarray, int]:
+    """Reads a recording from an open file, or from bytes in memory; see ``read``. ``name`` is what errors call it."""
     import soundfile
 
-    with Path(path).open("rb") as file:
-        try:
-            samples, rate_hz = soundfile.read(file, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"expected a wav, flac, mp3 or ogg file, got {path}: {error.error_string} Convert it") from error
+    try:
+        samples, rate_hz = soundfile.read(file, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"expected a wav, flac, mp3 or ogg file, got {name}: {error.error_string} Convert it") from error
     if not len(samples):
-        raise ValueError(f"expected a recording, got {path} without samples: record it again")
+        raise ValueError(f"expected a recording, got {name} without samples: record it again")
     if not np.isfinite(samples).all():
-        raise ValueError(f"expected finite samples, got NaN or infinity in {path}: export it again")
+        raise ValueError(f"expected finite samples, got NaN or infinity in {name}: export it again")
     return samples.mean(1), rate_hz
 
 

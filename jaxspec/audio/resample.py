@@ -37,6 +37,31 @@ def resample(wave: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     return made.reshape(-1)[: -(-len(wave) * new // old)]
 
 
+class Resampler:
+    """``resample`` for a wave that comes in parts: joined, what ``add`` and ``end`` return is the whole, resampled."""
+
+    def __init__(self, from_hz: int, to_hz: int):
+        self._rates = from_hz, to_hz
+        divisor = math.gcd(from_hz, to_hz)
+        self._old, self._new = from_hz // divisor, to_hz // divisor
+        width = _phases(self._old, self._new)[2] if from_hz != to_hz else 0
+        self._blocks = -(-width // self._old)  # of old samples, that a block depends on before it and after it
+        self._kept, self._before = np.zeros(0, np.float32), 0  # samples from some blocks before the next one on, and how many
+
+    def add(self, wave: np.ndarray) -> np.ndarray:
+        """The samples that no later part changes."""
+        self._kept = np.concatenate([self._kept, wave])
+        ready = max(len(self._kept) // self._old - 1 - self._blocks, self._before)
+        made = resample(self._kept, *self._rates)[self._before * self._new : ready * self._new]
+        drop = max(ready - self._blocks, 0)
+        self._kept, self._before = self._kept[drop * self._old :], ready - drop
+        return made
+
+    def end(self) -> np.ndarray:
+        """The rest."""
+        return resample(self._kept, *self._rates)[self._before * self._new :]
+
+
 @functools.lru_cache(8)
 def _phases(old: int, new: int) -> tuple[np.ndarray, np.ndarray, int]:
     """The taps of each phase, float32 [new taps], the sample of a padded block that each begins at, and the padding."""

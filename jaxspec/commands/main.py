@@ -26,7 +26,21 @@ from jaxspec.text import TextWarning
 _DEVICES = Path("/dev")
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1:]
 # Each a module and its class.
-COMMANDS = ("say", "voice", "encode", "convert", "info", "groups", "evaluate", "bench", "plan", "sample", "train-draft", "tune")
+COMMANDS = (
+    "say",
+    "voice",
+    "encode",
+    "convert",
+    "info",
+    "groups",
+    "evaluate",
+    "bench",
+    "plan",
+    "sample",
+    "train-draft",
+    "tune",
+    "serve",
+)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """The command `say`: texts to sound files, with a card for people, JSON for machines, and a picture."""
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +16,7 @@ from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import check_reference, read_lines, read_reference, read_text
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.picture import draw
+from jaxspec.commands.streaming import say_stream
 from jaxspec.synthesis.contract import Settings, Synthesizer, Verifier
 from jaxspec.synthesis.decoding import resolve
 from jaxspec.synthesis.load import load
@@ -46,13 +49,17 @@ class Say:
     text: tyro.conf.Positional[str | None] = None
     """What to say; - or nothing reads standard input."""
     out: Path | None = None
-    """The sound file to write: .wav, .flac, .ogg or .mp3; or .npy for the codes."""
+    """The sound file to write: .wav, .flac, .ogg or .mp3; or .npy for the codes. With --stream: .wav, or nothing for standard
+    output."""
+    stream: bool = False
+    """Write sound while the rest is still decoded; to standard output: jaxspec say "..." --stream | aplay."""
     file: Path | None = None
     """A text file, one text on each line, in place of TEXT; - is standard input."""
     out_dir: Path | None = None
     """The folder for 001.wav, 002.wav ... of --file, and for manifest.jsonl, which lists them."""
-    format: Literal["wav", "flac", "ogg", "mp3", "npy"] | None = None
-    """Of the files in --out-dir; by default wav, and npy (codes) where the model has no codec."""
+    format: Literal["wav", "flac", "ogg", "mp3", "npy", "pcm"] | None = None
+    """Of the files in --out-dir; by default wav, and npy (codes) where the model has no codec. With --stream: wav, or pcm for
+    16-bit samples without a header."""
     resume: bool = False
     """Skip the files in --out-dir that were written for the same line, text and arguments."""
     model: Path | None = None
@@ -97,7 +104,8 @@ class Say:
     plot: Path | None = None
     """A PNG of the waveform, the mel spectrogram and the origin of each code, of the first text."""
     json: bool = False
-    """Print one JSON object on standard output, and the card on standard error."""
+    """Print one JSON object on standard output, and the card on standard error; both on standard error where standard output is
+    sound."""
 
     def run(self) -> None:
         """Speaks."""
@@ -114,6 +122,9 @@ class Say:
         if self.reference is not None:
             reference = read_reference(self.reference, self.reference_text, synthesizer)
             settings = dataclasses.replace(settings, reference=reference)
+        if self.stream:
+            self._stream(texts[1], settings, synthesizer)
+            return
         jobs = self._jobs(texts, self.format or ("wav" if synthesizer.decode else "npy"))
         check_codec(synthesizer, jobs[0].out, self.plot)
         manifest = Manifest(self.out_dir) if self.out_dir else None
@@ -132,8 +143,26 @@ class Say:
         names = {field.name for field in dataclasses.fields(Settings)} & set(vars(self)) - {"reference"}
         return Settings(**{name: getattr(self, name) for name in names})
 
+    def _stream(self, text: str, settings: Settings, synthesizer: Synthesizer) -> None:
+        tally, timing = say_stream(text, settings, synthesizer, self.out, self.format == "pcm")
+        outcome = Outcome(sum(timing.durations), tally, 1, {})
+        result = figures(outcome, settings, resolve(synthesizer, settings).name) | timing.figures()
+        first = f"first audio after {result['time_to_first_audio_s']:.3f} s, {result['underruns']} underruns at real-time play"
+        shown = f"{card(result, str(self.out or 'standard output'))}\n{first}"
+        with contextlib.redirect_stdout(sys.stdout if self.out else sys.stderr):
+            report(shown, result, self.json)
+
     def _texts(self) -> dict[int, str]:
         """The texts by their lines."""
+        if self.stream:
+            others = (self.file, self.out_dir, self.plot, self.resume or None, None if self.format in (None, "wav", "pcm") else 1)
+            if any(other is not None for other in others) or (self.out and self.out.suffix.lower() != ".wav"):
+                raise ValueError(
+                    "expected --stream with a text, and --out FILE.wav or --format pcm at most, got more: leave it out"
+                )
+            return {1: read_text(self.text)}
+        if self.format == "pcm":
+            raise ValueError("expected --stream with --format pcm, got it without: choose wav for files")
         if self.file is None:
             if self.out is None or self.out_dir is not None or self.resume or self.format:
                 raise ValueError(

@@ -64,6 +64,8 @@ def synthesizer(voice: Voice) -> Synthesizer:
         codes=_codes,
         decode=decode,
         reference=_reference,
+        context_frames=model.context_frames,
+        voices=VOICES,
     )
 
 

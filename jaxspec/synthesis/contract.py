@@ -182,6 +182,8 @@ class Synthesizer(NamedTuple):
     codes(ids int32 [T]) -> (codes int32 [T'] or [T' Q], their places among the ids, of the same shape).
     decode(list of codes, settings, watch) -> their waves float32 [N], the seconds of each stage added to the watch; None where
         there is no codec.
+    context_frames: of the codec, see ``jaxspec.types.Codec``: how many codes beside a code its sound depends on.
+    voices: names that the settings may give, the default first.
     reference(wave float32 [N], sample rate in Hz, text) -> the recording as a reference; ValueError where that cannot be.
     """
 
@@ -197,6 +199,8 @@ class Synthesizer(NamedTuple):
     codes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     decode: Callable[[Sequence[np.ndarray], Settings, Stopwatch], list[np.ndarray]] | None
     reference: Callable[[np.ndarray, int, str], Reference]
+    context_frames: tuple[int | None, int | None] = (None, None)
+    voices: tuple[str, ...] = ()
 
 
 def drafter_of(loaded: PretrainedDraft, description: Any) -> Drafter:

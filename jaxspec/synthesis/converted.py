@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxspec import groups as asg
 from jaxspec.checkpoint import groups as group_files
+from jaxspec.checkpoint import voices
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
 from jaxspec.codec.padding import decode_rows
 from jaxspec.common.stopwatch import Stopwatch
@@ -54,6 +55,8 @@ def synthesizer(target: Pretrained, drafter: Drafter | None = None, codec: Pretr
         codes=functools.partial(_codes, target),
         decode=codec and functools.partial(_decode, target, codec),
         reference=functools.partial(recording.reference, target, codec),
+        context_frames=codec.codec.context_frames if codec else (None, None),
+        voices=(*model.voices, *voices.names(target.folder)),
     )
 
 

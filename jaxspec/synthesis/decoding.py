@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -128,6 +128,15 @@ def generation_of(requests: Requests, count: int, keys: jax.Array, synthesizer: 
         rule, static = speculate.as_pytree(decoding.verify), (target, decoding.draft, most)
         generation = call(speculate.generate_request, static, params, synthesizer.drafter.params, rule, checked)
     generation = jax.tree.map(lambda array: array[:count], jax.device_get(generation))
-    if (generation.info.stop_reason == NON_FINITE).any():
-        raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
+    check_finite(generation.info.stop_reason)
     return generation
+
+
+def check_finite(stop_reason: Any) -> None:
+    """Refuses rows, or one, that ended for logits that are not finite.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if np.any(stop_reason == NON_FINITE):
+        raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")

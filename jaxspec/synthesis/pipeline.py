@@ -117,7 +117,7 @@ def speak_each(
         numbers, owners, batch = zip(*queue[first : first + synthesizer.max_batch], strict=True)
         candidate, began = autotuner.choose(padded_batch(len(batch))), tally.watch.seconds["lm"]
         with tally.watch("lm"):
-            keys = _row_keys(key, np.resize(np.array(numbers, np.uint32), padded_batch(len(batch))))
+            keys = row_keys(key, np.resize(np.array(numbers, np.uint32), padded_batch(len(batch))))
             generation = tokens_of(batch, keys, synthesizer, settings, candidates[candidate])
         tally.generations.append(generation)
         autotuner.record(padded_batch(len(batch)), candidate, int(generation.length.sum()), tally.watch.seconds["lm"] - began)
@@ -139,8 +139,8 @@ def _pieces(text: str, settings: Settings, synthesizer: Synthesizer) -> list[str
     return pieces
 
 
-# (key, numbers [B]) -> keys [B]: the key of each piece depends on its number among all pieces.
-_row_keys = keep(jax.jit(jax.vmap(jax.random.fold_in, (None, 0))), "fold_in")
+# (key, numbers uint32 [B]) -> keys [B]: the key of each piece depends on its number among all pieces.
+row_keys = keep(jax.jit(jax.vmap(jax.random.fold_in, (None, 0))), "fold_in")
 
 
 def decode(generation: Generation, synthesizer: Synthesizer, settings: Settings, watch: Stopwatch) -> list[Utterance]:
