@@ -21,7 +21,7 @@ SMALL = {"n_audio_state": 128, "n_audio_head": 2, "n_audio_layer": 2}
 def models(version):
     """Flow, vocoder, speech tokenizer and speaker encoder of the reference packages."""
     flow = (reference_flow.version2, reference_flow.version3)[version - 2](codes=CODES)
-    vocoder = reference_hift.made(version == 3, {"in_channels": 80, "base_channels": 16}, 8)
+    vocoder = reference_hift.made(version == 3, bins=80)
     return flow, vocoder, reference_s3.s3_model(version, **SMALL), reference_s3.campplus_model()
 
 

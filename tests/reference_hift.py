@@ -65,10 +65,10 @@ def cosyvoice3():
 
 
 @functools.cache
-def made(causal, tiny=True):
+def made(causal, tiny=True, bins=TINY["in_channels"]):
     """A vocoder whose every parameter matters, whose pitch goes from 0 to some 400 Hz and whose wave is seldom clipped."""
     torch.manual_seed(0)
-    sizes, f0_width = (TINY, 16) if tiny else (TRUE, 512)
+    sizes, f0_width = (TINY | {"in_channels": bins}, 16) if tiny else (TRUE, 512)
     if causal:
         module = cosyvoice3()
         predictor = module.CausalConvRNNF0Predictor(1, sizes["in_channels"], f0_width)
