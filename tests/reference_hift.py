@@ -123,7 +123,7 @@ def in_float64(model):
 
     with (
         mock.patch.object(generator, "forward", exact),
-        mock.patch.object(generator, "harmonic_ids", harmonics, create=True),
+        mock.patch.dict(generator._buffers, harmonic_ids=harmonics),  # patch.object would leave the model without its own
     ):
         yield
 

@@ -11,13 +11,17 @@ from jaxspec.commands.console import report
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Settings):
-    """Compiles the prefill and the loops, or a step of training, for a TPU, without one: memory, time, and checks of the program.
+    """Compiles the prefill and the loops, a step of training, or the flow and the vocoder, for a TPU, without one.
+
+    The card has memory, time, and checks of the program.
 
     Exits with 0 if the program fits in the chip and every check holds, with 1 if not, and with 2 on bad input.
     """
 
     train_draft: str | None = None
     """Plan a step of training a draft by this recipe, with the weights divided over all chips, in place of the loops."""
+    sound: float | None = None
+    """Plan the flow and the vocoder of cosyvoice2 or cosyvoice3 for so many seconds of speech, in place of the loops."""
     json: bool = False
     """Print the result as JSON on standard output, and the card on standard error."""
 
@@ -30,12 +34,17 @@ class Plan(Settings):
             SystemExit: with 1, the compiled program does not fit or a check fails.
         """
         jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator, if there is one, alone
-        from jaxspec.bench import plan, plan_report, plan_training
+        from jaxspec.bench import plan, plan_report, plan_sound, plan_training
 
         if self.train_draft:
             result = plan_training.plan(plan_training.TrainingSettings(self.model, self.topology, self.train_draft))
             report(plan_training.card(result), result, self.json)
             passes = result["memory"]["fits"]
+        elif self.sound is not None:
+            wanted = plan_sound.SoundSettings(self.model, self.topology, self.batch, self.sound, self.dtype)
+            result = plan_sound.plan(wanted)
+            report(plan_sound.card(result), result, self.json)
+            passes = result["flow"]["memory"]["fits"] and result["vocoder"]["memory"]["fits"]
         else:
             result = plan.plan(self)
             report(plan_report.card(result), result, self.json)
