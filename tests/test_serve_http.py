@@ -173,6 +173,28 @@ def test_bad_requests_get_an_error_in_openais_shape(served, name):
     assert set(error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_bad_requests_get_an_error(served, count):
+    """Mutations of a request: fields of any type, bytes that are flipped, cut or put in."""
+    rng = np.random.default_rng(0)
+    values = [None, True, -1, 3, 1e308, 2**70, "", "x" * 99, "\0", "\u202e", [], {}, [[]], {"id": 1}, {"id": "x"}, {"audio": 3}]
+    fields = "model voice instructions response_format speed stream_format seed verify temperature reference other".split()
+    answers = []
+    with httpx.Client(headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}, timeout=60) as http:
+        for _ in range(count):
+            body = {"input": str(rng.choice([" ", "\0", "?!", "\u200b"]))}  # nothing to speak, so each of them is bad
+            body |= {str(field): values[rng.integers(len(values))] for field in rng.choice(fields, rng.integers(4))}
+            content = bytearray(json.dumps(body).encode())
+            for place in rng.integers(len(content), size=rng.choice([0, 0, 1, 5])):
+                content[place] = rng.integers(256)
+            cut = content[: rng.integers(len(content))] if rng.random() < 0.2 else content
+            answers.append(http.post(f"{served.url}/v1/audio/speech", content=bytes(cut)))
+    assert {answer.status_code for answer in answers} <= {200, 400}  # a byte may have become a word
+    assert sum(answer.status_code == 200 for answer in answers) < count / 10
+    assert all(answer.json()["error"]["message"] for answer in answers if answer.status_code == 400)
+    idle(served)
+
+
 def test_the_key_is_needed_and_compared_whole(served):
     for key in (None, "", "a-ke", "a-key2"):
         assert post(served, {"input": "Hi."}, key).status_code == 401

@@ -100,7 +100,6 @@ class Engine:
         self._closing = threading.Event()
         self._codec_rows = warm_up.codec_rows(synthesizer)
         self._example: np.ndarray | None = None  # the first code of a window
-        self._last, self._last_read = ("", 0), 0.0  # rule and size of the last call of the loop
         self._mean_s = 1.0  # of a request, an average over the last ones
         self.ready = self.draining = self.stalled = False
         self.totals: collections.Counter[str] = collections.Counter()  # requests by outcome, tokens, rounds, drafted, accepted
@@ -111,7 +110,7 @@ class Engine:
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Starts the threads, and compiles all programs that requests need; ``progress`` is called with (done, total)."""
         steps = [
-            *warm_up.loop_steps(self._lanes.values(), self._shapes, self.synthesizer, self.limits.rounds),
+            *warm_up.loop_steps(self._lanes, self._shapes, self.synthesizer, self.limits.rounds, self._autotuner),
             self._start_threads,
             *(functools.partial(self._warm_request, rule) for rule in self.rules),
             self._warm_codec,
@@ -221,12 +220,8 @@ class Engine:
 
     def _choose(self) -> str:
         """The rule that is faster at this load."""
-        used = sum(lane.used for lane in self._lanes.values())
-        return self._autotuner.choose(next(size for size in self._sizes if size > used or size == self.limits.slots))
-
-    @property
-    def _sizes(self) -> tuple[int, ...]:
-        return (*self._shapes.sizes, self.limits.slots)
+        load = sum(lane.used for lane in self._lanes.values()) + len(self._waiting)
+        return self._autotuner.choose(next((size for size in self._shapes.sizes if size >= load), self.limits.slots))
 
     def _admit(self, lane: Lane, job: Job) -> None:
         try:
@@ -256,32 +251,24 @@ class Engine:
             for lane in self._lanes.values():
                 lane.drop_ended()
             self._admit_waiting()
-            busy = [lane for lane in self._lanes.values() if lane.busy]
-            for lane in busy:
-                self._step(lane, alone=len(busy) == 1)
+            for lane in self._lanes.values():
+                if lane.busy:
+                    self._step(lane)
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._closing.is_set() or any(lane.busy for lane in self._lanes.values()))
 
-    def _step(self, lane: Lane, alone: bool) -> None:
+    def _step(self, lane: Lane) -> None:
         try:
             with self._watched("rounds"):
-                size, news = lane.step(self.limits.rounds)
+                news = lane.step(self.limits.rounds)
         except Exception as error:  # of the device: the state of these slots is lost
             log.exception("a call of the device failed; its requests end")
             for job in lane.reset():
                 self._end(job, "failed", Failed(Refused(500, f"the device failed ({type(error).__name__}): try again")))
             return
-        self._record(lane, size, sum(each.num_tokens for each in news), alone)
         for each in news:
             self._pass_on(each)
-
-    def _record(self, lane: Lane, size: int, num_tokens: int, alone: bool) -> None:
-        """What a call took, for "auto": the time since the last one was read, where both were of this rule and size."""
-        now, rule = time.perf_counter(), next(rule for rule, other in self._lanes.items() if other is lane)
-        if alone and num_tokens and (rule, size) == self._last and rule in self._autotuner.candidates:
-            self._autotuner.record(size, rule, num_tokens, now - self._last_read)
-        self._last, self._last_read = (rule, size), now
 
     def _pass_on(self, news: News) -> None:
         """Gives the windows of a job to the codec, and its end."""

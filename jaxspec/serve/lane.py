@@ -40,11 +40,10 @@ class Shapes:
 
 
 class News(NamedTuple):
-    """What became of a job in a call: windows to decode, how many tokens came, and whether its last piece has finished."""
+    """What became of a job in a call: windows to decode, and whether its last piece has finished."""
 
     job: Job
     windows: list[Window]
-    num_tokens: int
     finished: bool
     non_finite: bool
 
@@ -113,16 +112,13 @@ class Lane:
             self.slots.release(row)
             del self._jobs[row]
 
-    def step(self, rounds: int) -> tuple[int, list[News]]:
-        """Starts some rounds, and reads those before them; the next piece of a job takes the slot of the one before it.
-
-        Returns:
-            The number of rows computed, and what became of each job.
-        """
-        size = self.slots.advance(rounds) if self.used else 0
-        if self.slots.unread < 2 and self.used:
-            return size, []
-        return size, [self._news(row) for row in list(self.slots.read())]
+    def step(self, rounds: int) -> list[News]:
+        """Starts some rounds, and reads those before them; the next piece of a job takes the slot of the one before it."""
+        if self.used:
+            self.slots.advance(rounds)
+            if self.slots.unread < 2:
+                return []
+        return [self._news(row) for row in list(self.slots.read())]
 
     def _news(self, row: Row) -> News:
         job, windows = self._jobs[row]
@@ -134,4 +130,4 @@ class Lane:
             finished = job.next_piece == job.num_pieces
             if not finished and not non_finite and not job.ended.is_set():
                 self.admit(job)
-        return News(job, taken, row.num_new, finished, non_finite)
+        return News(job, taken, finished, non_finite)

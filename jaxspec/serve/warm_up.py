@@ -1,22 +1,25 @@
 """What the engine compiles before it serves: every size of a call, every width of a prompt, every length of a window."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from jaxspec.codec.padding import padded_length
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.serve.lane import Lane, Shapes
+from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Settings, Synthesizer
 from jaxspec.synthesis.pipeline import row_keys
-from jaxspec.synthesis.slots import row_request
+from jaxspec.synthesis.slots import Row, row_request
 from jaxspec.synthesis.windows import MOST_CODES
 
-TEXT = "one, two."
+TEXT = "one, two, three."
 CODEC_ROWS = 4  # windows that are decoded together, at most
 _WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
-Step = Callable[[], None]
+_TIMED = 4  # calls
+Step = Callable[[], object]
 
 
 def shapes(synthesizer: Synthesizer, slots: int, max_prompt: int | None, max_codes: int | None) -> Shapes:
@@ -28,11 +31,14 @@ def shapes(synthesizer: Synthesizer, slots: int, max_prompt: int | None, max_cod
     return Shapes(slots, widths, min(max_codes or 2**31, requests.max_new_tokens), len(requests.stop_ids))
 
 
-def loop_steps(lanes: Iterable[Lane], sizes: Shapes, synthesizer: Synthesizer, rounds: int) -> Iterator[Step]:
-    """The steps that compile admission and rounds."""
-    for lane in lanes:
-        yield from (functools.partial(_prompt, lane, width, synthesizer) for width in sizes.prompt_widths)
-        yield from (functools.partial(_rounds, lane, size, rounds) for size in lane.slots.sizes)
+def loop_steps(
+    lanes: Mapping[str, Lane], sizes: Shapes, synthesizer: Synthesizer, rounds: int, autotuner: Autotuner[str]
+) -> Iterator[Step]:
+    """The steps that compile admission and rounds, and tell the autotuner what the rounds of each rule and size take."""
+    for rule, lane in lanes.items():
+        told = functools.partial(_tell, autotuner, rule)
+        yield from (functools.partial(_admit, lane, width, synthesizer, 0) for width in sizes.prompt_widths)
+        yield from (functools.partial(_rounds, lane, size, rounds, synthesizer, sizes, told) for size in lane.slots.sizes)
 
 
 def codec_rows(synthesizer: Synthesizer) -> int:
@@ -50,14 +56,31 @@ def codec(sizes: Shapes, synthesizer: Synthesizer, code: np.ndarray) -> None:
             synthesizer.decode([np.repeat(code, length, axis=0)] * batch, Settings(), Stopwatch())
 
 
-def _prompt(lane: Lane, width: int, synthesizer: Synthesizer) -> None:
+def _tell(autotuner: Autotuner[str], rule: str, size: int, num_tokens: int, seconds: float) -> None:
+    if rule in autotuner.candidates:
+        autotuner.record(size, rule, num_tokens, seconds)
+
+
+def _admit(lane: Lane, width: int, synthesizer: Synthesizer, limit: int) -> Row:
+    """A row of at most ``limit`` tokens."""
     settings = Settings(seed=2**32)  # one that takes two parts of a key
     requests = synthesizer.requests(synthesizer.pieces(TEXT)[:1], settings)
-    requests = requests._replace(limit=np.zeros_like(requests.limit))
+    requests = requests._replace(limit=np.minimum(requests.limit, limit))
     keys = row_keys(settings.key(), np.zeros(1, np.uint32))
-    lane.slots.release(lane.slots.admit(row_request(synthesizer, requests, 0, keys, width)))
+    row = lane.slots.admit(row_request(synthesizer, requests, 0, keys, width))
+    if limit == 0:
+        lane.slots.release(row)
+    return row
 
 
-def _rounds(lane: Lane, size: int, rounds: int) -> None:
-    lane.slots.advance(rounds, size)
-    list(lane.slots.read())
+def _rounds(lane: Lane, size: int, rounds: int, synthesizer: Synthesizer, sizes: Shapes, told: Callable[..., None]) -> None:
+    """Fills ``size`` slots, runs them once to compile, and then a few times more for their rate."""
+    rows = [_admit(lane, sizes.prompt_widths[-1], synthesizer, sizes.max_codes) for _ in range(size)]
+    for timed in range(1 + _TIMED):
+        began = time.perf_counter()
+        lane.slots.advance(rounds, size)
+        num_tokens = sum(row.num_new for row in lane.slots.read())
+        if timed and num_tokens:
+            told(size, num_tokens, time.perf_counter() - began)
+    for row in rows:
+        lane.slots.release(row)
