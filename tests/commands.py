@@ -5,7 +5,9 @@ import io
 import sys
 from unittest import mock
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxspec.commands import main as cli
 
@@ -19,11 +21,15 @@ def run(*argv):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
+        folder = jax.config.jax_compilation_cache_dir
         try:
             cli.main()
             code = 0
         except SystemExit as stop:
             code = stop.code
+        finally:  # programs that tests compile by themselves are not written to the cache
+            jax.config.update("jax_compilation_cache_dir", folder)
+            compilation_cache.reset_cache()
     return code, out.getvalue(), err.getvalue()
 
 

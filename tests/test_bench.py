@@ -18,7 +18,7 @@ from jaxspec import speculate, verify
 from jaxspec.bench import cases, loading, measure, picture, presets, roofline, suite
 from jaxspec.bench.cases import Case
 from jaxspec.bench.settings import Settings as BenchSettings
-from jaxspec.common.stopwatch import compilations
+from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
@@ -282,7 +282,7 @@ def test_requests_of_mixed_lengths_do_not_recompile():
     texts = ["Yes.", "The rain has stopped, so we can go.", "One day we met, and it was late in the year when we did."]
     speak(texts[:1], Settings())
     for codes in (40, 80, 120, 160):  # the lengths that waves are rounded up to
-        builtin.builtin().decode([np.zeros(codes, np.int32)], Settings())
+        builtin.builtin().decode([np.zeros(codes, np.int32)], Settings(), Stopwatch())
     before = compilations()
     for seed in range(24):
         speak([texts[seed % 3]], Settings(seed=seed))

@@ -58,7 +58,7 @@ def of_decoder(module, config, books, *arguments, scale=1.0):
         codes, length = jnp.zeros((1, 1, books)[: 3 - (module is xcodec2)], jnp.int32), jnp.ones(1, jnp.int32)
         variables = jax.jit(module.Decoder(config).init)(jax.random.key(0), codes, length, *arguments)
         made = variables["params"]
-        if module.codec(config).encode:
+        if module is snac and config.encoder_rates:
             made |= jax.jit(module.Encoder(config).init)(jax.random.key(1), jnp.zeros((1, 1)), length)["params"]
         # Scaled down: SNAC at its initial values is loud, where the tanh saturates and rounding grows.
         return jax.tree.map(lambda x: scale * x, nn.meta.unbox(made))

@@ -12,6 +12,7 @@ from jaxspec.commands.convert import Convert
 from jaxspec.commands.groups import Groups
 from jaxspec.commands.info import Info
 from jaxspec.commands.say import Say
+from jaxspec.commands.voice import Voice
 
 own_cache = commands.own_cache
 PAGES = sorted((pathlib.Path(__file__).parent.parent / "docs" / "checkpoints").glob("*.md"))
@@ -34,7 +35,7 @@ def test_every_page_has_commands_and_says_what_is_verified():
 
 @pytest.mark.parametrize(("page", "line"), LINES)
 def test_a_command_parses(own_cache, monkeypatch, page, line):
-    for command in (Convert, Info, Groups, Say):
+    for command in (Convert, Info, Groups, Say, Voice):
         monkeypatch.setattr(command, "run", lambda parsed: print(type(parsed).__name__))
     words = shlex.split(line, comments=True)
     assert commands.run(*words[1:]) == (0, f"{words[1].title()}\n", "")

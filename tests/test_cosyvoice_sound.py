@@ -157,10 +157,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", [*BAD, "broken.mp3", "text.wav", "nowhere.wav"])
-def test_a_recording_that_is_none_is_one_sentence(root, version, tmp_path, monkeypatch, name):
+def test_a_recording_that_is_none_is_one_sentence(folder, version, tmp_path, monkeypatch, name):
     if version == 3:
         pytest.skip("as for 2")
-    folder = root / "converted-2"
     monkeypatch.chdir(tmp_path)
     message = "expected"
     if name in BAD:

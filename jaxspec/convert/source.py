@@ -28,7 +28,18 @@ PATTERNS = (
     "llm.pt",
     "*.pt *.pth *.bin",
 )
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.pt", "*.bin", "*.model", "*.jinja", "*merges.txt", "*vocab.txt", "*.onnx"]
+HUB_PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.pt",
+    "*.bin",
+    "*.model",
+    "*.jinja",
+    "*merges.txt",
+    "*vocab.txt",
+    "speech_tokenizer_v?.onnx",
+    "campplus.onnx",
+]
 
 _SAFETENSORS_DTYPES = {"BOOL": "bool", "BF16": "bfloat16", "C64": "complex64"}
 _SAFETENSORS_DTYPES |= {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
