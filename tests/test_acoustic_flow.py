@@ -73,7 +73,10 @@ def expected(model, arguments, i, **mode):
     return reference_flow.mel(model, codes.astype(np.int64), prompt, mel, speaker, **mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+USUAL = [pytest.param(mode, marks=pytest.mark.slow if mode["streaming"] == mode["finalize"] else ()) for mode in MODES]
+
+
+@pytest.mark.parametrize("mode", USUAL)
 def test_mel_of_a_padded_batch_is_the_references_of_each_row(reference, ours, mode):
     mel, params = ours
     out = np.asarray(mel(params, *rows(), **mode))

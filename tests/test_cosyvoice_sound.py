@@ -35,7 +35,7 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=(2, 3))
+@pytest.fixture(scope="module", params=(2, pytest.param(3, marks=pytest.mark.slow)))
 def version(request):
     return request.param
 
