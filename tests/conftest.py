@@ -1,6 +1,8 @@
 """Settings of the test run: quick compilation, shapes of arrays checked at run time, and no implicit rank promotion."""
 
+import gc
 import os
+import pathlib
 
 # XLA for CPU compiles the loop in a third of the time: without optimisation, and by its older emitters of fused operations.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -14,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # programs of an earlier run must not hide what compiles, or how
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # The modules whose annotations give the shapes of arrays.
@@ -21,3 +24,15 @@ CHECKED = ("sampling", "cache", "groups", "rounds", "speculate", "verify", "draf
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook([f"jaxspec.{name}" for name in CHECKED], "typecheck.checked")
+
+_MOST_MAPS = 25_000  # memory maps of a process, of which Linux allows 65,530; each compiled program takes some
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Drops compiled programs before there are too many for the process: XLA crashes then."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
