@@ -18,14 +18,12 @@ import torch
 
 import jaxspec
 from jaxspec.acoustic import flow, hift
-from jaxspec.checkpoint.tensors import of_array
 from jaxspec.common.files import write_json
-from jaxspec.common.trees import flatten, unflatten
 from jaxspec.convert import flow as flow_rules
 from jaxspec.convert import hift as hift_rules
-from jaxspec.convert.core import fold_weight_norm, plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import checkpoints
 import reference_flow
 import reference_hift
 
@@ -37,10 +35,9 @@ FLOWS = {
 
 def params_of(model: Any, table: Any, abstract_params: Callable[[Any], Any]) -> tuple[Any, Any]:
     """The configuration and the parameters of a PyTorch model, by its table of rules."""
-    tensors = fold_weight_norm({name: of_array(name, value.numpy()) for name, value in model.state_dict().items()})
+    tensors = checkpoints.folded({name: value.numpy() for name, value in model.state_dict().items()})
     config, rules = table.config({name: tensor.shape for name, tensor in tensors.items()})
-    planned, _ = plan(tensors, rules, {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()})
-    return config, jax.device_put(unflatten({path: tensor.all() for path, tensor in planned.items()}))
+    return config, jax.device_put(checkpoints.planned(tensors, rules, abstract_params(config)))
 
 
 def stages(version: int, codes: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:

@@ -1,7 +1,6 @@
 """CosyVoice 2 and 3 as they are published, small and random: the language model and the files of its codec in one folder."""
 
 import functools
-import shutil
 
 import checkpoints
 import numpy as np
@@ -44,13 +43,13 @@ def embedding(seed):
 
 
 def converted(root, version, **options):
-    """Makes the checkpoint within a folder, unless it is there, and converts it anew; returns the path."""
+    """Makes the checkpoint within a folder and converts it, unless that was done; returns the path."""
     source = root / f"CosyVoice{version}"
     if not source.exists():
         make(source, version)
     dest = root / "-".join(["converted", str(version), *map(str, options)])
-    shutil.rmtree(dest, ignore_errors=True)
-    pipeline.convert(str(source), dest, pipeline.Options(**options))
+    if not dest.exists():
+        pipeline.convert(str(source), dest, pipeline.Options(**options))
     return dest
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxspec.acoustic import layers
 from jaxspec.acoustic.noise import BINS
 from jaxspec.codec import padding
+from jaxspec.codec.layers import layer_norm, linear
 from jaxspec.types import Array
 
 _EPS = 1e-12  # of the norms within a layer
@@ -49,13 +50,13 @@ class Attention(nn.Module):
         width = x.shape[-1]
         count = width // layers.HEAD_DIM
         q, k, v = layers.heads(count, True, x)
-        p = layers.linear(width, "embed", "heads", bias=False, name="position")(positions).reshape(-1, count, layers.HEAD_DIM)
+        p = linear(width, "embed", "heads", bias=False, name="position")(positions).reshape(-1, count, layers.HEAD_DIM)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", None))
         content: Any = self.param("content_bias", zeros, p.shape[1:])
         position: Any = self.param("position_bias", zeros, p.shape[1:])
         distance = by_key(jnp.einsum("bthd,rhd->bhtr", q + position[None, None], p))
         out = layers.attention(q + content[None, None], k, v, limit, distance)
-        return layers.linear(width, "heads", "embed", name="out")(out)
+        return linear(width, "heads", "embed", name="out")(out)
 
 
 class Layer(nn.Module):
@@ -65,9 +66,9 @@ class Layer(nn.Module):
     def __call__(self, x: Array, positions: Array, limit: Array) -> Array:
         """x [B T D], positions [2T-1 D], limit int32 [B T] -> [B T D]."""
         width = x.shape[-1]
-        x = x + Attention(name="attention")(layers.norm(_EPS, name="attention_norm")(x), positions, limit)
-        y = layers.linear(4 * width, "embed", "mlp", name="up")(layers.norm(_EPS, name="mlp_norm")(x))
-        return x + layers.linear(width, "mlp", "embed", name="down")(nn.silu(y))
+        x = x + Attention(name="attention")(layer_norm(_EPS, name="attention_norm")(x), positions, limit)
+        y = linear(4 * width, "embed", "mlp", name="up")(layer_norm(_EPS, name="mlp_norm")(x))
+        return x + linear(width, "mlp", "embed", name="down")(nn.silu(y))
 
 
 class Embed(nn.Module):
@@ -77,7 +78,7 @@ class Embed(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B T D] -> [B T D]."""
         width = x.shape[-1]
-        return layers.norm(1e-5, name="norm")(layers.linear(width, None, "embed", name="linear")(x)) * math.sqrt(width)
+        return layer_norm(1e-5, name="norm")(linear(width, None, "embed", name="linear")(x)) * math.sqrt(width)
 
 
 class Encoder(nn.Module):
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
         x = layers.conv(x.shape[-1], 5, "embed", "embed", name="up")(jnp.repeat(x, 2, axis=1))
         x = Embed(name="up_embed")(x)
         x = self._layers("up_layer", self.counts[1], x, layers.limits(2 * kept, x.shape[1], 2 * chunk))
-        return layers.linear(BINS, "embed", None, name="out")(layers.norm(1e-5, name="norm")(x))
+        return linear(BINS, "embed", None, name="out")(layer_norm(1e-5, name="norm")(x))
 
     def _layers(self, name: str, count: int, x: Array, limit: Array) -> Array:
         positions = relative_positions(*x.shape[1:]).astype(x.dtype)

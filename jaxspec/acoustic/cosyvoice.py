@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.acoustic import flow, hift
+from jaxspec.acoustic import flow, hift, noise
 from jaxspec.audio import fbank, mel
 from jaxspec.audio.resample import resample
 from jaxspec.codec import campplus, padding, s3
@@ -20,7 +20,6 @@ from jaxspec.types import Array, Codec, Condition, Params
 
 SAMPLE_RATE_HZ = 24_000
 FMAX_HZ = {2: 8000.0, 3: 12000.0}  # of the prompt's spectrogram, by version
-_MEL_BINS = 80
 _SAMPLES_PER_LOG_MEL = s3.SAMPLE_RATE_HZ // s3.FRAME_RATE_HZ
 
 
@@ -147,7 +146,7 @@ def condition(speaker: np.ndarray, codes: np.ndarray | None = None, spectrum: np
     """
     count = 0 if codes is None else len(codes)
     cells = padding.padded_length(count) if count else 0
-    prompt, frames = np.zeros((1, cells), np.int32), np.zeros((1, flow.FRAMES_PER_CODE * cells, _MEL_BINS), np.float32)
+    prompt, frames = np.zeros((1, cells), np.int32), np.zeros((1, flow.FRAMES_PER_CODE * cells, noise.BINS), np.float32)
     if codes is not None and spectrum is not None:
         prompt[0, :count] = codes
         frames[0, : flow.FRAMES_PER_CODE * count] = spectrum[: flow.FRAMES_PER_CODE * count]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxspec.acoustic import layers
 from jaxspec.acoustic.noise import BINS
+from jaxspec.codec.layers import layer_norm, linear
 from jaxspec.types import Array
 
 TIME_WIDTH = 256  # of the sinusoid
@@ -30,10 +31,10 @@ class Time(nn.Module):
     @nn.compact
     def __call__(self, sinusoid: Array) -> dict[str, Array]:
         """[S 256] -> by layer [S 6*width], and "norm" [S 2*width]."""
-        x = nn.silu(layers.linear(self.width, None, "mlp", name="in")(sinusoid))
-        x = nn.silu(layers.linear(self.width, "mlp", "embed", name="out")(x))
+        x = nn.silu(linear(self.width, None, "mlp", name="in")(sinusoid))
+        x = nn.silu(linear(self.width, "mlp", "embed", name="out")(x))
         parts = {f"layer_{i}": 6 for i in range(self.layers)} | {"norm": 2}
-        return {name: layers.linear(n * self.width, "embed", None, name=name)(x) for name, n in parts.items()}
+        return {name: linear(n * self.width, "embed", None, name=name)(x) for name, n in parts.items()}
 
 
 def rotate_first_head(x: Array) -> Array:
@@ -73,12 +74,12 @@ class Layer(nn.Module):
         """x [B T D], time [6D], limit int32 [B T] -> [B T D]."""
         width = x.shape[-1]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (part[None, None] for part in jnp.split(time, 6))
-        q, k, v = layers.heads(self.heads, True, layers.norm(_EPS, False, name="attention_norm")(x) * (1 + scale) + shift)
+        q, k, v = layers.heads(self.heads, True, layer_norm(_EPS, affine=False, name="attention_norm")(x) * (1 + scale) + shift)
         y = layers.attention(rotate_first_head(q), rotate_first_head(k), v, limit)
-        x = x + gate * layers.linear(width, "heads", "embed", name="out")(y)
-        y = layers.norm(_EPS, False, name="mlp_norm")(x) * (1 + mlp_scale) + mlp_shift
-        y = nn.gelu(layers.linear(2 * width, "embed", "mlp", name="up")(y), approximate=True)
-        return x + mlp_gate * layers.linear(width, "mlp", "embed", name="down")(y)
+        x = x + gate * linear(width, "heads", "embed", name="out")(y)
+        y = layer_norm(_EPS, affine=False, name="mlp_norm")(x) * (1 + mlp_scale) + mlp_shift
+        y = nn.gelu(linear(2 * width, "embed", "mlp", name="up")(y), approximate=True)
+        return x + mlp_gate * linear(width, "mlp", "embed", name="down")(y)
 
 
 class Estimator(nn.Module):
@@ -92,10 +93,10 @@ class Estimator(nn.Module):
     def __call__(self, x: Array, mean: Array, speaker: Array, prompt: Array, time: Mapping[str, Array], limit: Array) -> Array:
         """The velocity at one time; see ``unet.Estimator``."""
         x = jnp.concatenate([x, prompt, mean, jnp.broadcast_to(speaker[:, None], x.shape)], axis=-1)
-        x = layers.linear(self.width, None, "embed", name="in")(x)
+        x = linear(self.width, None, "embed", name="in")(x)
         x = x + GroupedConv(name="conv2")(GroupedConv(name="conv1")(x))
         for i in range(self.layers):
             x = Layer(self.heads, name=f"layer_{i}")(x, time[f"layer_{i}"], limit)
         scale, shift = (part[None, None] for part in jnp.split(time["norm"], 2))
-        x = layers.norm(_EPS, False, name="norm")(x) * (1 + scale) + shift
-        return layers.linear(BINS, "embed", None, name="out")(x)
+        x = layer_norm(_EPS, affine=False, name="norm")(x) * (1 + scale) + shift
+        return linear(BINS, "embed", None, name="out")(x)

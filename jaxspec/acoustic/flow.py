@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxspec.acoustic import conformer, dit, layers, noise, unet
 from jaxspec.codec import padding
+from jaxspec.codec.layers import linear
 from jaxspec.types import Array, Params
 
 FRAMES_PER_CODE = 2
@@ -66,6 +67,7 @@ class Mel(Protocol):
         prompt_length: Array,
         prompt_mel: Array,
         speaker: Array,
+        /,
         *,
         streaming: bool | Array,
         finalize: bool | Array,
@@ -102,7 +104,7 @@ class Conditions(nn.Module):
         else:
             x = jnp.where(padding.valid(length, x.shape[1])[:, :, None], x, 0)
             mean = jnp.repeat(layers.LookAhead(c.encoder_width, name="look_ahead")(x), FRAMES_PER_CODE, axis=1)
-        return mean, layers.linear(noise.BINS, None, None, name="speaker")(speaker)
+        return mean, linear(noise.BINS, None, None, name="speaker")(speaker)
 
 
 def _networks(c: Config) -> tuple[nn.Module, nn.Module, nn.Module, int]:
@@ -185,19 +187,9 @@ def flow(config: Config) -> Flow:
 
     compiled = jax.jit(run)
 
-    def mel(
-        params: Params,
-        codes: Array,
-        length: Array,
-        prompt_length: Array,
-        prompt_mel: Array,
-        speaker: Array,
-        *,
-        streaming: bool | Array,
-        finalize: bool | Array,
-    ) -> Array:
+    def mel(params: Params, codes: Array, *rows: Array, streaming: bool | Array, finalize: bool | Array) -> Array:
         start = noise.fixed(FRAMES_PER_CODE * codes.shape[1])
-        return compiled(params, start, codes, length, prompt_length, prompt_mel, speaker, streaming, finalize)
+        return compiled(params, start, codes, *rows, streaming, finalize)
 
     return Flow(mel)
 

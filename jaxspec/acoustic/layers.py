@@ -10,36 +10,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.codec.layers import constant, lecun, linear
 from jaxspec.types import Array
 
 HEAD_DIM = 64
 
 
-def _kernel(*axes: str | None) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _zeros(axis: str | None) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
-
-
-def linear(features: int, into: str | None, out: str | None, bias: bool = True, *, name: str) -> nn.Dense:
-    """A linear layer whose kernel has these logical axes."""
-    return nn.Dense(features, bias, kernel_init=_kernel(into, out), bias_init=_zeros(out), name=name)
-
-
 def conv(features: int, taps: int, into: str | None, out: str | None, ahead: int = 0, *, name: str) -> nn.Conv:
     """A convolution over the step, ``ahead`` steps after it and the others before it."""
     padding = ((taps - 1 - ahead, ahead),)
-    return nn.Conv(features, (taps,), padding=padding, kernel_init=_kernel(None, into, out), bias_init=_zeros(out), name=name)
-
-
-def norm(eps: float, affine: bool = True, *, name: str) -> nn.LayerNorm:
-    """A layer norm; the fast variance, E[x^2] - E[x]^2, would lose digits to cancellation."""
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    return nn.LayerNorm(
-        eps, use_bias=affine, use_scale=affine, scale_init=ones, bias_init=_zeros("embed"), use_fast_variance=False, name=name
-    )
+    return nn.Conv(features, (taps,), padding=padding, kernel_init=lecun(None, into, out), bias_init=constant(0, out), name=name)
 
 
 def limits(length: Array, steps: int, chunk: Array) -> Array:

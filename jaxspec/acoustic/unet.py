@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxspec.acoustic import layers
 from jaxspec.acoustic.noise import BINS
+from jaxspec.codec.layers import layer_norm, linear
 from jaxspec.types import Array
 
 TIME_WIDTH = 4 * BINS  # of the sinusoid
@@ -32,9 +33,9 @@ class Time(nn.Module):
     @nn.compact
     def __call__(self, sinusoid: Array) -> dict[str, Array]:
         """[S 320] -> by stage [S width]."""
-        x = nn.silu(layers.linear(4 * self.width, None, "mlp", name="in")(sinusoid))
-        x = jax.nn.mish(layers.linear(4 * self.width, "mlp", "embed", name="out")(x))
-        return {name: layers.linear(self.width, "embed", "embed", name=name)(x) for name in _names(self.stages)}
+        x = nn.silu(linear(4 * self.width, None, "mlp", name="in")(sinusoid))
+        x = jax.nn.mish(linear(4 * self.width, "mlp", "embed", name="out")(x))
+        return {name: linear(self.width, "embed", "embed", name=name)(x) for name in _names(self.stages)}
 
 
 class ConvBlock(nn.Module):
@@ -45,7 +46,7 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B T C] -> [B T width]."""
-        return jax.nn.mish(layers.norm(_EPS, name="norm")(layers.conv(self.width, 3, "embed", "embed", name="conv")(x)))
+        return jax.nn.mish(layer_norm(_EPS, name="norm")(layers.conv(self.width, 3, "embed", "embed", name="conv")(x)))
 
 
 class Block(nn.Module):
@@ -57,10 +58,10 @@ class Block(nn.Module):
     def __call__(self, x: Array, limit: Array) -> Array:
         """x [B T D], limit int32 [B T] -> [B T D]."""
         width = x.shape[-1]
-        q, k, v = layers.heads(self.heads, False, layers.norm(_EPS, name="attention_norm")(x))
-        x = x + layers.linear(width, "heads", "embed", name="out")(layers.attention(q, k, v, limit))
-        y = layers.linear(4 * width, "embed", "mlp", name="up")(layers.norm(_EPS, name="mlp_norm")(x))
-        return x + layers.linear(width, "mlp", "embed", name="down")(nn.gelu(y, approximate=False))
+        q, k, v = layers.heads(self.heads, False, layer_norm(_EPS, name="attention_norm")(x))
+        x = x + linear(width, "heads", "embed", name="out")(layers.attention(q, k, v, limit))
+        y = linear(4 * width, "embed", "mlp", name="up")(layer_norm(_EPS, name="mlp_norm")(x))
+        return x + linear(width, "mlp", "embed", name="down")(nn.gelu(y, approximate=False))
 
 
 class Stage(nn.Module):
@@ -74,7 +75,7 @@ class Stage(nn.Module):
     def __call__(self, x: Array, time: Array, limit: Array) -> Array:
         """x [B T C], time [width], limit int32 [B T] -> [B T width]."""
         y = ConvBlock(self.width, name="conv_in")(x) + time[None, None]
-        x = ConvBlock(self.width, name="conv_out")(y) + layers.linear(self.width, "embed", "embed", name="shortcut")(x)
+        x = ConvBlock(self.width, name="conv_out")(y) + linear(self.width, "embed", "embed", name="shortcut")(x)
         for i in range(self.blocks):
             x = Block(self.heads, name=f"block_{i}")(x, limit)
         return x
@@ -111,4 +112,4 @@ class Estimator(nn.Module):
             x = stage[name](x, time[name], limit)
         x = stage["up"](jnp.concatenate([x, skip], axis=-1), time["up"], limit)
         x = layers.conv(self.width, 3, "embed", "embed", name="up_conv")(x)
-        return layers.linear(BINS, "embed", None, name="out")(ConvBlock(self.width, name="last")(x))
+        return linear(BINS, "embed", None, name="out")(ConvBlock(self.width, name="last")(x))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.acoustic import cosyvoice, flow, hift
+from jaxspec.acoustic import cosyvoice, flow, hift, noise
 from jaxspec.bench import chips, hlo
 from jaxspec.bench.plan import compile_for_tpu, placed, total_bytes
 from jaxspec.bench.plan_shapes import readable
@@ -68,7 +68,8 @@ def plan(settings: SoundSettings) -> dict[str, Any]:
 
     def arguments() -> tuple[Any, ...]:
         length = jnp.zeros(rows, jnp.int32)
-        frames, speaker = jnp.zeros((rows, 2 * prompt, 80)), jnp.zeros((rows, 192))
+        frames = jnp.zeros((rows, flow.FRAMES_PER_CODE * prompt, noise.BINS))
+        speaker = jnp.zeros((rows, flow.SPEAKER_WIDTH))
         condition = {"codes": jnp.zeros((rows, prompt), jnp.int32), "length": length, "mel": frames, "speaker": speaker}
         return jnp.zeros((rows, codes, 1), jnp.int32), length, condition, jax.random.split(jax.random.key(0), rows)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.codec import padding
+from jaxspec.codec.layers import constant, lecun, linear
 from jaxspec.types import Array, Params
 
 SAMPLE_RATE_HZ, FRAME_RATE_HZ = 16_000, 100
@@ -48,30 +49,19 @@ class Config:
     pad_segments: bool = False
 
 
-def _kernel(*axes: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _constant(value: float) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.constant(value), ("channels",))
-
-
 def _pointwise(features: int, bias: bool = True, *, name: str) -> nn.Dense:
-    kernel = _kernel("channels_in", "channels")
-    return nn.Dense(features, bias, kernel_init=kernel, bias_init=_constant(0), name=name)
+    return linear(features, "channels_in", "channels", bias, name=name)
 
 
 def _temporal(features: int, taps: int, stride: int = 1, dilation: int = 1, bias: bool = True, *, name: str) -> nn.Conv:
-    kernel, side = _kernel("taps", "channels_in", "channels"), taps // 2 * dilation
-    return nn.Conv(
-        features, (taps,), stride, side, 1, dilation, use_bias=bias, kernel_init=kernel, bias_init=_constant(0), name=name
-    )
+    init, zeros, side = lecun("taps", "channels_in", "channels"), constant(0, "channels"), taps // 2 * dilation
+    return nn.Conv(features, (taps,), stride, side, 1, dilation, use_bias=bias, kernel_init=init, bias_init=zeros, name=name)
 
 
 def _image(features: int, taps: int, stride: int = 1, *, name: str) -> nn.Conv:
     """Over frames and mels [B T M C]; the stride is that of the mels."""
-    kernel = _kernel("taps", "mel_taps", "channels_in", "channels")
-    return nn.Conv(features, (taps, taps), (1, stride), taps // 2, kernel_init=kernel, bias_init=_constant(0), name=name)
+    init, zeros = lecun("taps", "mel_taps", "channels_in", "channels"), constant(0, "channels")
+    return nn.Conv(features, (taps, taps), (1, stride), taps // 2, kernel_init=init, bias_init=zeros, name=name)
 
 
 def _count(steps: Array) -> Array:
@@ -85,7 +75,7 @@ class Affine(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B T C] -> [B T C]."""
-        scale, bias = (self.param(name, _constant(value), x.shape[-1:]) for name, value in (("scale", 1), ("bias", 0)))
+        scale, bias = (self.param(name, constant(value, "channels"), x.shape[-1:]) for name, value in (("scale", 1), ("bias", 0)))
         return x * scale[None, None] + bias[None, None]
 
 

@@ -21,6 +21,11 @@ def valid(length: Array, count: int) -> Array:
     return jnp.arange(count, dtype=length.dtype)[None] < length[:, None]
 
 
+def masked(x: Array, length: Array) -> Array:
+    """[B T C] with zeros from each row's ``length`` int32 [B] on."""
+    return jnp.where(valid(length, x.shape[1])[:, :, None], x, 0)
+
+
 def padded_length(frames: int) -> int:
     """The length to which a row of ``frames`` is padded: multiples of 40 up to 320, then four to each octave.
 

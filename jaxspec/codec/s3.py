@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import fsq, padding
+from jaxspec.codec.layers import constant, layer_norm, lecun, linear
 from jaxspec.types import Array, Params
 
 SAMPLE_RATE_HZ, FRAME_RATE_HZ, CODE_RATE_HZ = 16_000, 100, 25
@@ -49,28 +50,10 @@ def num_codes(frames: Any) -> Any:
     return (frames + 3) // 4
 
 
-def _kernel(*axes: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _constant(value: float, axis: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.constant(value), (axis,))
-
-
-def _linear(features: int, into: str, out: str, bias: bool = True, *, name: str) -> nn.Dense:
-    return nn.Dense(features, bias, kernel_init=_kernel(into, out), bias_init=_constant(0, out), name=name)
-
-
-def _norm(eps: float, *, name: str) -> nn.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, loses digits to cancellation.
-    ones, zeros = _constant(1, "embed"), _constant(0, "embed")
-    return nn.LayerNorm(eps, use_fast_variance=False, scale_init=ones, bias_init=zeros, name=name)
-
-
 def _half(features: int, into: str, *, name: str) -> Callable[[Array], Array]:
     """A convolution that halves the number of frames, rounded up."""
-    kernel = _kernel("taps", into, "embed")
-    return nn.Conv(features, (3,), 2, 1, kernel_init=kernel, bias_init=_constant(0, "embed"), name=name)
+    init, zeros = lecun("taps", into, "embed"), constant(0, "embed")
+    return nn.Conv(features, (3,), 2, 1, kernel_init=init, bias_init=zeros, name=name)
 
 
 def _rotated(x: Array) -> Array:
@@ -89,7 +72,7 @@ class Memory(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         """x [B N D], mask bool [B N 1] -> [B N D]."""
-        kernel = self.param("kernel", _kernel("taps", "heads"), (_TAPS, x.shape[-1]))
+        kernel = self.param("kernel", lecun("taps", "heads"), (_TAPS, x.shape[-1]))
         x = jnp.where(mask, x, 0)
         padded = jnp.pad(x, ((0, 0), (_TAPS // 2, _TAPS // 2), (0, 0)))
         return x + sum(padded[:, i:][:, : x.shape[1]] * kernel[i][None, None] for i in range(_TAPS))
@@ -105,13 +88,13 @@ class Attention(nn.Module):
         """x [B N D], mask bool [B N 1] -> [B N D]."""
         c = self.config
         q, k, v = (
-            _linear(c.width, "embed", "heads", bias=name != "key", name=name)(x).reshape(*x.shape[:2], c.heads, -1)
+            linear(c.width, "embed", "heads", bias=name != "key", name=name)(x).reshape(*x.shape[:2], c.heads, -1)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bthd,bshd->bhts", _rotated(q), _rotated(k)) / math.sqrt(q.shape[-1])
         weights = nn.softmax(jnp.where(mask[:, None, None, :, 0], scores, jnp.finfo(scores.dtype).min))
         out = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape)
-        return _linear(c.width, "heads", "embed", name="out")(out) + Memory(name="memory")(v.reshape(x.shape), mask)
+        return linear(c.width, "heads", "embed", name="out")(out) + Memory(name="memory")(v.reshape(x.shape), mask)
 
 
 class Layer(nn.Module):
@@ -123,9 +106,9 @@ class Layer(nn.Module):
     def __call__(self, x: Array, mask: Array) -> Array:
         """x [B N D], mask bool [B N 1] -> [B N D]."""
         c = self.config
-        x = x + Attention(c, name="attention")(_norm(c.norm_eps[0], name="attention_norm")(x), mask)
-        y = _linear(c.mlp_width, "embed", "mlp", name="up")(_norm(c.norm_eps[1], name="mlp_norm")(x))
-        return x + _linear(c.width, "mlp", "embed", name="down")(nn.gelu(y, approximate=False))
+        x = x + Attention(c, name="attention")(layer_norm(c.norm_eps[0], name="attention_norm")(x), mask)
+        y = linear(c.mlp_width, "embed", "mlp", name="up")(layer_norm(c.norm_eps[1], name="mlp_norm")(x))
+        return x + linear(c.width, "mlp", "embed", name="down")(nn.gelu(y, approximate=False))
 
 
 class Encoder(nn.Module):
@@ -144,7 +127,7 @@ class Encoder(nn.Module):
         mask = padding.valid(length, x.shape[1])[:, :, None]
         for i in range(c.layers):
             x = Layer(c, name=f"layer_{i}")(x, mask)
-        return jnp.tanh(_linear(len(LEVELS), "embed", "digits", name="project_in")(x)) * np.float32(_BOUND)
+        return jnp.tanh(linear(len(LEVELS), "embed", "digits", name="project_in")(x)) * np.float32(_BOUND)
 
 
 @functools.lru_cache

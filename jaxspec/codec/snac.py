@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import padding
+from jaxspec.codec.layers import constant, lecun
 from jaxspec.keys import threefry_key
 from jaxspec.types import Array, Codec, Condition, Params
 
@@ -92,21 +93,8 @@ def noise(keys: Array, frames: int, steps: int) -> Array:
     return drawn.reshape(-1, frames * steps, 1)
 
 
-def _masked(x: Array, length: Array) -> Array:
-    """[B T C] with zeros from each row's ``length`` on."""
-    return jnp.where(padding.valid(length, x.shape[1])[:, :, None], x, 0)
-
-
 def _dot(x: Array, kernel: Array) -> Array:
     return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
-
-
-def _kernel(axes: tuple[str | None, ...]) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _per_channel(value: float) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.constant(value), ("channels",))
 
 
 class Snake(nn.Module):
@@ -115,7 +103,7 @@ class Snake(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B T C] -> [B T C]."""
-        alpha = self.param("alpha", _per_channel(1.0), (x.shape[-1],))
+        alpha = self.param("alpha", constant(1.0, "channels"), (x.shape[-1],))
         alpha = alpha[None, None]
         return x + jnp.sin(alpha * x) ** 2 / (alpha + 1e-9)
 
@@ -129,8 +117,8 @@ class Pointwise(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B T C] -> [B T channels]."""
-        y = _dot(x, self.param("kernel", _kernel(("channels_in", "channels")), (x.shape[-1], self.channels)))
-        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None] if self.bias else y
+        y = _dot(x, self.param("kernel", lecun("channels_in", "channels"), (x.shape[-1], self.channels)))
+        return y + self.param("bias", constant(0.0, "channels"), (self.channels,))[None, None] if self.bias else y
 
 
 class Depthwise(nn.Module):
@@ -141,11 +129,11 @@ class Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x: Array, length: Array) -> Array:
         """[B T C] -> [B T C]."""
-        kernel = self.param("kernel", _kernel((None, "channels")), (_TAPS, x.shape[-1]))
+        kernel = self.param("kernel", lecun(None, "channels"), (_TAPS, x.shape[-1]))
         side, steps = _TAPS // 2 * self.dilation, x.shape[1]
-        padded = jnp.pad(_masked(x, length), ((0, 0), (side, side), (0, 0)))
+        padded = jnp.pad(padding.masked(x, length), ((0, 0), (side, side), (0, 0)))
         shifted = (padded[:, i * self.dilation :][:, :steps] * kernel[i][None, None] for i in range(_TAPS))
-        return sum(shifted) + self.param("bias", _per_channel(0.0), x.shape[-1:])[None, None]
+        return sum(shifted) + self.param("bias", constant(0.0, "channels"), x.shape[-1:])[None, None]
 
 
 class Up(nn.Module):
@@ -158,11 +146,11 @@ class Up(nn.Module):
     def __call__(self, x: Array, length: Array) -> Array:
         """[B T C] -> [B T*stride channels]."""
         batch, steps, width = x.shape
-        kernel = self.param("kernel", _kernel(("channels_in", None, "channels")), (width, 2 * self.stride, self.channels))
-        y = _dot(_masked(x, length), kernel.reshape(width, -1)).reshape(batch, steps, 2, self.stride, self.channels)
+        kernel = self.param("kernel", lecun("channels_in", None, "channels"), (width, 2 * self.stride, self.channels))
+        y = _dot(padding.masked(x, length), kernel.reshape(width, -1)).reshape(batch, steps, 2, self.stride, self.channels)
         y = jnp.pad(y[:, :, 0], ((0, 0), (0, 1), (0, 0), (0, 0))) + jnp.pad(y[:, :, 1], ((0, 0), (1, 0), (0, 0), (0, 0)))
         y = y.reshape(batch, -1, self.channels)[:, -(-self.stride // 2) :][:, : steps * self.stride]
-        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None]
+        return y + self.param("bias", constant(0.0, "channels"), (self.channels,))[None, None]
 
 
 class Residual(nn.Module):
@@ -224,7 +212,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: Array, length: Array) -> Array:
         """[B T C] -> [B T]."""
-        taps = _dot(_masked(x, length), self.param("kernel", _kernel(("channels_in", None)), (x.shape[-1], _TAPS)))
+        taps = _dot(padding.masked(x, length), self.param("kernel", lecun("channels_in", None), (x.shape[-1], _TAPS)))
         padded = jnp.pad(taps, ((0, 0), (_TAPS // 2, _TAPS // 2), (0, 0)))
         shifted = (padded[:, i:, i][:, : x.shape[1]] for i in range(_TAPS))
         bias: Any = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))
@@ -266,12 +254,14 @@ class Down(nn.Module):
     def __call__(self, x: Array, length: Array) -> Array:
         """[B T C] -> [B T/stride channels]."""
         batch, _, width = x.shape
-        kernel = self.param("kernel", _kernel((None, "channels_in", "channels")), (2 * self.stride, width, self.channels))
+        kernel = self.param("kernel", lecun(None, "channels_in", "channels"), (2 * self.stride, width, self.channels))
         left = -(-self.stride // 2)
-        x = jnp.pad(_masked(x, length), ((0, 0), (left, self.stride - left), (0, 0))).reshape(batch, -1, self.stride * width)
+        x = jnp.pad(padding.masked(x, length), ((0, 0), (left, self.stride - left), (0, 0))).reshape(
+            batch, -1, self.stride * width
+        )
         first, second = kernel.reshape(2, -1, self.channels)
         y = _dot(x[:, :-1], first) + _dot(x[:, 1:], second)
-        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None]
+        return y + self.param("bias", constant(0.0, "channels"), (self.channels,))[None, None]
 
 
 class First(nn.Module):
@@ -284,8 +274,8 @@ class First(nn.Module):
         """[B T] -> [B T channels]."""
         padded = jnp.pad(wave, ((0, 0), (_TAPS // 2, _TAPS // 2)))
         shifted = jnp.stack([padded[:, i:][:, : wave.shape[1]] for i in range(_TAPS)], -1)
-        y = _dot(shifted, self.param("kernel", _kernel((None, "channels")), (_TAPS, self.channels)))
-        return y + self.param("bias", _per_channel(0.0), (self.channels,))[None, None]
+        y = _dot(shifted, self.param("kernel", lecun(None, "channels"), (_TAPS, self.channels)))
+        return y + self.param("bias", constant(0.0, "channels"), (self.channels,))[None, None]
 
 
 class DownBlock(nn.Module):

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxspec.audio import fbank
 from jaxspec.codec import padding
+from jaxspec.codec.layers import MLP, layer_norm, lecun, linear
 from jaxspec.types import Array
 
 STACKED = 2  # frames of filter banks in one
@@ -56,33 +57,6 @@ def features(wave: Array, length: Array) -> Array:
     return normalised[:, : STACKED * pairs].reshape(frames.shape[0], pairs, STACKED * fbank.BINS)
 
 
-def _kernel(*axes: str | None) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _dense(features: int, into: str, out: str, *, bias: bool = True, name: str) -> nn.Dense:
-    zeros = nn.with_logical_partitioning(nn.initializers.zeros, (out,))
-    return nn.Dense(features, bias, kernel_init=_kernel(into, out), bias_init=zeros, name=name)
-
-
-def _norm(axis: str, *, name: str) -> nn.LayerNorm:
-    ones, zeros = (nn.with_logical_partitioning(init, (axis,)) for init in (nn.initializers.ones, nn.initializers.zeros))
-    # The fast variance, E[x^2] - E[x]^2, loses digits to cancellation.
-    return nn.LayerNorm(_EPS, use_fast_variance=False, scale_init=ones, bias_init=zeros, name=name)
-
-
-class MLP(nn.Module):
-    """down(silu(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x [B T D] -> [B T D]."""
-        y = nn.silu(_dense(self.config.mlp_width, "embed", "mlp", name="up")(x))
-        return _dense(self.config.width, "mlp", "embed", name="down")(y)
-
-
 class Attention(nn.Module):
     """Attention of every frame to every valid one: i scores j by q_i (k_j + distance[clip(j - i, -64, 8)]) / sqrt(d)."""
 
@@ -93,16 +67,16 @@ class Attention(nn.Module):
         """x [B T D], mask bool [B T] -> [B T D]."""
         c, (batch, steps, _) = self.config, x.shape
         q, k, v = (
-            _dense(c.width, "embed", "heads", name=name)(x).reshape(batch, steps, c.heads, -1)
+            linear(c.width, "embed", "heads", name=name)(x).reshape(batch, steps, c.heads, -1)
             for name in ("query", "key", "value")
         )
         shape = _LEFT + _RIGHT + 1, c.width // c.heads
-        distance: Any = self.param("distance", _kernel(None, "head_dim"), shape)
+        distance: Any = self.param("distance", lecun(None, "head_dim"), shape)
         away = np.clip(np.arange(1 - steps, steps), -_LEFT, _RIGHT) + _LEFT
         scores = jnp.einsum("bthd,bshd->bhts", q, k) + _by_key(jnp.einsum("bthd,rd->bhtr", q, distance[away]))
         scores = jnp.where(mask[:, None, None], scores / math.sqrt(shape[1]), jnp.finfo(scores.dtype).min)
         out = jnp.einsum("bhts,bshd->bthd", nn.softmax(scores), v)
-        return _dense(c.width, "heads", "embed", name="out")(out.reshape(batch, steps, c.width))
+        return linear(c.width, "heads", "embed", name="out")(out.reshape(batch, steps, c.width))
 
 
 def _by_key(scores: Array) -> Array:
@@ -122,14 +96,14 @@ class Convolution(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B T D] -> [B T D]."""
         c, steps = self.config, x.shape[1]
-        value, gate = jnp.split(_dense(2 * c.width, "embed", "mlp", bias=False, name="up")(x), 2, axis=-1)
-        kernel: Any = self.param("taps", _kernel(None, "mlp"), (c.taps, c.width))
+        value, gate = jnp.split(linear(2 * c.width, "embed", "mlp", bias=False, name="up")(x), 2, axis=-1)
+        kernel: Any = self.param("taps", lecun(None, "mlp"), (c.taps, c.width))
         padded = jnp.pad(value * nn.sigmoid(gate), ((0, 0), (c.taps - 1, 0), (0, 0)))
         # A sum of shifted products, as XLA is slow at grouped convolutions on CPU; fused with them it would gate for each tap.
         padded = jax.lax.optimization_barrier(padded)
         y: Any = sum(padded[:, i : i + steps] * kernel[i][None, None] for i in range(c.taps))
-        y = nn.silu(_norm("mlp", name="norm")(y))
-        return _dense(c.width, "mlp", "embed", bias=False, name="down")(y)
+        y = nn.silu(layer_norm(_EPS, "mlp", name="norm")(y))
+        return linear(c.width, "mlp", "embed", bias=False, name="down")(y)
 
 
 class Layer(nn.Module):
@@ -141,11 +115,11 @@ class Layer(nn.Module):
     def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
         """x [B T D], mask bool [B T] -> [B T D]."""
         c = self.config
-        x = x + MLP(c, name="ffn1")(_norm("embed", name="ffn1_norm")(x)) / 2
-        x = x + Attention(c, name="attention")(_norm("embed", name="attention_norm")(x), mask)
-        x = x + Convolution(c, name="convolution")(_norm("embed", name="convolution_norm")(x))
-        x = x + MLP(c, name="ffn2")(_norm("embed", name="ffn2_norm")(x)) / 2
-        return _norm("embed", name="norm")(x), None
+        x = x + MLP(c.mlp_width, True, name="ffn1")(layer_norm(_EPS, name="ffn1_norm")(x)) / 2
+        x = x + Attention(c, name="attention")(layer_norm(_EPS, name="attention_norm")(x), mask)
+        x = x + Convolution(c, name="convolution")(layer_norm(_EPS, name="convolution_norm")(x))
+        x = x + MLP(c.mlp_width, True, name="ffn2")(layer_norm(_EPS, name="ffn2_norm")(x)) / 2
+        return layer_norm(_EPS, name="norm")(x), None
 
 
 class Conformer(nn.Module):
@@ -157,7 +131,7 @@ class Conformer(nn.Module):
     def __call__(self, x: Array, length: Array) -> Array:
         """x [B T 160], of which ``length`` int32 [B] frames are valid -> [B T D]."""
         c = self.config
-        x = _dense(c.width, "bins", "embed", name="project")(_norm("bins", name="norm")(x))
+        x = linear(c.width, "bins", "embed", name="project")(layer_norm(_EPS, "bins", name="norm")(x))
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},

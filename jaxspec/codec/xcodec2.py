@@ -8,7 +8,6 @@ Every part that mixes frames masks those beyond a row's length, so that padding 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.codec import fsq, padding, spectrum, xcodec2_encoder
+from jaxspec.codec.layers import MLP, constant, layer_norm, lecun, linear
 from jaxspec.types import Array, Codec, Condition, Params
 
 LEVELS = (4,) * 8
@@ -45,29 +45,14 @@ class Config:
         return 4 * self.hop
 
 
-def _kernel(*axes: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _zeros(axis: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
-
-
-def _ones(axis: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.ones, (axis,))
-
-
-def _linear(features: int, into: str, out: str, bias: bool = False, *, name: str) -> nn.Dense:
-    return nn.Dense(features, bias, kernel_init=_kernel(into, out), bias_init=_zeros(out), name=name)
-
-
 def _conv(features: int, taps: int, into: str, out: str, *, name: str) -> nn.Conv:
-    return nn.Conv(features, (taps,), kernel_init=_kernel("taps", into, out), bias_init=_zeros(out), name=name)
+    return nn.Conv(features, (taps,), kernel_init=lecun("taps", into, out), bias_init=constant(0, out), name=name)
 
 
-def _norm(kind: Callable[..., nn.Module], axis: str, *, name: str) -> nn.Module:
+def _group_norm(axis: str, *, name: str) -> nn.GroupNorm:
+    ones, zeros = constant(1, axis), constant(0, axis)
     # The fast variance, E[x^2] - E[x]^2, loses digits to cancellation.
-    return kind(epsilon=EPS, use_fast_variance=False, scale_init=_ones(axis), bias_init=_zeros(axis), name=name)
+    return nn.GroupNorm(32, epsilon=EPS, use_fast_variance=False, scale_init=ones, bias_init=zeros, name=name)
 
 
 class ResNetBlock(nn.Module):
@@ -78,9 +63,7 @@ class ResNetBlock(nn.Module):
         """x [B T D], mask bool [B T 1] -> [B T D]."""
         y = x
         for i, (into, out) in enumerate((("embed", "mlp"), ("mlp", "embed")), start=1):
-            y = nn.silu(
-                _norm(functools.partial(nn.GroupNorm, 32), into, name=f"norm{i}")(y, mask=jnp.broadcast_to(mask, y.shape))
-            )
+            y = nn.silu(_group_norm(into, name=f"norm{i}")(y, mask=jnp.broadcast_to(mask, y.shape)))
             y = _conv(x.shape[-1], 3, into, out, name=f"conv{i}")(jnp.where(mask, y, 0))
         return x + y
 
@@ -98,25 +81,13 @@ class Attention(nn.Module):
         """x [B T D], mask bool [B T 1] -> [B T D]."""
         c = self.config
         q, k, v = (
-            _linear(c.heads * c.head_dim, "embed", "heads", name=name)(x).reshape(*x.shape[:2], c.heads, c.head_dim)
+            linear(c.heads * c.head_dim, "embed", "heads", bias=False, name=name)(x).reshape(*x.shape[:2], c.heads, c.head_dim)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(c.head_dim)
         weights = nn.softmax(jnp.where(mask[:, None, None, :, 0], scores, jnp.finfo(scores.dtype).min))
         out = jnp.einsum("bhts,bshd->bthd", weights, v)
-        return _linear(c.width, "heads", "embed", name="out")(out.reshape(*x.shape[:2], -1))
-
-
-class MLP(nn.Module):
-    """down(silu(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x [B T D] -> [B T D]."""
-        y = nn.silu(_linear(self.config.mlp_width, "embed", "mlp", name="up")(x))
-        return _linear(self.config.width, "mlp", "embed", name="down")(y)
+        return linear(c.width, "heads", "embed", bias=False, name="out")(out.reshape(*x.shape[:2], -1))
 
 
 class Layer(nn.Module):
@@ -127,9 +98,9 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         """x [B T D], mask bool [B T 1] -> [B T D]."""
-        norm = functools.partial(nn.RMSNorm, epsilon=EPS, scale_init=_ones("embed"))
+        norm = functools.partial(nn.RMSNorm, epsilon=EPS, scale_init=constant(1, "embed"))
         x = x + Attention(self.config, name="attention")(norm(name="attention_norm")(x), mask)
-        return x + MLP(self.config, name="mlp")(norm(name="mlp_norm")(x))
+        return x + MLP(self.config.mlp_width, False, name="mlp")(norm(name="mlp_norm")(x))
 
 
 class Decoder(nn.Module):
@@ -144,8 +115,8 @@ class Decoder(nn.Module):
         mask = padding.valid(length, codes.shape[1])[:, :, None]
         # Of 4 levels the lowest is -1 and the third is 0; ``fsq.vectors`` would spread them evenly over -1 .. 1.
         x = fsq.to_digits(codes, LEVELS).astype(jnp.float32) / 2 - 1
-        x = _linear(c.quantizer_width, "digits", "quantizer", bias=True, name="project_out")(x)
-        x = _linear(c.width, "quantizer", "mlp", bias=True, name="fc")(x)
+        x = linear(c.quantizer_width, "digits", "quantizer", name="project_out")(x)
+        x = linear(c.width, "quantizer", "mlp", name="fc")(x)
         x = _conv(c.width, 7, "mlp", "embed", name="embed")(jnp.where(mask, x, 0))
         for i in range(2):
             x = ResNetBlock(name=f"prior_{i}")(x, mask)
@@ -153,8 +124,8 @@ class Decoder(nn.Module):
             x = Layer(c, name=f"layer_{i}")(x, mask)
         for i in range(2):
             x = ResNetBlock(name=f"post_{i}")(x, mask)
-        x = _norm(nn.LayerNorm, "embed", name="norm")(x)
-        log_magnitude, phase = jnp.split(_linear(c.n_fft + 2, "embed", "bins", bias=True, name="head")(x), 2, axis=-1)
+        x = layer_norm(EPS, name="norm")(x)
+        log_magnitude, phase = jnp.split(linear(c.n_fft + 2, "embed", "bins", name="head")(x), 2, axis=-1)
         frames = spectrum.polar(jnp.minimum(jnp.exp(log_magnitude), 100.0), phase)
         return spectrum.istft(frames, mask[:, :, 0], c.n_fft, c.hop)
 

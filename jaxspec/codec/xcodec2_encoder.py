@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxspec.audio import fbank
 from jaxspec.codec import padding, w2v_bert
+from jaxspec.codec.layers import constant, lecun, linear
 from jaxspec.types import Array, Params
 
 RATE_HZ = fbank.RATE_HZ
@@ -59,18 +60,6 @@ def frames(config: Config, samples: Any) -> Any:
     return samples // config.hop + (1 if config.margin else 0)
 
 
-def _kernel(*axes: str | None) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-
-
-def _per_channel(axis: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
-
-
-def _linear(features: int, into: str, out: str, *, name: str) -> nn.Dense:
-    return nn.Dense(features, kernel_init=_kernel(into, out), bias_init=_per_channel(out), name=name)
-
-
 def _conv(features: int, taps: int, *, dilation: int = 1, stride: int = 1, bias: bool = True, name: str) -> nn.Conv:
     """A convolution that gives a step for each ``stride`` steps."""
     side = -(-stride // 2) if stride > 1 else taps // 2 * dilation
@@ -81,15 +70,10 @@ def _conv(features: int, taps: int, *, dilation: int = 1, stride: int = 1, bias:
         [(side, side)],
         kernel_dilation=(dilation,),
         use_bias=bias,
-        kernel_init=_kernel("taps", "channels_in", "channels"),
-        bias_init=_per_channel("channels"),
+        kernel_init=lecun("taps", "channels_in", "channels"),
+        bias_init=constant(0, "channels"),
         name=name,
     )
-
-
-def _masked(x: Array, length: Array) -> Array:
-    """[B T C] with zeros from each row's ``length`` on."""
-    return jnp.where(padding.valid(length, x.shape[1])[:, :, None], x, 0)
 
 
 def _held(x: Array, length: Array) -> Array:
@@ -118,7 +102,7 @@ class Snake(nn.Module):
     @nn.compact
     def __call__(self, x: Array, length: Array) -> Array:
         """x [B T C], of which ``length`` int32 [B] steps are valid -> [B T C]."""
-        alpha, beta = (self.param(name, _per_channel("channels"), x.shape[-1:]) for name in ("alpha", "beta"))
+        alpha, beta = (self.param(name, constant(0, "channels"), x.shape[-1:]) for name in ("alpha", "beta"))
         (even_taps, odd_taps), steps = _low_pass(), x.shape[1]
 
         def snake(y: Array) -> Array:
@@ -145,7 +129,7 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: Array, length: Array) -> Array:
         """x [B T C], of which ``length`` int32 [B] steps are valid -> [B T C]."""
-        y = _masked(Snake(name="snake1")(x, length), length)
+        y = padding.masked(Snake(name="snake1")(x, length), length)
         y = _conv(x.shape[-1], 7, dilation=self.dilation, name="conv1")(y)
         return x + _conv(x.shape[-1], 1, name="conv2")(Snake(name="snake2")(y, length))
 
@@ -163,10 +147,10 @@ class Acoustic(nn.Module):
         for i, stride in enumerate(c.strides):
             for j, dilation in enumerate(_DILATIONS):
                 x = Unit(dilation, name=f"block_{i}_unit_{j}")(x, rate * length)
-            x = _masked(Snake(name=f"block_{i}_snake")(x, rate * length), rate * length)
+            x = padding.masked(Snake(name=f"block_{i}_snake")(x, rate * length), rate * length)
             x = _conv(2 * x.shape[-1], 2 * stride, stride=stride, name=f"block_{i}_conv")(x)
             rate //= stride
-        return _conv(c.acoustic_width, 3, name="conv2")(_masked(Snake(name="snake1")(x, length), length))
+        return _conv(c.acoustic_width, 3, name="conv2")(padding.masked(Snake(name="snake1")(x, length), length))
 
 
 class Adapter(nn.Module):
@@ -176,10 +160,10 @@ class Adapter(nn.Module):
     def __call__(self, x: Array, length: Array) -> Array:
         """x [B T D], of which ``length`` int32 [B] frames are valid -> [B T D]."""
         conv = functools.partial(_conv, x.shape[-1], 3)
-        x = nn.relu(conv(bias=False, name="conv1")(_masked(x, length)))
-        y = nn.relu(conv(name="conv2")(_masked(x, length)))
-        x = x + conv(name="conv3")(_masked(y, length))
-        return conv(bias=False, name="conv4")(_masked(x, length))
+        x = nn.relu(conv(bias=False, name="conv1")(padding.masked(x, length)))
+        y = nn.relu(conv(name="conv2")(padding.masked(x, length)))
+        x = x + conv(name="conv3")(padding.masked(y, length))
+        return conv(bias=False, name="conv4")(padding.masked(x, length))
 
 
 class Encoder(nn.Module):
@@ -199,8 +183,8 @@ class Encoder(nn.Module):
         heard = w2v_bert.features(jnp.pad(wave, ((0, 0), (c.margin, c.margin))), count)
         hidden = w2v_bert.Conformer(c.semantic, name="semantic")(heard, count)
         x = jnp.concatenate([Adapter(name="adapter")(hidden, count), acoustic], axis=-1)
-        x = _linear(x.shape[-1], "quantizer_in", "quantizer", name="fc")(x)
-        return _linear(_COORDINATES, "quantizer", "digits", name="project_in")(x)
+        x = linear(x.shape[-1], "quantizer_in", "quantizer", name="fc")(x)
+        return linear(_COORDINATES, "quantizer", "digits", name="project_in")(x)
 
 
 def abstract_params(config: Config) -> Params:

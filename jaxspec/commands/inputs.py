@@ -60,7 +60,7 @@ def read_lines(path: Path) -> dict[int, str]:
     return lines
 
 
-def check_reference(path: Path | None, text: str) -> None:
+def check_reference_file(path: Path | None, text: str) -> None:
     """Refuses a reference that cannot be read, before a model is loaded.
 
     Raises:

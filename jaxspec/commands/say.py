@@ -13,7 +13,7 @@ import jaxspec
 from jaxspec.checkpoint.store import DESCRIPTION
 from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
-from jaxspec.commands.inputs import check_reference, read_lines, read_reference, read_text
+from jaxspec.commands.inputs import check_reference_file, read_lines, read_reference, read_text
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.picture import draw
 from jaxspec.commands.streaming import say_stream
@@ -110,7 +110,7 @@ class Say:
     def run(self) -> None:
         """Speaks."""
         settings, texts = self._settings(), self._texts()
-        check_reference(self.reference, self.reference_text)
+        check_reference_file(self.reference, self.reference_text)
         if self.out is not None:
             outputs.check_output(self.out)
         if self.out_dir is not None:

@@ -29,11 +29,8 @@ class Timing:
         """Time to first audio, the gaps between chunks, and how often a player that starts with the first chunk waits."""
         first, *gaps = self.waits or [0.0]
         p50, p95 = (round(float(np.percentile(gaps, p)), 4) if gaps else None for p in (50, 95))
-        return {"time_to_first_audio_s": round(first, 4), "gap_p50_s": p50, "gap_p95_s": p95, "underruns": self.underruns()}
-
-    def underruns(self) -> int:
-        """How often the sound that came ended before the next chunk was there, at real-time play."""
-        return underruns(self.waits[1:], self.durations)
+        count = underruns(self.waits[1:], self.durations)
+        return {"time_to_first_audio_s": round(first, 4), "gap_p50_s": p50, "gap_p95_s": p95, "underruns": count}
 
 
 def underruns(gaps: Sequence[float], durations: Sequence[float]) -> int:
@@ -67,19 +64,20 @@ def say_stream(text: str, settings: Settings, synthesizer: Synthesizer, out: Pat
     tally, timing, rate = Tally(), Timing(), synthesizer.sample_rate_hz
     chunks = stream(text, settings, synthesizer, tally=tally)  # refuses what it cannot speak before anything is written
     with _opened(out) as file:
-        written = 0 if raw else file.write(wav_header(rate))
+        if not raw:
+            file.write(wav_header(rate))
+        num_bytes = 0  # of samples
         began, compiling = time.perf_counter(), tally.watch.seconds["compile"]
         for chunk in chunks:
             now, compiled = time.perf_counter(), tally.watch.seconds["compile"]
             timing.waits.append(max(now - began - (compiled - compiling), 0.0))
             timing.durations.append(len(chunk.wave) / rate)
-            written += file.write(pcm16(chunk.wave))
+            num_bytes += file.write(pcm16(chunk.wave))
             file.flush()
             began, compiling = time.perf_counter(), compiled
         if out is not None and not raw:
             file.seek(0)
-            header = wav_header(rate)
-            file.write(wav_header(rate, written - len(header)))
+            file.write(wav_header(rate, num_bytes))
     return tally, timing
 
 

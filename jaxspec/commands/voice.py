@@ -9,7 +9,7 @@ import tyro
 from jaxspec.checkpoint import descriptions, voices
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.commands.console import report
-from jaxspec.commands.inputs import check_reference, read_reference
+from jaxspec.commands.inputs import check_reference_file, read_reference
 from jaxspec.models.card import Model
 from jaxspec.synthesis.load import codec_folder, load
 
@@ -51,7 +51,7 @@ class Voice:
             raise ValueError(f"expected a new name, got {self.name!r}, which {self.model} has: choose another")
         if codec is None:
             raise ValueError(f"expected a codec to encode the recording, got none in {self.model}: give --codec")
-        check_reference(self.reference, self.reference_text)
+        check_reference_file(self.reference, self.reference_text)
         reference = read_reference(self.reference, self.reference_text, load(self.model, codec=codec))
         digest = descriptions.read_as(codec, CodecDescription).digest
         voices.save(path, voices.Voice(reference.text, reference.codes, reference.condition, digest))

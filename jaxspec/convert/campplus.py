@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec.campplus import Config
-from jaxspec.convert.core import Rule, conv
+from jaxspec.convert.core import Rule, affine, conv, norm, pointwise
 
 _MARK = re.compile(r"(speaker_encoder\.|)xvector\.tdnn\.linear\.weight")
 _EPS = 1e-5
@@ -27,11 +27,6 @@ _FOLDED = (
 _ROLES = ("running_mean", "running_var", "weight", "bias", "epsilon")
 
 
-def _pointwise(weight: np.ndarray) -> np.ndarray:
-    """[out in 1] -> [in out]."""
-    return weight[:, :, 0].T
-
-
 def _image(weight: np.ndarray) -> np.ndarray:
     """[out in mels frames] -> [frames mels in out]."""
     return weight.transpose(3, 2, 1, 0)
@@ -40,29 +35,18 @@ def _image(weight: np.ndarray) -> np.ndarray:
 _LAYER, _TRANSIT = r"xvector\.block(\d+)\.tdnnd(\d+)\.", r"xvector\.transit(\d+)\."
 
 RULES = (
-    Rule(r"head\.(conv\d)\.weight", "head/{0}/kernel", _image),
-    Rule(r"head\.(conv\d)\.bias", "head/{0}/bias"),
-    Rule(r"head\.(layer\d+)\.(\d+)\.(conv\d)\.weight", "head/{0}_{1}/{2}/kernel", _image),
-    Rule(r"head\.(layer\d+)\.(\d+)\.(conv\d)\.bias", "head/{0}_{1}/{2}/bias"),
-    Rule(r"head\.(layer\d+)\.(\d+)\.shortcut\.0\.weight", "head/{0}_{1}/shortcut/kernel", _image),
-    Rule(r"head\.(layer\d+)\.(\d+)\.shortcut\.0\.bias", "head/{0}_{1}/shortcut/bias"),
-    Rule(r"xvector\.tdnn\.linear\.weight", "tdnn/kernel", conv),
-    Rule(r"xvector\.tdnn\.linear\.bias", "tdnn/bias"),
-    Rule(_LAYER + r"nonlinear1\.batchnorm\.weight", "block{0}_{1}/norm/scale"),
-    Rule(_LAYER + r"nonlinear1\.batchnorm\.bias", "block{0}_{1}/norm/bias"),
-    Rule(_LAYER + r"linear1\.weight", "block{0}_{1}/linear1/kernel", _pointwise),
-    Rule(_LAYER + r"linear1\.bias", "block{0}_{1}/linear1/bias"),
+    *affine(r"head\.(conv\d)", "head/{0}", _image),
+    *affine(r"head\.(layer\d+)\.(\d+)\.(conv\d)", "head/{0}_{1}/{2}", _image),
+    *affine(r"head\.(layer\d+)\.(\d+)\.shortcut\.0", "head/{0}_{1}/shortcut", _image),
+    *affine(r"xvector\.tdnn\.linear", "tdnn", conv),
+    *norm(_LAYER + r"nonlinear1\.batchnorm", "block{0}_{1}/norm"),
+    *affine(_LAYER + r"linear1", "block{0}_{1}/linear1", pointwise),
     Rule(_LAYER + r"cam_layer\.linear_local\.weight", "block{0}_{1}/local/kernel", conv),
-    Rule(_LAYER + r"cam_layer\.linear1\.weight", "block{0}_{1}/context/kernel", _pointwise),
-    Rule(_LAYER + r"cam_layer\.linear1\.bias", "block{0}_{1}/context/bias"),
-    Rule(_LAYER + r"cam_layer\.linear2\.weight", "block{0}_{1}/mask/kernel", _pointwise),
-    Rule(_LAYER + r"cam_layer\.linear2\.bias", "block{0}_{1}/mask/bias"),
-    Rule(_TRANSIT + r"nonlinear\.batchnorm\.weight", "transit{0}_norm/scale"),
-    Rule(_TRANSIT + r"nonlinear\.batchnorm\.bias", "transit{0}_norm/bias"),
-    Rule(_TRANSIT + r"linear\.weight", "transit{0}/kernel", _pointwise),
-    Rule(_TRANSIT + r"linear\.bias", "transit{0}/bias"),
-    Rule(r"xvector\.dense\.linear\.weight", "dense/kernel", _pointwise),
-    Rule(r"xvector\.dense\.linear\.bias", "dense/bias"),
+    *affine(_LAYER + r"cam_layer\.linear1", "block{0}_{1}/context", pointwise),
+    *affine(_LAYER + r"cam_layer\.linear2", "block{0}_{1}/mask", pointwise),
+    *norm(_TRANSIT + r"nonlinear\.batchnorm", "transit{0}_norm"),
+    *affine(_TRANSIT + r"linear", "transit{0}", pointwise),
+    *affine(r"xvector\.dense\.linear", "dense", pointwise),
     Rule(r".*\.num_batches_tracked", None),
     Rule(r"onnx::.*|/.*|[^.:/]*", None),  # constants of the network
 )
@@ -102,15 +86,15 @@ def fold_batch_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     norms = [name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")]
     found = dict(tensors)
-    for norm in norms:
-        parts = {role: found.pop(f"{norm}.{role}") for role in _ROLES if f"{norm}.{role}" in found}
-        pairs = [re.sub(pattern, target, norm) for pattern, target in _FOLDED if re.fullmatch(pattern, norm)]
-        target = pairs[0] if pairs else norm
+    for name in norms:
+        parts = {role: found.pop(f"{name}.{role}") for role in _ROLES if f"{name}.{role}" in found}
+        pairs = [re.sub(pattern, target, name) for pattern, target in _FOLDED if re.fullmatch(pattern, name)]
+        target = pairs[0] if pairs else name
         weight, bias = (found.get(f"{target}.{role}") for role in ("weight", "bias"))
         shape = (weight or parts["running_mean"]).shape[:1]
         if "running_var" not in parts or any(part.shape != shape for role, part in parts.items() if role != "epsilon"):
             got = ", ".join(f"{role} {list(part.shape)}" for role, part in parts.items())
-            raise ValueError(f"expected mean and variance {list(shape)} of {norm}, got {got}: download the checkpoint again")
+            raise ValueError(f"expected mean and variance {list(shape)} of {name}, got {got}: download the checkpoint again")
         found |= dict(_fold(target, parts, weight, bias))
     return found
 

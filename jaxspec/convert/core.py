@@ -30,6 +30,16 @@ def conv(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 1, 0)
 
 
+def pointwise(array: np.ndarray) -> np.ndarray:
+    """A convolution of torch with one tap [out in 1] -> a kernel [in out]."""
+    return array[:, :, 0].T
+
+
+def depthwise(array: np.ndarray) -> np.ndarray:
+    """A convolution of torch for each channel by itself, or from one channel, [C 1 taps] -> a kernel [taps C]."""
+    return array[:, 0].T
+
+
 def is_count(value: object) -> bool:
     """Whether a setting of a config.json is an integer from 1 to 10**7 - 1."""
     return type(value) is int and 1 <= value < 10**7

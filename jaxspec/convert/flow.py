@@ -1,41 +1,25 @@
 """Rules for ``flow.pt``, the flows of CosyVoice 2 and 3."""
 
 import itertools
-from collections.abc import Callable, Mapping
-
-import numpy as np
+from collections.abc import Mapping
 
 from jaxspec.acoustic.flow import Config
 from jaxspec.acoustic.layers import HEAD_DIM
-from jaxspec.convert.core import Rule, conv, transpose
+from jaxspec.convert.core import Rule, affine, conv, norm, pointwise, transpose
 
 Shapes = Mapping[str, tuple[int, ...]]
-Change = Callable[[np.ndarray], np.ndarray]
-
-
-def _pointwise(weight: np.ndarray) -> np.ndarray:
-    """[out in 1] -> [in out]."""
-    return weight[:, :, 0].T
-
-
-def _affine(source: str, target: str, change: Change = transpose) -> tuple[Rule, Rule]:
-    return Rule(rf"{source}\.weight", f"{target}/kernel", change), Rule(rf"{source}\.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> tuple[Rule, Rule]:
-    return Rule(rf"{source}\.weight", f"{target}/scale"), Rule(rf"{source}\.bias", f"{target}/bias")
 
 
 def _conv_block(source: str, target: str) -> tuple[Rule, ...]:
-    return *_affine(rf"{source}\.block\.0", f"{target}/conv", conv), *_norm(rf"{source}\.block\.2", f"{target}/norm")
+    return *affine(rf"{source}\.block\.0", f"{target}/conv", conv), *norm(rf"{source}\.block\.2", f"{target}/norm")
 
 
 _ESTIMATOR = r"decoder\.estimator\."
 _SHARED = (
     Rule(r"input_embedding\.weight", "conditions/vectors"),
-    *_affine("spk_embed_affine_layer", "conditions/speaker"),
-    *_affine(_ESTIMATOR + r"(?:time_mlp\.linear_1|time_embed\.time_mlp\.0)", "time/in"),
-    *_affine(_ESTIMATOR + r"(?:time_mlp\.linear_2|time_embed\.time_mlp\.2)", "time/out"),
+    *affine("spk_embed_affine_layer", "conditions/speaker"),
+    *affine(_ESTIMATOR + r"(?:time_mlp\.linear_1|time_embed\.time_mlp\.0)", "time/in"),
+    *affine(_ESTIMATOR + r"(?:time_mlp\.linear_2|time_embed\.time_mlp\.2)", "time/out"),
 )
 
 
@@ -43,17 +27,17 @@ def _conformer_layers(source: str, target: str) -> tuple[Rule, ...]:
     source, target = rf"encoder\.{source}\.(\d+)\.", f"conditions/encoder/{target}_{{0}}/"
     attention = target + "attention/"
     return (
-        *_affine(source + r"self_attn\.linear_q", attention + "query"),
-        *_affine(source + r"self_attn\.linear_k", attention + "key"),
-        *_affine(source + r"self_attn\.linear_v", attention + "value"),
-        *_affine(source + r"self_attn\.linear_out", attention + "out"),
+        *affine(source + r"self_attn\.linear_q", attention + "query"),
+        *affine(source + r"self_attn\.linear_k", attention + "key"),
+        *affine(source + r"self_attn\.linear_v", attention + "value"),
+        *affine(source + r"self_attn\.linear_out", attention + "out"),
         Rule(source + r"self_attn\.linear_pos\.weight", attention + "position/kernel", transpose),
         Rule(source + r"self_attn\.pos_bias_u", attention + "content_bias"),
         Rule(source + r"self_attn\.pos_bias_v", attention + "position_bias"),
-        *_affine(source + r"feed_forward\.w_1", target + "up"),
-        *_affine(source + r"feed_forward\.w_2", target + "down"),
-        *_norm(source + "norm_mha", target + "attention_norm"),
-        *_norm(source + "norm_ff", target + "mlp_norm"),
+        *affine(source + r"feed_forward\.w_1", target + "up"),
+        *affine(source + r"feed_forward\.w_2", target + "down"),
+        *norm(source + "norm_mha", target + "attention_norm"),
+        *norm(source + "norm_ff", target + "mlp_norm"),
     )
 
 
@@ -64,53 +48,53 @@ def _stage(source: str, name: str, block: str) -> tuple[Rule, ...]:
     return (
         *_conv_block(source + r"0\.block1", target + "conv_in"),
         *_conv_block(source + r"0\.block2", target + "conv_out"),
-        *_affine(source + r"0\.mlp\.1", f"time/{name}"),
-        *_affine(source + r"0\.res_conv", target + "shortcut", _pointwise),
-        *_norm(inside + "norm1", into + "attention_norm"),
-        *_norm(inside + "norm3", into + "mlp_norm"),
+        *affine(source + r"0\.mlp\.1", f"time/{name}"),
+        *affine(source + r"0\.res_conv", target + "shortcut", pointwise),
+        *norm(inside + "norm1", into + "attention_norm"),
+        *norm(inside + "norm3", into + "mlp_norm"),
         Rule(inside + r"attn1\.to_q\.weight", into + "query/kernel", transpose),
         Rule(inside + r"attn1\.to_k\.weight", into + "key/kernel", transpose),
         Rule(inside + r"attn1\.to_v\.weight", into + "value/kernel", transpose),
-        *_affine(inside + r"attn1\.to_out\.0", into + "out"),
-        *_affine(inside + r"ff\.net\.0\.proj", into + "up"),
-        *_affine(inside + r"ff\.net\.2", into + "down"),
+        *affine(inside + r"attn1\.to_out\.0", into + "out"),
+        *affine(inside + r"ff\.net\.0\.proj", into + "up"),
+        *affine(inside + r"ff\.net\.2", into + "down"),
     )
 
 
 RULES_2 = (
     *_SHARED,
-    *_affine(r"encoder\.(up_|)embed\.out\.0", "conditions/encoder/{0}embed/linear"),
-    *_norm(r"encoder\.(up_|)embed\.out\.1", "conditions/encoder/{0}embed/norm"),
-    *_affine(r"encoder\.pre_lookahead_layer\.(conv[12])", "conditions/encoder/look_ahead/{0}", conv),
-    *_affine(r"encoder\.up_layer\.conv", "conditions/encoder/up", conv),
+    *affine(r"encoder\.(up_|)embed\.out\.0", "conditions/encoder/{0}embed/linear"),
+    *norm(r"encoder\.(up_|)embed\.out\.1", "conditions/encoder/{0}embed/norm"),
+    *affine(r"encoder\.pre_lookahead_layer\.(conv[12])", "conditions/encoder/look_ahead/{0}", conv),
+    *affine(r"encoder\.up_layer\.conv", "conditions/encoder/up", conv),
     *_conformer_layers("encoders", "layer"),
     *_conformer_layers("up_encoders", "up_layer"),
-    *_norm(r"encoder\.after_norm", "conditions/encoder/norm"),
-    *_affine("encoder_proj", "conditions/encoder/out"),
+    *norm(r"encoder\.after_norm", "conditions/encoder/norm"),
+    *affine("encoder_proj", "conditions/encoder/out"),
     *_stage(r"down_blocks\.0", "down", "{0}"),
     *_stage(r"mid_blocks\.(\d+)", "middle_{0}", "{1}"),
     *_stage(r"up_blocks\.0", "up", "{0}"),
-    *_affine(_ESTIMATOR + r"(down|up)_blocks\.0\.2", "estimator/{0}_conv", conv),
+    *affine(_ESTIMATOR + r"(down|up)_blocks\.0\.2", "estimator/{0}_conv", conv),
     *_conv_block(_ESTIMATOR + "final_block", "estimator/last"),
-    *_affine(_ESTIMATOR + "final_proj", "estimator/out", _pointwise),
+    *affine(_ESTIMATOR + "final_proj", "estimator/out", pointwise),
 )
 
 _LAYER = _ESTIMATOR + r"transformer_blocks\.(\d+)\."
 RULES_3 = (
     *_SHARED,
-    *_affine(r"pre_lookahead_layer\.(conv[12])", "conditions/look_ahead/{0}", conv),
-    *_affine(_ESTIMATOR + r"input_embed\.proj", "estimator/in"),
-    *_affine(_ESTIMATOR + r"input_embed\.conv_pos_embed\.(conv[12])\.0", "estimator/{0}", conv),
+    *affine(r"pre_lookahead_layer\.(conv[12])", "conditions/look_ahead/{0}", conv),
+    *affine(_ESTIMATOR + r"input_embed\.proj", "estimator/in"),
+    *affine(_ESTIMATOR + r"input_embed\.conv_pos_embed\.(conv[12])\.0", "estimator/{0}", conv),
     Rule(_ESTIMATOR + r"rotary_embed\.inv_freq", None),
-    *_affine(_LAYER + r"attn_norm\.linear", "time/layer_{0}"),
-    *_affine(_LAYER + r"attn\.to_q", "estimator/layer_{0}/query"),
-    *_affine(_LAYER + r"attn\.to_k", "estimator/layer_{0}/key"),
-    *_affine(_LAYER + r"attn\.to_v", "estimator/layer_{0}/value"),
-    *_affine(_LAYER + r"attn\.to_out\.0", "estimator/layer_{0}/out"),
-    *_affine(_LAYER + r"ff\.ff\.0\.0", "estimator/layer_{0}/up"),
-    *_affine(_LAYER + r"ff\.ff\.2", "estimator/layer_{0}/down"),
-    *_affine(_ESTIMATOR + r"norm_out\.linear", "time/norm"),
-    *_affine(_ESTIMATOR + "proj_out", "estimator/out"),
+    *affine(_LAYER + r"attn_norm\.linear", "time/layer_{0}"),
+    *affine(_LAYER + r"attn\.to_q", "estimator/layer_{0}/query"),
+    *affine(_LAYER + r"attn\.to_k", "estimator/layer_{0}/key"),
+    *affine(_LAYER + r"attn\.to_v", "estimator/layer_{0}/value"),
+    *affine(_LAYER + r"attn\.to_out\.0", "estimator/layer_{0}/out"),
+    *affine(_LAYER + r"ff\.ff\.0\.0", "estimator/layer_{0}/up"),
+    *affine(_LAYER + r"ff\.ff\.2", "estimator/layer_{0}/down"),
+    *affine(_ESTIMATOR + r"norm_out\.linear", "time/norm"),
+    *affine(_ESTIMATOR + "proj_out", "estimator/out"),
 )
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from jaxspec.acoustic.hift import V2, V3, Config
-from jaxspec.convert.core import Rule, conv
+from jaxspec.convert.core import Rule, affine, conv
 
 _HEAD = r"(?:generator\.)?"  # in checkpoints of the training
 _WHERE = "give hift.pt of CosyVoice2-0.5B or Fun-CosyVoice3-0.5B"
@@ -42,8 +42,8 @@ def _up(weight: np.ndarray, rate: int, sides: tuple[int, int], causal: bool) -> 
     return kernel.reshape(len(kernel), channels_in, -1)
 
 
-def _layer(source: str, target: str, change=conv) -> tuple[Rule, Rule]:
-    return Rule(_HEAD + source + r"\.weight", target + "/kernel", change), Rule(_HEAD + source + r"\.bias", target + "/bias")
+def _layer(source: str, target: str, change: Callable[[np.ndarray], np.ndarray] = conv) -> tuple[Rule, Rule]:
+    return affine(_HEAD + source, target, change)
 
 
 def _rules(c: Config) -> tuple[Rule, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxspec.checkpoint.tensors import Tensor, equal
-from jaxspec.convert.core import Rule, is_count, transpose
+from jaxspec.convert.core import Rule, affine, is_count
 from jaxspec.models.transformer import Config, RopeScaling
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -33,8 +33,7 @@ _LAYER = r"model\.layers\.(\d+)\."
 
 
 def _linear(source: str, target: str) -> tuple[Rule, Rule]:
-    names = _LAYER + source, "layer_{0}/" + target
-    return Rule(rf"{names[0]}\.weight", f"{names[1]}/kernel", transpose), Rule(rf"{names[0]}\.bias", f"{names[1]}/bias")
+    return affine(_LAYER + source, "layer_{0}/" + target)
 
 
 RULES = (

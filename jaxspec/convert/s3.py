@@ -3,11 +3,9 @@
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.codec.s3 import Config
-from jaxspec.convert.core import Rule, conv, transpose
+from jaxspec.convert.core import Rule, affine, conv, depthwise, norm, transpose
 
 VERSIONS = {6: "s3-v2", 12: "s3-v3"}  # by the number of layers
 HEAD_DIM = 64
@@ -17,27 +15,16 @@ _ENCODER = r"(?:encoder\.)?"
 _BLOCK = _ENCODER + r"blocks\.(\d+)\."
 
 
-def _memory(weight: np.ndarray) -> np.ndarray:
-    """[C 1 taps] -> [taps C]."""
-    return weight[:, 0].T
-
-
 RULES = (
-    Rule(_ENCODER + r"conv1\.weight", "conv_0/kernel", conv),
-    Rule(_ENCODER + r"conv1\.bias", "conv_0/bias"),
-    Rule(_ENCODER + r"conv2\.weight", "conv_1/kernel", conv),
-    Rule(_ENCODER + r"conv2\.bias", "conv_1/bias"),
-    Rule(_BLOCK + r"attn_ln\.weight", "layer_{0}/attention_norm/scale"),
-    Rule(_BLOCK + r"attn_ln\.bias", "layer_{0}/attention_norm/bias"),
+    *affine(_ENCODER + r"conv1", "conv_0", conv),
+    *affine(_ENCODER + r"conv2", "conv_1", conv),
+    *norm(_BLOCK + r"attn_ln", "layer_{0}/attention_norm"),
     Rule(_BLOCK + r"attn\.(query|key|value|out)\.weight", "layer_{0}/attention/{1}/kernel", transpose),
     Rule(_BLOCK + r"attn\.(query|value|out)\.bias", "layer_{0}/attention/{1}/bias"),
-    Rule(_BLOCK + r"attn\.fsmn_block\.weight", "layer_{0}/attention/memory/kernel", _memory),
-    Rule(_BLOCK + r"mlp_ln\.weight", "layer_{0}/mlp_norm/scale"),
-    Rule(_BLOCK + r"mlp_ln\.bias", "layer_{0}/mlp_norm/bias"),
-    Rule(_BLOCK + r"mlp\.0\.weight", "layer_{0}/up/kernel", transpose),
-    Rule(_BLOCK + r"mlp\.0\.bias", "layer_{0}/up/bias"),
-    Rule(_BLOCK + r"mlp\.2\.weight", "layer_{0}/down/kernel", transpose),
-    Rule(_BLOCK + r"mlp\.2\.bias", "layer_{0}/down/bias"),
+    Rule(_BLOCK + r"attn\.fsmn_block\.weight", "layer_{0}/attention/memory/kernel", depthwise),
+    *norm(_BLOCK + r"mlp_ln", "layer_{0}/mlp_norm"),
+    *affine(_BLOCK + r"mlp\.0", "layer_{0}/up"),
+    *affine(_BLOCK + r"mlp\.2", "layer_{0}/down"),
     Rule(r"quantizer\.(?:.*\.)?weight", "project_in/kernel", transpose),
     Rule(r"quantizer\.(?:.*\.)?bias", "project_in/bias"),
     Rule(r".*\.epsilon", None),  # in the configuration

@@ -9,19 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxspec.codec.snac import Config
-from jaxspec.convert.core import Rule, conv, is_count
+from jaxspec.convert.core import Rule, affine, conv, depthwise, is_count, pointwise
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def _pointwise(weight: np.ndarray) -> np.ndarray:
-    """[out in 1] -> [in out]."""
-    return weight[:, :, 0].T
-
-
-def _depthwise(weight: np.ndarray) -> np.ndarray:
-    """[C 1 taps] -> [taps C]; also of a convolution from one channel."""
-    return weight[:, 0].T
 
 
 def _up(weight: np.ndarray) -> np.ndarray:
@@ -42,43 +32,37 @@ _DOWN = r"encoder\.block\.(\d+)\.block\."
 _DOWN_UNIT = _DOWN + r"([012])\.block\."
 _DEPTHWISE = r"encoder\.block\.(?!0\.)\d+\."
 
+
+def _residual(source: str, target: str) -> tuple[Rule, ...]:
+    """The rules of a residual unit, in the encoder or in the decoder."""
+    return (
+        Rule(source + r"0\.alpha", f"{target}/snake_in/alpha", np.ravel),
+        *affine(source + "1", f"{target}/depthwise", depthwise),
+        Rule(source + r"2\.alpha", f"{target}/snake_out/alpha", np.ravel),
+        *affine(source + "3", f"{target}/pointwise", pointwise),
+    )
+
+
 _ENCODER = (
-    Rule(r"encoder\.block\.0\.weight", "encoder/first/kernel", _depthwise),
-    Rule(r"encoder\.block\.0\.bias", "encoder/first/bias"),
-    Rule(_DOWN_UNIT + r"0\.alpha", "encoder/block_{0}/residual_{1}/snake_in/alpha", np.ravel),
-    Rule(_DOWN_UNIT + r"1\.weight", "encoder/block_{0}/residual_{1}/depthwise/kernel", _depthwise),
-    Rule(_DOWN_UNIT + r"1\.bias", "encoder/block_{0}/residual_{1}/depthwise/bias"),
-    Rule(_DOWN_UNIT + r"2\.alpha", "encoder/block_{0}/residual_{1}/snake_out/alpha", np.ravel),
-    Rule(_DOWN_UNIT + r"3\.weight", "encoder/block_{0}/residual_{1}/pointwise/kernel", _pointwise),
-    Rule(_DOWN_UNIT + r"3\.bias", "encoder/block_{0}/residual_{1}/pointwise/bias"),
+    *affine(r"encoder\.block\.0", "encoder/first", depthwise),
+    *_residual(_DOWN_UNIT, "encoder/block_{0}/residual_{1}"),
     Rule(_DOWN + r"3\.alpha", "encoder/block_{0}/snake/alpha", np.ravel),
-    Rule(_DOWN + r"4\.weight", "encoder/block_{0}/down/kernel", conv),
-    Rule(_DOWN + r"4\.bias", "encoder/block_{0}/down/bias"),
-    Rule(_DEPTHWISE + r"weight", "encoder/depthwise/kernel", _depthwise),
+    *affine(_DOWN + r"4", "encoder/block_{0}/down", conv),
+    Rule(_DEPTHWISE + r"weight", "encoder/depthwise/kernel", depthwise),
     Rule(_DEPTHWISE + r"bias", "encoder/depthwise/bias"),
-    Rule(_QUANTIZER + r"in_proj\.weight", "codebook_{0}/into/kernel", _pointwise),
-    Rule(_QUANTIZER + r"in_proj\.bias", "codebook_{0}/into/bias"),
+    *affine(_QUANTIZER + r"in_proj", "codebook_{0}/into", pointwise),
 )
 _WITHOUT_ENCODER = (Rule(r"encoder\..*", None), Rule(_QUANTIZER + r"in_proj\..*", None))
 
 _DECODER = (
     Rule(_QUANTIZER + r"codebook\.weight", "codebook_{0}/vectors"),
-    Rule(_QUANTIZER + r"out_proj\.weight", "codebook_{0}/out/kernel", _pointwise),
-    Rule(_QUANTIZER + r"out_proj\.bias", "codebook_{0}/out/bias"),
-    Rule(_MODEL + r"0\.weight", "depthwise/kernel", _depthwise),
-    Rule(_MODEL + r"0\.bias", "depthwise/bias"),
-    Rule(_MODEL + r"1\.weight", "pointwise/kernel", _pointwise),
-    Rule(_MODEL + r"1\.bias", "pointwise/bias"),
+    *affine(_QUANTIZER + r"out_proj", "codebook_{0}/out", pointwise),
+    *affine(_MODEL + r"0", "depthwise", depthwise),
+    *affine(_MODEL + r"1", "pointwise", pointwise),
     Rule(_BLOCK + r"0\.alpha", "block_{0}/snake/alpha", np.ravel),
-    Rule(_BLOCK + r"1\.weight", "block_{0}/up/kernel", _up),
-    Rule(_BLOCK + r"1\.bias", "block_{0}/up/bias"),
-    Rule(_BLOCK + r"2\.linear\.weight", "block_{0}/noise/kernel", _pointwise),
-    Rule(_UNIT + r"0\.alpha", "block_{0}/residual_{1}/snake_in/alpha", np.ravel),
-    Rule(_UNIT + r"1\.weight", "block_{0}/residual_{1}/depthwise/kernel", _depthwise),
-    Rule(_UNIT + r"1\.bias", "block_{0}/residual_{1}/depthwise/bias"),
-    Rule(_UNIT + r"2\.alpha", "block_{0}/residual_{1}/snake_out/alpha", np.ravel),
-    Rule(_UNIT + r"3\.weight", "block_{0}/residual_{1}/pointwise/kernel", _pointwise),
-    Rule(_UNIT + r"3\.bias", "block_{0}/residual_{1}/pointwise/bias"),
+    *affine(_BLOCK + r"1", "block_{0}/up", _up),
+    Rule(_BLOCK + r"2\.linear\.weight", "block_{0}/noise/kernel", pointwise),
+    *_residual(_UNIT, "block_{0}/residual_{1}"),
     Rule(_LAST + r"alpha", "snake/alpha", np.ravel),
     Rule(_LAST + r"weight", "head/kernel", _head),
     Rule(_LAST + r"bias", "head/bias"),

@@ -5,11 +5,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxspec.codec import w2v_bert
 from jaxspec.codec.xcodec2_encoder import Config
-from jaxspec.convert.core import Rule, affine, conv, norm
+from jaxspec.convert.core import Rule, affine, conv, depthwise, norm, pointwise
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -170,18 +168,8 @@ def _layer(source: str) -> Iterator[Rule]:
         yield from affine(rf"{source}\.self_attn\.linear_{theirs}", f"attention/{ours}")
     yield Rule(rf"{source}\.self_attn\.distance_embedding\.weight", "attention/distance")
     yield from norm(rf"{source}\.conv_module\.layer_norm", "convolution_norm")
-    yield Rule(rf"{source}\.conv_module\.pointwise_conv1\.weight", "convolution/up/kernel", _pointwise)
-    yield Rule(rf"{source}\.conv_module\.depthwise_conv\.weight", "convolution/taps", _depthwise)
+    yield Rule(rf"{source}\.conv_module\.pointwise_conv1\.weight", "convolution/up/kernel", pointwise)
+    yield Rule(rf"{source}\.conv_module\.depthwise_conv\.weight", "convolution/taps", depthwise)
     yield from norm(rf"{source}\.conv_module\.depthwise_layer_norm", "convolution/norm")
-    yield Rule(rf"{source}\.conv_module\.pointwise_conv2\.weight", "convolution/down/kernel", _pointwise)
+    yield Rule(rf"{source}\.conv_module\.pointwise_conv2\.weight", "convolution/down/kernel", pointwise)
     yield from norm(rf"{source}\.final_layer_norm", "norm")
-
-
-def _pointwise(weight: np.ndarray) -> np.ndarray:
-    """[out in 1] -> [in out]."""
-    return weight[:, :, 0].T
-
-
-def _depthwise(weight: np.ndarray) -> np.ndarray:
-    """[C 1 taps] -> [taps C]."""
-    return weight[:, 0].T

@@ -27,7 +27,7 @@ from jaxspec.serve.job import Done, Event, Failed, Job, Listener, Refused, Sound
 from jaxspec.serve.lane import Lane, News
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
-from jaxspec.synthesis.decoding import PLAIN, resolve
+from jaxspec.synthesis.decoding import NOT_FINITE, PLAIN, resolve
 from jaxspec.synthesis.pipeline import count
 from jaxspec.synthesis.windows import FIRST_CODES, Window
 
@@ -274,8 +274,7 @@ class Engine:
         """Gives the windows of a job to the codec, and its end."""
         job = news.job
         if news.non_finite:
-            message = "expected finite logits from the model, but some are NaN or infinite: its weights are damaged"
-            self._end(job, "failed", Failed(Refused(500, message)))
+            self._end(job, "failed", Failed(Refused(500, NOT_FINITE)))
         if job.ended.is_set():
             return
         for window in (*news.windows, *((None,) if news.finished else ())):

@@ -64,8 +64,8 @@ class Lane:
         self.slots = self._empty()
 
     def _empty(self) -> Slots:
-        shapes, draft_length = self._shapes, self._decoding.draft.length if self._decoding.draft else 0
-        cells = shapes.prompt_widths[-1] + shapes.max_codes + draft_length + 1
+        shapes = self._shapes
+        cells = shapes.prompt_widths[-1] + shapes.max_codes + self._decoding.draft_length + 1
         return Slots(self._synthesizer, self._decoding, shapes.slots, cells, shapes.num_stops, shapes.sizes)
 
     def reset(self) -> list[Job]:

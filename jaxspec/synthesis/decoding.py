@@ -21,6 +21,7 @@ for _kind in (Generation, Info):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxspec.{_kind.__name__}")
 
 PLAIN = "autoregressive"
+NOT_FINITE = "expected finite logits from the model, but some are NaN or infinite: its weights are damaged"
 DRAFT_LENGTH = 3  # K of a draft that was not tuned
 
 
@@ -30,6 +31,11 @@ class Decoding(NamedTuple):
     name: str  # one of VERIFIERS
     draft: Draft | None = None  # None: one token a step
     verify: Verify | None = None  # None where there is no draft
+
+    @property
+    def draft_length(self) -> int:
+        """K; 0 without a draft."""
+        return self.draft.length if self.draft else 0
 
 
 def with_defaults(synthesizer: Synthesizer, settings: Settings) -> Settings:
@@ -139,4 +145,4 @@ def check_finite(stop_reason: Any) -> None:
         ValueError: there is one.
     """
     if np.any(stop_reason == NON_FINITE):
-        raise ValueError("expected finite logits from the model, but some are NaN or infinite: its weights are damaged")
+        raise ValueError(NOT_FINITE)

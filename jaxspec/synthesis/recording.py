@@ -10,6 +10,7 @@ from jaxspec.audio.resample import resample
 from jaxspec.checkpoint import voices
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec, load_codec
 from jaxspec.codec.padding import encode_rows
+from jaxspec.models.card import Model
 from jaxspec.synthesis.contract import Reference, Settings
 
 
@@ -69,20 +70,21 @@ def of_settings(target: Pretrained, codec: PretrainedCodec | None, settings: Set
     model, name = target.model, settings.voice
     if settings.reference is not None or (name and name in model.voices) or (name and not model.clones):
         return settings.reference
-    known = (*model.voices, *voices.names(target.folder))
     if name:
-        if name not in known:
-            some = f"among {', '.join(known)}" if known else f"of {model.family}, which has none yet"
-            raise ValueError(f"expected a voice {some}, got {name!r}: add it with jaxspec voice add, or give --reference")
-        return _added(target.folder, name, codec.digest if codec else "")
+        return _added(target.folder, model, name, codec.digest if codec else "")
     if codec is not None and codec.codec.condition is not None:
+        known = (*model.voices, *voices.names(target.folder))
         choice = f", or --voice with one of {', '.join(known)}" if known else ""
         raise ValueError(f"expected a voice for {model.family}, got none: give --reference speaker.wav{choice}")
     return None
 
 
-@functools.lru_cache
-def _added(folder: Path, name: str, digest: str) -> Reference:
+@functools.lru_cache  # every request asks, and the codec once more
+def _added(folder: Path, model: Model, name: str, digest: str) -> Reference:
+    known = (*model.voices, *voices.names(folder))
+    if name not in known:
+        some = f"among {', '.join(known)}" if known else f"of {model.family}, which has none yet"
+        raise ValueError(f"expected a voice {some}, got {name!r}: add it with jaxspec voice add, or give --reference")
     stored = voices.read(voices.path_of(folder, name))
     if digest and stored.encoder != digest:
         raise ValueError(f"expected the voice {name} of the codec {digest}, got one of {stored.encoder}: add it again")

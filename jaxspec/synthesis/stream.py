@@ -94,8 +94,8 @@ def _rows(pieces: list[str], settings: Settings, synthesizer: Synthesizer, decod
     if not pieces:
         return
     with tally.watch("lm"):
-        requests, draft_length = synthesizer.requests(pieces, settings), decoding.draft.length if decoding.draft else 0
-        cells = requests.prompt.shape[1] + requests.max_new_tokens + draft_length + 1
+        requests = synthesizer.requests(pieces, settings)
+        cells = requests.prompt.shape[1] + requests.max_new_tokens + decoding.draft_length + 1
         slots = Slots(synthesizer, decoding, 1, cells, len(requests.stop_ids))
         waiting = [row_request(synthesizer, requests, i, _key(settings, i)) for i in range(len(pieces))]
         slots.admit(waiting.pop(0))
