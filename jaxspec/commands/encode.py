@@ -53,15 +53,9 @@ class Encode:
         failed: dict[str, str] = {}
         with progress_bar("encoding") as progress:
             for first in range(0, len(todo), self.batch):
-                read = {}
-                for name in todo[first : first + self.batch]:
-                    try:
-                        read[name] = recording(named[name])
-                    except ValueError as error:
-                        failed[name] = str(error)
+                read = readable({name: named[name] for name in todo[first : first + self.batch]}, failed)
                 for name, codes in zip(read, encode(codec, list(read.values())) if read else (), strict=True):
-                    with replacing(self._codes(name)) as partial, partial.open("wb") as file:
-                        np.save(file, codes)
+                    self._write(name, codes)
                 progress(first + self.batch, len(todo))
         done = [name for name in named if name not in failed]
         if texts and done:
@@ -74,6 +68,10 @@ class Encode:
 
     def _codes(self, name: str) -> Path:
         return self.out / f"{name}.npy"
+
+    def _write(self, name: str, codes: np.ndarray) -> None:
+        with replacing(self._codes(name)) as partial, partial.open("wb") as file:
+            np.save(file, codes)
 
     def _write_shard(self, names: list[str], texts: dict[str, str]) -> None:
         rows = [np.load(self._codes(name), allow_pickle=False).reshape(-1) for name in names]
@@ -95,6 +93,17 @@ def recordings_of(paths: tuple[Path, ...]) -> dict[str, Path]:
             if found.setdefault(one.stem, one) != one:
                 raise ValueError(f"expected one recording for each name, got {found[one.stem]} and {one}: rename one")
     return found
+
+
+def readable(named: dict[str, Path], failed: dict[str, str]) -> dict[str, tuple[np.ndarray, int]]:
+    """The recordings that can be read; ``failed`` gets the reasons of the others."""
+    read = {}
+    for name, path in named.items():
+        try:
+            read[name] = recording(path)
+        except ValueError as error:
+            failed[name] = str(error)
+    return read
 
 
 def recording(path: Path) -> tuple[np.ndarray, int]:
