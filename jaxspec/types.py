@@ -204,3 +204,17 @@ class Codec(NamedTuple):
     # The parts of ``decode`` by name, in order, for whoever times them: each takes its arguments, with the result of the part
     # before it in place of the codes. () where there is one part.
     stages: tuple[tuple[str, Callable[[Params, Any, Array, Condition, Array | None], Any]], ...] = ()
+    # For a decoder that looks at the whole row, but can do otherwise: how a row is decoded that is still growing.
+    growing: "Growing | None" = None
+
+
+class Growing(NamedTuple):
+    """How a codec decodes rows that are still growing: each time all the frames so far, of which the first are settled.
+
+    Attributes:
+        codec: the codec; the samples of settled frames do not change when frames are added.
+        settled: (number of frames, condition of one row) -> how many of them are settled while the row grows.
+    """
+
+    codec: Codec
+    settled: Callable[[int, Condition], int]

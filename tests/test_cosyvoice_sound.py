@@ -18,9 +18,11 @@ from jaxspec.acoustic import hift
 from jaxspec.audio import fbank, mel
 from jaxspec.audio.resample import resample
 from jaxspec.checkpoint import pretrained, voices
+from jaxspec.codec import padding
 from jaxspec.synthesis.contract import Reference, Settings
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import speak
+from jaxspec.synthesis.stream import stream
 
 own_cache = commands.own_cache
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -111,6 +113,30 @@ def test_a_row_sounds_in_a_batch_as_alone(folder, synthesizer, reference):
         assert len(one.wave) == 960 * len(one.codes)
         assert np.abs(one.wave).max() > 0.01
         np.testing.assert_allclose(one.wave, other.wave, atol=1e-4)
+
+
+def test_a_stream_is_the_sound_of_the_chunks_that_the_flow_sees(folder, version, synthesizer, reference):
+    """Chunk by chunk what the whole row gives when the flow sees no later chunk; each as soon as nothing more can change it."""
+    settings = Settings(reference=reference, max_codes=90, verify="autoregressive", seed=1)
+    chunks = list(stream(TEXT, settings, synthesizer))
+    codes = np.concatenate([chunk.codes for chunk in chunks])
+    growing = pretrained.load_codec(folder / "codec").codec.growing
+    settled = [growing.settled(count, reference.condition) for count in range(90)]
+    after = {2: 11, 3: 3}[version]  # codes whose samples depend on mel after them
+    # The prompt of 50 codes is two whole chunks: 25 codes more and 3 to look ahead to settle the third.
+    assert settled[27] == 0
+    assert settled[28] == settled[52] == 25 - after
+    assert settled[53] == 50 - after
+    assert [len(chunk.codes) for chunk in chunks][:2] == [25 - after, 25]
+    assert len(codes) > 75
+    codec = pretrained.load_codec(folder / "codec")
+    (whole,) = padding.decode_rows(growing.codec, codec.params, [codes], reference.condition)
+    np.testing.assert_allclose(np.concatenate([chunk.wave for chunk in chunks]), np.clip(whole, -1, 1), atol=5e-4)
+    (full,) = padding.decode_rows(codec.codec, codec.params, [codes], reference.condition)
+    assert np.abs(full - whole).max() > 1e-3  # it does see chunks
+    (spoken,) = speak(TEXT, settings, synthesizer).utterances
+    np.testing.assert_array_equal(spoken.codes, codes)
+    np.testing.assert_allclose(spoken.wave, np.clip(full, -1, 1), atol=1e-4)
 
 
 def test_it_speaks_with_named_voices_recordings_and_instructions(root, folder, version, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_codec_without_bounds_and_frames_of_several_codes():
     voice = builtin.builtin()
     row = Row(np.arange(30, dtype=np.int32), np.zeros(30, np.int8))
     finished = dataclasses.replace(row, stop_reason=1)
-    unbounded = Windows(voice._replace(context_frames=(None, None)))
+    unbounded = Windows(voice._replace(context_frames=(None, None)), Settings())
     assert unbounded.take(row) == []
     (window,) = unbounded.take(finished)
     assert (window.first, window.last, len(window.codes)) == (0, 30, 30)
@@ -95,13 +95,13 @@ def test_a_codec_without_bounds_and_frames_of_several_codes():
         at = np.arange(len(ids) // 7 * 7).reshape(-1, 7)
         return ids[at], at
 
-    pairs = Windows(voice._replace(codes=frames, context_frames=(1, 1)))
+    pairs = Windows(voice._replace(codes=frames, context_frames=(1, 1)), Settings())
     taken = [*pairs.take(row), *pairs.take(finished)]
     assert [(len(w.codes), w.first, w.last, w.origin.shape) for w in taken] == [(3, 0, 2, (2, 7)), (3, 1, 3, (2, 7))]
 
 
 def test_no_window_is_longer_than_it_may_be():
-    windows, row = Windows(builtin.builtin(), 10), Row(np.zeros(240, np.int32), np.zeros(240, np.int8))
+    windows, row = Windows(builtin.builtin(), Settings(), 10), Row(np.zeros(240, np.int32), np.zeros(240, np.int8))
     early = windows.take(row)
     late = windows.take(dataclasses.replace(row, stop_reason=1))
     assert [w.last - w.first for w in early + late] == [10, 20, 40, 60, 60, 50]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.acoustic import flow, hift, noise
+from jaxspec.acoustic.stream import context_frames
 from jaxspec.audio import fbank, mel
 from jaxspec.audio.resample import resample
 from jaxspec.codec import campplus, padding, s3
-from jaxspec.types import Array, Codec, Condition, Params
+from jaxspec.types import Array, Codec, Condition, Growing, Params
 
 SAMPLE_RATE_HZ = 24_000
 FMAX_HZ = {2: 8000.0, 3: 12000.0}  # of the prompt's spectrogram, by version
@@ -51,15 +52,32 @@ def codec(config: Config) -> Codec:
 
     ``condition`` is what ``voice_of`` makes: "codes" int32 [B P] and "length" int32 [B], the prompt's codes, "mel" float32
     [B 2P 80], its spectrogram, and "speaker" float32 [B 192]. ``key`` draws the noise of the vocoder's source. The flow attends
-    to the whole row, so the context is unbounded.
+    to the whole row, so the context is unbounded. In ``growing`` it sees chunks of 25 codes, counted from the prompt's first, and
+    those before them, as CosyVoice streams; unlike there, in the last chunk too.
     """
+    return _decoder(config, streaming=False)._replace(
+        encode=config.encoder and functools.partial(encode, config.encoder),
+        condition=functools.partial(voice_of, config),
+        growing=Growing(_decoder(config, streaming=True), functools.partial(_settled, config)),
+    )
+
+
+def _settled(config: Config, frames: int, condition: Condition) -> int:
+    """The codes in whole chunks that have been looked ahead from, less those whose samples depend on mel after them."""
+    prompt, (_, after) = int(condition["length"][0]), context_frames(config.vocoder)
+    whole = (prompt + frames - flow.LOOK_AHEAD) // flow.CHUNK * flow.CHUNK - prompt
+    return max(whole - -(-after // flow.FRAMES_PER_CODE), 0)
+
+
+def _decoder(config: Config, streaming: bool) -> Codec:
+    """The codec without its encoder; ``streaming``: the flow sees chunks."""
     mel_of, vocoder = flow.flow(config.flow).mel, hift.vocoder(config.vocoder)
 
     def spectrogram(params: Params, codes: Array, length: Array, condition: Condition, key: Array | None) -> Array:
         prompt_length, frames = condition["length"], flow.FRAMES_PER_CODE * codes.shape[1]
         joined = _joined(condition["codes"], prompt_length, codes[..., 0])
         prompt = prompt_length, condition["mel"], condition["speaker"]
-        whole = mel_of(params["flow"], joined, prompt_length + length, *prompt, streaming=False, finalize=True)
+        whole = mel_of(params["flow"], joined, prompt_length + length, *prompt, streaming=streaming, finalize=True)
         at = flow.FRAMES_PER_CODE * prompt_length[:, None] + jnp.arange(frames)[None]
         made = jnp.take_along_axis(whole, at[:, :, None], axis=1)
         return jnp.where(padding.valid(flow.FRAMES_PER_CODE * length, frames)[:, :, None], made, 0)
@@ -71,14 +89,13 @@ def codec(config: Config) -> Codec:
         return sound(params, spectrogram(params, codes, length, condition, key), length, condition, key)
 
     return Codec(
-        encode=config.encoder and functools.partial(encode, config.encoder),
+        encode=None,
         decode=jax.jit(decode),
         sample_rate_hz=SAMPLE_RATE_HZ,
         frame_rate_hz=s3.CODE_RATE_HZ,
         context_frames=(None, None),
         encode_rate_hz=s3.SAMPLE_RATE_HZ,
         encoded_frames=lambda samples: s3.num_codes(samples // _SAMPLES_PER_LOG_MEL),
-        condition=functools.partial(voice_of, config),
         stages=(("flow", jax.jit(spectrogram)), ("vocoder", jax.jit(sound))),
     )
 

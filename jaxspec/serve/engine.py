@@ -81,10 +81,10 @@ class Engine:
     """
 
     def __init__(self, synthesizer: Synthesizer, rules: Sequence[str], limits: Limits):
-        if synthesizer.decode is None:
+        if synthesizer.decode_windows is None:
             raise ValueError("expected a codec to serve speech, got none: give --codec")
         self.synthesizer, self.rules, self.limits = synthesizer, tuple(rules), limits
-        self._decode = synthesizer.decode
+        self._decode = synthesizer.decode_windows
         self._shapes = warm_up.shapes(synthesizer, limits.slots, limits.max_prompt, limits.max_codes)
         self._lanes = {
             rule: Lane(synthesizer, resolve(synthesizer, Settings(verify=rule)), self._shapes, limits.first_codes)
@@ -355,7 +355,7 @@ class Engine:
             if not isinstance(event, Sound):
                 ended.set()
 
-        self._submit(warm_up.TEXT, Settings(), rule, listen)
+        self._submit(warm_up.TEXT, Settings(voice=self.synthesizer.default_voice), rule, listen)
         ended.wait()
         if isinstance(events[-1], Failed):
             raise ValueError(f"expected a warm-up that speaks, got: {events[-1].error.message}")

@@ -123,12 +123,14 @@ def _voices(engine: Engine) -> dict[str, str | None]:
     """What each name that a request may give stands for."""
     own = engine.synthesizer.voices
     aliases = {alias: own[i % len(own)] if own else None for i, alias in enumerate(ALIASES)}
-    return {"default": None, **aliases, **{name: name for name in own}}
+    return {"default": engine.synthesizer.default_voice, **aliases, **{name: name for name in own}}
 
 
 def _takes_instructions(engine: Engine) -> bool:
     try:
-        engine.synthesizer.requests(engine.synthesizer.pieces("one, two."), Settings(instruct="Speak."))
+        engine.synthesizer.requests(
+            engine.synthesizer.pieces("one, two."), Settings(voice=engine.synthesizer.default_voice, instruct="Speak.")
+        )
     except ValueError:
         return False
     return True
@@ -177,7 +179,7 @@ class _Speech:
         if name is not None and name not in self.voices:
             raise ValueError(f"expected a voice among {', '.join(self.voices)}, got another: choose one of them")
         settings = Settings(
-            voice=None if name is None else self.voices[name],
+            voice=None if name is None and asked.reference else self.voices[name or "default"],
             temperature=asked.temperature,
             seed=asked.seed,
             reference=asked.reference and self._reference(asked.reference),

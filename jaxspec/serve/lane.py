@@ -104,7 +104,7 @@ class Lane:
         keys = row_keys(job.settings.key(), np.array([piece], np.uint32))
         row = self.slots.admit(row_request(self._synthesizer, job.requests, piece, keys, width))
         job.next_piece += 1
-        self._jobs[row] = job, Windows(self._synthesizer, self._first_codes)
+        self._jobs[row] = job, Windows(self._synthesizer, job.settings, self._first_codes)
 
     def drop_ended(self) -> None:
         """Empties the slots of jobs that have ended early."""

@@ -25,7 +25,7 @@ Step = Callable[[], object]
 def shapes(synthesizer: Synthesizer, slots: int, max_prompt: int | None, max_codes: int | None) -> Shapes:
     """The sizes for a number of slots: by default those that the longest piece of a text needs."""
     piece = max(synthesizer.pieces("one two three four five " * 50), key=len)
-    requests = synthesizer.requests([piece], Settings())
+    requests = synthesizer.requests([piece], Settings(voice=synthesizer.default_voice))
     most = max_prompt or requests.prompt.shape[1]
     widths = (*(width for width in _WIDTHS if width < most), most)
     return Shapes(slots, widths, min(max_codes or 2**31, requests.max_new_tokens), len(requests.stop_ids))
@@ -48,12 +48,15 @@ def codec_rows(synthesizer: Synthesizer) -> int:
 
 def codec(sizes: Shapes, synthesizer: Synthesizer, code: np.ndarray) -> None:
     """Compiles the codec for windows of every length; ``code`` is one, int32 [1] or [1 Q]."""
-    assert synthesizer.decode is not None
+    assert synthesizer.decode_windows is not None
     left, right = synthesizer.context_frames
+    voices = synthesizer.voices if synthesizer.decode_growing else (synthesizer.default_voice,)  # recordings differ in length
     most = sizes.max_codes // code.size if left is None or right is None else left + -(-MOST_CODES // code.size) + right
     for batch in (2**power for power in range(codec_rows(synthesizer).bit_length())):
         for length in sorted({padded_length(length) for length in range(1, most + 1)}):
-            synthesizer.decode([np.repeat(code, length, axis=0)] * batch, Settings(), Stopwatch())
+            rows = [np.repeat(code, length, axis=0)] * batch
+            for voice in voices:
+                synthesizer.decode_windows(rows, Settings(voice=voice), Stopwatch())
 
 
 def _tell(autotuner: Autotuner[str], rule: str, size: int, num_tokens: int, seconds: float) -> None:
@@ -63,7 +66,7 @@ def _tell(autotuner: Autotuner[str], rule: str, size: int, num_tokens: int, seco
 
 def _admit(lane: Lane, width: int, synthesizer: Synthesizer, limit: int) -> Row:
     """A row of at most ``limit`` tokens."""
-    settings = Settings(seed=2**32)  # one that takes two parts of a key
+    settings = Settings(voice=synthesizer.default_voice, seed=2**32)  # one that takes two parts of a key
     requests = synthesizer.requests(synthesizer.pieces(TEXT)[:1], settings)
     requests = requests._replace(limit=np.minimum(requests.limit, limit))
     keys = row_keys(settings.key(), np.zeros(1, np.uint32))

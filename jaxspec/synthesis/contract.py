@@ -184,6 +184,8 @@ class Synthesizer(NamedTuple):
         there is no codec.
     context_frames: of the codec, see ``jaxspec.types.Codec``: how many codes beside a code its sound depends on.
     voices: names that the settings may give, the default first.
+    decode_growing: likewise for the codes so far of pieces that are still growing; None where ``decode`` does it.
+    settled(number of codes so far, settings) -> of how many of them ``decode_growing`` gives the final sound.
     reference(wave float32 [N], sample rate in Hz, text) -> the recording as a reference; ValueError where that cannot be.
     """
 
@@ -201,6 +203,18 @@ class Synthesizer(NamedTuple):
     reference: Callable[[np.ndarray, int, str], Reference]
     context_frames: tuple[int | None, int | None] = (None, None)
     voices: tuple[str, ...] = ()
+    decode_growing: Callable[[Sequence[np.ndarray], Settings, Stopwatch], list[np.ndarray]] | None = None
+    settled: Callable[[int, Settings], int] | None = None
+
+    @property
+    def default_voice(self) -> str | None:
+        """The first voice, if there is any."""
+        return self.voices[0] if self.voices else None
+
+    @property
+    def decode_windows(self) -> Callable[[Sequence[np.ndarray], Settings, Stopwatch], list[np.ndarray]] | None:
+        """What decodes the windows of a stream."""
+        return self.decode_growing or self.decode
 
 
 def drafter_of(loaded: PretrainedDraft, description: Any) -> Drafter:

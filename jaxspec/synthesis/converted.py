@@ -57,7 +57,22 @@ def synthesizer(target: Pretrained, drafter: Drafter | None = None, codec: Pretr
         reference=functools.partial(recording.reference, target, codec),
         context_frames=codec.codec.context_frames if codec else (None, None),
         voices=(*model.voices, *voices.names(target.folder)),
+        **_growing(target, codec),
     )
+
+
+def _growing(target: Pretrained, codec: PretrainedCodec | None) -> dict[str, Any]:
+    """The fields of a synthesizer whose codec decodes rows that are still growing."""
+    if codec is None or codec.codec.growing is None:
+        return {}
+    made, settled = codec.codec.growing
+    changed = codec._replace(codec=made)
+
+    def final(count: int, settings: Settings) -> int:
+        reference = recording.of_settings(target, codec, settings)
+        return settled(count, reference and reference.condition)
+
+    return {"decode_growing": functools.partial(_decode, target, changed), "settled": final}
 
 
 def pieces(target: Pretrained, text: str) -> list[str]:

@@ -74,8 +74,8 @@ def of_settings(target: Pretrained, codec: PretrainedCodec | None, settings: Set
         return _added(target.folder, model, name, codec.digest if codec else "")
     if codec is not None and codec.codec.condition is not None:
         known = (*model.voices, *voices.names(target.folder))
-        choice = f", or --voice with one of {', '.join(known)}" if known else ""
-        raise ValueError(f"expected a voice for {model.family}, got none: give --reference speaker.wav{choice}")
+        choice = f"--voice with one of {', '.join(known)}" if known else "add one with `jaxspec voice add`"
+        raise ValueError(f"expected a voice for {model.family}, got none: give --reference speaker.wav, or {choice}")
     return None
 
 

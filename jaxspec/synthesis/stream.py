@@ -36,8 +36,9 @@ def stream(
     """Speaks each text, in chunks that come while the codes after them are decoded.
 
     The tokens are those of ``pipeline.speak`` with the same arguments, up to the rounding of the logits, which the size of a
-    batch can change; and so is the sound, but for rounding, where the codec's context is finite. Where it is not, the sound comes
-    piece by piece. "auto" does not try here: it is coarse-grained.
+    batch can change; and so is the sound, but for rounding, where the codec's context is finite. Where it is not, the sound is
+    that of the codec's own way to decode growing rows, or else comes piece by piece. "auto" does not try here: it is
+    coarse-grained.
 
     Args:
         texts: one text, or some.
@@ -73,7 +74,7 @@ def _chunks(
 ) -> Iterator[Chunk]:
     rows = _rows([piece for _, piece in pieces], settings, synthesizer, decoding, tally)
     for index, _ in pieces:
-        windows = Windows(synthesizer, first_codes)
+        windows = Windows(synthesizer, settings, first_codes)
         for row in rows:
             for window in windows.take(row):
                 wave = _decode(window, synthesizer, settings, tally)
@@ -85,8 +86,8 @@ def _chunks(
 
 
 def _decode(window: Window, synthesizer: Synthesizer, settings: Settings, tally: Tally) -> np.ndarray:
-    assert synthesizer.decode is not None
-    return window.cut(synthesizer.decode([window.codes], settings, tally.watch)[0])
+    assert synthesizer.decode_windows is not None
+    return window.cut(synthesizer.decode_windows([window.codes], settings, tally.watch)[0])
 
 
 def _rows(pieces: list[str], settings: Settings, synthesizer: Synthesizer, decoding: Decoding, tally: Tally) -> Iterator[Row]:
