@@ -157,19 +157,19 @@ def orpheus_in_frames(folder):
     return model
 
 
-def cosyvoice(folder, version):
+def cosyvoice(folder, version, vocab=700, **sizes):
     """``llm.pt`` and its backbone's folder; returns the state dict."""
     backbone = folder / "CosyVoice-BlankEN"
     backbone.mkdir()
     _trained().save_model(str(backbone))
-    model = qwen2(700, tie_word_embeddings=True)
+    model, width = qwen2(vocab, tie_word_embeddings=True, **sizes), (SIZES | sizes)["hidden_size"]
     (backbone / "config.json").write_text(json.dumps(model.config.to_dict() | {"architectures": ["Qwen2ForCausalLM"]}))
     torch.manual_seed(1)
     state = {f"llm.model.{name}": value for name, value in model.state_dict().items()}
-    state["speech_embedding.weight"] = 0.1 * torch.randn(version.rows, SIZES["hidden_size"])
-    state["llm_decoder.weight"] = 0.2 * torch.randn(version.rows, SIZES["hidden_size"])
+    state["speech_embedding.weight"] = 0.1 * torch.randn(version.rows, width)
+    state["llm_decoder.weight"] = 0.2 * torch.randn(version.rows, width)
     if version is V2:
-        state["llm_embedding.weight"] = 0.1 * torch.randn(2, SIZES["hidden_size"])
+        state["llm_embedding.weight"] = 0.1 * torch.randn(2, width)
         state["llm_decoder.bias"] = 0.5 * torch.randn(version.rows)
     torch.save(state, folder / "llm.pt")
     return state

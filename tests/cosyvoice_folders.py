@@ -1,4 +1,4 @@
-"""CosyVoice 2 and 3 as they are published, small and random: the language model and the files of its codec in one folder."""
+"""CosyVoice 2 and 3 as they are published, random, small or of their true sizes: language model and codec in one folder."""
 
 import functools
 
@@ -14,21 +14,34 @@ from jaxspec.convert import pipeline
 CODES = 6561
 SPEAKERS = {"中文女": 1, "anna": 2}
 SMALL = {"n_audio_state": 128, "n_audio_head": 2, "n_audio_layer": 2}
+TRUE_LLM = {
+    "vocab": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32_768,
+}
+TRUE_FLOW = {
+    2: {"width": 256, "heads": 8, "stages": 12, "blocks": 4, "encoder": 512, "encoder_layers": (6, 4)},
+    3: {"width": 1024, "layers": 22, "hidden": 1024},
+}
 
 
 @functools.cache
-def models(version):
+def models(version, small=True):
     """Flow, vocoder, speech tokenizer and speaker encoder of the reference packages."""
-    flow = (reference_flow.version2, reference_flow.version3)[version - 2](codes=CODES)
-    vocoder = reference_hift.made(version == 3, bins=80)
-    return flow, vocoder, reference_s3.s3_model(version, **SMALL), reference_s3.campplus_model()
+    flow = (reference_flow.version2, reference_flow.version3)[version - 2](codes=CODES, **({} if small else TRUE_FLOW[version]))
+    vocoder = reference_hift.made(version == 3, tiny=small, bins=80)
+    return flow, vocoder, reference_s3.s3_model(version, **(SMALL if small else {})), reference_s3.campplus_model()
 
 
-def make(folder, version):
+def make(folder, version, small=True):
     """Writes a checkpoint into a new folder."""
     folder.mkdir()
-    checkpoints.MAKERS[f"cosyvoice{version}"](folder)
-    flow, vocoder, tokenizer, speaker = models(version)
+    checkpoints.MAKERS[f"cosyvoice{version}"](folder, **({} if small else TRUE_LLM))
+    flow, vocoder, tokenizer, speaker = models(version, small)
     torch.save(flow.state_dict(), folder / "flow.pt")
     torch.save({f"generator.{name}": value for name, value in vocoder.state_dict().items()}, folder / "hift.pt")
     reference_s3.s3_onnx(folder / f"speech_tokenizer_v{version}.onnx", tokenizer, decomposed=version == 3)

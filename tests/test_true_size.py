@@ -1,4 +1,4 @@
-"""LLaSA-1B and X-codec2 at their true sizes with random weights: memory and time of a conversion, a wave, and codes of one.
+"""LLaSA-1B with X-codec2, and CosyVoice 2 and 3, at their true sizes with random weights: memory and time from files to a wave.
 
 Run by hand; it takes minutes, 16 GB of disk and 16 GB of memory: pytest -m slow -s -n 0 tests/test_true_size.py
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import checkpoints
+import cosyvoice_folders
 import ml_dtypes
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def run(program, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def speak_in_a_recordings_voice(model, folder, codes):
+    """4 s of speech are ``codes``; prints the seconds of each stage."""
+    soundfile.write(folder / "speaker.wav", cosyvoice_folders.speech(3.0, 24_000), 24_000)
+    clip = ["--reference", folder / "speaker.wav", "--reference-text", "The rain has stopped."]
+    arguments = ["say", "The rain has stopped and the sun is out.", "--model", model, *clip, "--json", "--out", folder / "a.wav"]
+    spoken, memory = run(SAY, *arguments, "--max-codes", codes)
+    wave, rate = soundfile.read(folder / "a.wav")
+    assert spoken["tokens"] == codes
+    assert len(wave) == 4 * rate
+    assert np.isfinite(wave).all()
+    seconds = {name.removesuffix("_seconds"): round(value, 2) for name, value in spoken.items() if name.endswith("_seconds")}
+    print(f"4 s in the voice of a recording of 3 s: {seconds} s; peak {memory['peak'] / 1e9:.2f} GB")
+
+
 @pytest.fixture(scope="module")
 def llasa(tmp_path_factory):
     """A folder like HKUSTAudio/Llasa-1B: 2.74 GB, 193,800 tokens with the real ids."""
@@ -162,6 +177,7 @@ def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     assert rate == 16_000
     assert len(wave) % 320 == 0
     assert spoken["tokens"] == 50
+    speak_in_a_recordings_voice(model, tmp_path, 200)
 
 
 def test_xcodec2_encodes_four_seconds(xcodec2, tmp_path):
@@ -178,3 +194,16 @@ def test_xcodec2_encodes_four_seconds(xcodec2, tmp_path):
     print(f"  {min(figures['processor'][1:]):.1f} s of processors; peak {peak:.2f} GB")
     assert figures["codes"] == [201, 1]
     assert peak < 5
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_cosyvoice_from_its_files_to_four_seconds_of_speech(version, tmp_path):
+    source, model = tmp_path / f"CosyVoice{version}", tmp_path / "model"
+    cosyvoice_folders.make(source, version, small=False)
+    cosyvoice_folders.models.cache_clear()
+    (figures,) = run(CONVERT, source, model, "", "")
+    above = (figures["peak"] - figures["before"]) / 1e9
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) / 1e9
+    print(f"\nCosyVoice {version}, {size:.2f} GB: converted in {figures['seconds'][0]:.1f} s, {above:.2f} GB above the start")
+    assert above < 2
+    speak_in_a_recordings_voice(model, tmp_path, 100)
