@@ -23,6 +23,7 @@ from jaxspec.types import Array, History, KeyLike, SamplingRows
 MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's window is 10
 _MAX_PENALTY = 1e6  # keeps penalized logits finite in float32
 _INFINITY_BITS = 0x7F800000
+_ROUGH_RANGE, _ROUGH_HALVINGS = 32.0, 12  # temperatures below the best logit; to 0.008 of them
 _BLOCK = 256  # of the two-level inverse of the distribution function
 _FLOAT32 = np.finfo(np.float32)
 _MAX_INT32 = 2**31 - 1
@@ -142,7 +143,10 @@ def rows(sampling: Sampling | Sequence[Sampling], batch: int) -> SamplingRows:
 
 
 def probabilities(
-    logits: Float[Array, "*rows V"], sampling: Sampling | SamplingRows, history: History | None = None
+    logits: Float[Array, "*rows V"],
+    sampling: Sampling | SamplingRows,
+    history: History | None = None,
+    rough: bool = False,
 ) -> Float32[Array, "*rows V"]:
     """The distribution that a row is sampled from.
 
@@ -154,6 +158,8 @@ def probabilities(
         logits: [... V], any float type; -inf forbids a token.
         sampling: one setting for all, or arrays as above. New values in the arrays do not recompile.
         history: the tokens before each position; needed only by the repetition settings and by ``min_new_tokens``.
+        rough: whether top-k and top-p may keep tokens within 0.01 temperatures beyond their limit, and limits beyond 32 are none.
+            For drafts, which may draw from any distribution: less than half of the reductions over V.
 
     Returns:
         float32 [... V], sums to 1. All NaN where a logit is NaN or +inf, where every logit is -inf, and where ``sampling`` holds
@@ -180,7 +186,7 @@ def probabilities(
         logits = _withhold(_penalize(logits, settings.repetition_penalty, history), settings, history)
     gap = _gap(logits, settings.temperature)
     full = jnp.exp(-gap)
-    kept = jnp.where(_keep(gap, full, settings), full, 0.0)
+    kept = jnp.where(_keep(gap, full, settings, rough), full, 0.0)
     probs = kept / kept.sum(-1, keepdims=True)
     if history is None:
         return jnp.where(_needs_history(settings), jnp.nan, probs)
@@ -279,20 +285,23 @@ def _first_zero(gap: Array) -> Array:
     return jnp.where(gap == 0, _ids(gap), gap.shape[-1]).min(-1, keepdims=True)
 
 
-def _keep(gap: Float32[Array, "*rows V"], full: Float32[Array, "*rows V"], settings: SamplingRows) -> Bool[Array, "*rows V"]:
+def _keep(
+    gap: Float32[Array, "*rows V"], full: Float32[Array, "*rows V"], settings: SamplingRows, rough: bool
+) -> Bool[Array, "*rows V"]:
     """The tokens that top-k, top-p and min-p keep, bool [... V]. ``full`` is exp(-gap)."""
     everything = jnp.full((*gap.shape[:-1], 1), jnp.inf, jnp.float32)
+    limit_of = _rough_limit if rough else _limit
 
     def by_count() -> Array:
         count = jnp.where(settings.top_k > 0, settings.top_k.astype(jnp.float32), jnp.inf)
-        return _limit(gap, jnp.ones_like(gap), count)
+        return limit_of(gap, jnp.ones_like(gap), count)
 
     limit = jax.lax.cond((settings.top_k > 0).any(), by_count, lambda: everything)
 
     def by_mass() -> Array:
         whole = settings.repetition_window > 0
         total = jnp.where(whole | (gap <= limit), full, 0.0).sum(-1, keepdims=True)
-        return jnp.minimum(limit, _limit(gap, full, jnp.where(settings.top_p < 1, settings.top_p * total, jnp.inf)))
+        return jnp.minimum(limit, limit_of(gap, full, jnp.where(settings.top_p < 1, settings.top_p * total, jnp.inf)))
 
     limit = jax.lax.cond((settings.top_p < 1).any(), by_mass, lambda: limit)
     return (gap <= limit) & (full >= settings.min_p)
@@ -313,6 +322,20 @@ def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bo
     ends = jnp.zeros((*gap.shape[:-1], 1), jnp.int32), jnp.full((*gap.shape[:-1], 1), _INFINITY_BITS, jnp.int32)
     low, _ = jax.lax.fori_loop(0, 31, halve, ends)
     return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _rough_limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bound: Array) -> Float32[Array, "*rows 1"]:
+    """``_limit``, or up to 0.01 more; inf where it is beyond ``_ROUGH_RANGE``."""
+
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        below = jnp.where(gap < middle, weight, 0.0).sum(-1, keepdims=True) < bound
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    ends = jnp.zeros((*gap.shape[:-1], 1), jnp.float32), jnp.full((*gap.shape[:-1], 1), _ROUGH_RANGE, jnp.float32)
+    _, high = jax.lax.fori_loop(0, _ROUGH_HALVINGS, halve, ends)
+    return jnp.where(high < _ROUGH_RANGE, high, jnp.inf)
 
 
 def _penalize(logits: Array, penalty: Array, history: History) -> Array:

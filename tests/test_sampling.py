@@ -92,6 +92,18 @@ def test_each_row_has_its_own_settings_and_greedy_rows_stay_greedy():
     assert together[15].max() == 1
 
 
+@pytest.mark.parametrize("sampling", [one for one in WARPERS if not (one.top_k and one.top_p < 1)])
+def test_rough_limits_keep_little_more(sampling):
+    """One token more by top-k may let top-p keep another, so that each limit is looked at alone."""
+    logits = jnp.asarray(np.random.default_rng(5).normal(0, 3, (16, 5000)), jnp.float32)
+    history = whole_history(TOKENS)
+    probs, rough = (np.asarray(sampling_module.probabilities(logits, sampling, history, rough)) for rough in (False, True))
+    np.testing.assert_allclose(rough.sum(-1), 1, rtol=1e-5)
+    assert (rough[probs > 0] > 0).all()
+    for exact, kept in zip(probs, rough, strict=True):
+        assert (kept[kept > 0] >= kept[exact > 0].min() * np.exp(-0.01)).all()
+
+
 def test_greedy_takes_the_lowest_of_equals():
     probs = probabilities(jnp.array([[1.0, 2.0, 2.0, -jnp.inf], [-jnp.inf] * 2 + [-5.0] * 2]), Sampling(temperature=0))
     np.testing.assert_array_equal(probs, [[0, 1, 0, 0], [0, 0, 1, 0]])

@@ -30,7 +30,7 @@ def draw(
     Returns:
         the token [B], the distribution that it is drawn from [B V], and ``tokens`` with the token added.
     """
-    probs = sampling_lib.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i))
+    probs = sampling_lib.probabilities(logits, context.sampling, History(tokens, context.start, context.length + i), rough=True)
     token = jax.vmap(lambda key, row: sampling_lib.sample(jax.random.fold_in(key, i), row))(keys, probs)
     here = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] == (context.length + i)[:, None]
     return token, probs, jnp.where(here, token[:, None], tokens)
