@@ -1,5 +1,6 @@
 """Times the real loops against the autoregressive one, interleaved: prefill, a round and its parts, tokens per second."""
 
+import functools
 import resource
 import statistics
 import sys
@@ -14,14 +15,14 @@ from jaxspec import request as requests
 from jaxspec import rounds, speculate
 from jaxspec.bench.cases import Case, Models
 from jaxspec.common.stopwatch import Stopwatch, compilations
-from jaxspec.draft import ngram_draft
-from jaxspec.state import Generation
+from jaxspec.state import Generation, State
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Requests
-from jaxspec.types import Draft, Params, Verify
+from jaxspec.types import Array, Draft, Params, Proposal, Verify
 
 PARTS = ("draft", "target", "verify_and_commit")
 _PART_ROUNDS = 5  # of each part, in each repeat
+_REPEATED = 4  # times a step or a proposal in one program, so that calls of it weigh less
 
 _T = TypeVar("_T")
 
@@ -91,10 +92,9 @@ class _Timed:
             drafter = models.drafts[case.draft].drafter
             rule = models.verifier(case.rule, case.threshold)
             self.method = _Method(drafter.make(case.draft_length), drafter.params, rule)
-        self._propose = jax.jit(rounds.propose, static_argnums=0, donate_argnums=2)
+        self._propose = jax.jit(_propose, static_argnums=0, donate_argnums=2)
         self._score = jax.jit(rounds.score, static_argnums=0, donate_argnums=3)
         self._verify_and_commit = jax.jit(rounds.verify_and_commit, donate_argnums=1)
-        self._step = jax.jit(rounds.plain_step, static_argnums=0, donate_argnums=2)
         self.clear()
 
     def clear(self) -> None:
@@ -132,26 +132,36 @@ class _Timed:
         return speculate.generate(*target, *self.method, **asked._asdict())
 
     def _time_parts(self, number: int, method: "_Method") -> None:
-        """Times the parts of some rounds, and a plain step beside each of them."""
+        """Times the parts of some rounds, and plain steps beside them; drafting and steps several times in one program."""
         asked = self.models.requests(self.case, number)
         target_params, (draft, draft_params, verify) = self.models.target_params, method
         request = requests.check(jax.random.key(number), **asked._asdict())
         cells = asked.prompt.shape[1] + asked.max_new_tokens + draft.length + 1
         plain = self.models.lm()
         state = speculate.init(self.lm, target_params, draft, draft_params, request, cells)
-        stepped = speculate.init(plain, target_params, ngram_draft(0, self.models.target.vocab), (), request, cells)
+        stepped = speculate.init(plain, target_params, None, (), request, cells)
         for _ in range(_PART_ROUNDS):
-            stepped = self._time("step", lambda s=stepped: self._step(plain, target_params, s))
-            proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s))
+            steps = functools.partial(speculate.advance, plain, target_params, None, (), None, stepped, _REPEATED)
+            stepped = self._time("step", steps, _REPEATED)
+            proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s), _REPEATED)
             probs, features, state = self._time("target", lambda s=state, p=proposal: self._score(self.lm, target_params, p, s))
             parts = proposal, probs, features
             state = self._time("verify_and_commit", lambda s=state, p=parts: self._verify_and_commit(verify, s, *p))
 
-    def _time(self, name: str, call: Callable[[], _T]) -> _T:
+    def _time(self, name: str, call: Callable[[], _T], repeated: int = 1) -> _T:
         start = time.perf_counter()
         result = jax.block_until_ready(call())
-        self.seconds[name].append(time.perf_counter() - start)
+        self.seconds[name].append((time.perf_counter() - start) / repeated)
         return result
+
+
+def _propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State]:
+    """Proposes ``_REPEATED`` times after the same token."""
+
+    def again(_: Array, carry: tuple[Proposal, State]) -> tuple[Proposal, State]:
+        return rounds.propose(draft, params, carry[1])
+
+    return jax.lax.fori_loop(1, _REPEATED, again, rounds.propose(draft, params, state))
 
 
 def _autotuned(models: Models, case: Case, timed: dict[Case, Any]) -> "_Autotuned":
