@@ -168,6 +168,8 @@ def cosyvoice(folder, version, vocab=700, **sizes):
     state = {f"llm.model.{name}": value for name, value in model.state_dict().items()}
     state["speech_embedding.weight"] = 0.1 * torch.randn(version.rows, width)
     state["llm_decoder.weight"] = 0.2 * torch.randn(version.rows, width)
+    if sizes:  # of the true size: it never stops, so that speech is as long as asked
+        state["llm_decoder.weight"][6561:] = 0
     if version is V2:
         state["llm_embedding.weight"] = 0.1 * torch.randn(2, width)
         state["llm_decoder.bias"] = 0.5 * torch.randn(version.rows)
