@@ -33,10 +33,9 @@ PARAMS = "params"
 FORMAT = 1
 
 _BLOCK_BYTES = 2**27  # larger tensors are written in blocks of rows
-_PART_BYTES = (
-    2**22
-)  # a block of a matrix is cut between columns into files of at least this size, so that a host which needs some
-_MOST_PARTS = 16  # columns reads little more than these
+# A block of a matrix is cut between columns into files of at least so many bytes, at most so many: a host of several then reads
+# little more than the columns that its chips need.
+_PART_BYTES, _MOST_PARTS = 2**22, 16
 _BYTES_AT_A_TIME = 2**29  # in memory at once, so that some tensors are read while others are written
 _PIECE_BYTES = 2**23  # of a block, made row-major at once
 _STRIP = 16  # columns of a transposed matrix that are copied together, about a cache line
@@ -240,8 +239,8 @@ def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
 def _parts(block: tuple[int, ...], dtype: np.dtype) -> int:
     """Into how many files a block of rows is cut between columns, a power of 2: those of a matrix only.
 
-    >>> _parts((4096, 14336), np.dtype(np.float16)), _parts((64, 64), np.dtype(np.float32)), _parts((10**7,), np.dtype(np.float32))
-    (16, 1, 1)
+    >>> _parts((4096, 14336), np.dtype(np.float16)), _parts((64, 64), np.dtype(np.float16))
+    (16, 1)
     """
     parts = 1
     while len(block) == 2 and parts < _MOST_PARTS and block[1] % (2 * parts) == 0:
