@@ -25,8 +25,6 @@ MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's windo
 _MAX_PENALTY = 1e6  # keeps penalized logits finite in float32
 _INFINITY_BITS = 0x7F800000
 _ROUGH_RANGE, _ROUGH_HALVINGS = 32.0, 12  # temperatures below the best logit; to 0.008 of them
-_BLOCK = 256  # of the two-level inverse of the distribution function
-=======
 BLOCK = 256  # of the two-level inverse of the distribution function; on a mesh a chip should hold whole ones
 _FEW_ROWS = 4  # of a chip: gathering their distributions costs less than the all-reduces of a bisection
 _FLOAT32 = np.finfo(np.float32)
