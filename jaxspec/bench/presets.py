@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.common.trees import flatten, unflatten
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import transformer
+from jaxspec.models.int8 import SUFFIX, UNIFORM_INT8, random_int8
 from jaxspec.models.transformer import Config, RopeScaling
 from jaxspec.types import Array, Params
 
 GROUP_SIZE = 140  # the mean of PCG's groups of LLaSA at a cosine of 0.4, arXiv 2511.13732
 
+_DEVIATION = 0.02  # of random weights
 _LLASA = (65_537, 128_264), 65_537  # input tables and the head of ``convert --head speech``: codes and the stop id
 _LLAMA3 = functools.partial(Config, rope_theta=500_000.0, norm_eps=1e-5)
 
@@ -83,17 +86,19 @@ def pair(name: str, dtype: str) -> Pair:
 
 
 def random_params(key: Array, config: Config) -> Params:
-    """Random parameters of a shape in its own dtype, made on the device: normal of deviation 0.02; norms are ones."""
-    leaves, tree = jax.tree.flatten(transformer.abstract_params(config))
-    dtype = jnp.dtype(config.dtype)
+    """Random parameters of a shape in its own dtype, made on the device: of deviation 0.02; norms are ones."""
+    leaves = dict(sorted(flatten(transformer.stored_params(config)).items()))
 
-    def fill(key: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+    def fill(key: Array, path: str, leaf: jax.ShapeDtypeStruct) -> Array:
         if leaf.ndim < 2:
-            return jnp.ones(leaf.shape, dtype)
-        return jax.jit(lambda key: (0.02 * jax.random.normal(key, leaf.shape, dtype)).astype(dtype))(key)
+            return jnp.full(leaf.shape, _DEVIATION / UNIFORM_INT8 if path.endswith(SUFFIX) else 1, leaf.dtype)
+        if leaf.dtype == jnp.int8:
+            return jax.jit(lambda key: random_int8(key, leaf.shape))(key)
+        return jax.jit(lambda key: (_DEVIATION * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype))(key)
 
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    filled = [fill(key, path, leaf) for key, (path, leaf) in zip(keys, leaves.items(), strict=True)]
+    return unflatten(dict(zip(leaves, filled, strict=True)))
 
 
 def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
@@ -112,9 +117,8 @@ def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
 
 
 def parameter_bytes(config: Config) -> int:
-    """The bytes of the parameters of a shape, in its own dtype."""
-    size = jnp.dtype(config.dtype).itemsize
-    return sum(leaf.size * size for leaf in jax.tree.leaves(transformer.abstract_params(config)))
+    """The bytes of the parameters of a shape, as it stores them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(transformer.stored_params(config)))
 
 
 def cache_bytes(config: Config, batch: int, cells: int) -> int:
