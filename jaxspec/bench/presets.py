@@ -68,12 +68,13 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 }
 
 
-def pair(name: str, dtype: str) -> Pair:
+def pair(name: str, dtype: str, weights: str = "float") -> Pair:
     """The shapes of a preset.
 
     Args:
         name: a key of ``PAIRS``.
         dtype: of weights and caches.
+        weights: of target and draft, see ``transformer.Config.weights``.
 
     Raises:
         ValueError: there is no such preset.
@@ -81,8 +82,8 @@ def pair(name: str, dtype: str) -> Pair:
     if name not in PAIRS:
         raise ValueError(f"expected a preset among {', '.join(PAIRS)}, got {name!r}: choose one of these")
     shapes = PAIRS[name]()
-    draft = shapes.draft and dataclasses.replace(shapes.draft, dtype=dtype)
-    return Pair(dataclasses.replace(shapes.target, dtype=dtype), draft, shapes.stops)
+    draft = shapes.draft and dataclasses.replace(shapes.draft, dtype=dtype, weights=weights)
+    return Pair(dataclasses.replace(shapes.target, dtype=dtype, weights=weights), draft, shapes.stops)
 
 
 def random_params(key: Array, config: Config) -> Params:
