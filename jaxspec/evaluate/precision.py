@@ -1,8 +1,9 @@
 """How far the logits of a voice with other weights are from its own, on codes that it emitted."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,15 +51,16 @@ def precision(own: Voice, other: Voice, pieces: Sequence[str], names: Sequence[s
         block = slice(first, first + _ROWS)
         place, end = np.arange(tokens.shape[1])[None], np.array([len(some) for some in codes[block]]) + length[block]
         counted = (place >= length[block, None] - 1) & (place < end[:, None])
-        ours, theirs = (_logits(voice.target, voice.target_params, tokens[block])[counted] for voice in (own, other))
+        ours, theirs = (_logits(voice.target, voice.target_params, jnp.asarray(tokens[block]))[counted] for voice in (own, other))
         sums, count = sums + np.array(_differences(ours, theirs)), count + len(ours)
     moved, size, variation, same = sums
     return Precision(float(np.sqrt(moved / size)), float(variation / count), float(same / count))
 
 
-def _logits(config: transformer.Config, params: Params, tokens: Int32[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
-    model = transformer.Transformer(dataclasses.replace(config, feature_layers=()))
-    return jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])(params, jnp.asarray(tokens))
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: transformer.Config, params: Params, tokens: Int32[Array, "B T"]) -> Float[Array, "B T V"]:
+    output: Any = transformer.Transformer(dataclasses.replace(config, feature_layers=())).apply({"params": params}, tokens)
+    return output[0]
 
 
 def _differences(ours: Float[Array, "N V"], theirs: Float[Array, "N V"]) -> tuple[Array, Array, Array, Array]:
