@@ -75,7 +75,11 @@ def checked(fits=True, **holds):
     read = {"bytes_needed": 1e6, "bandwidth_bound_s": 1e-3}
     parts = "target draft shared groups target_cache draft_cache arguments outputs code temporaries caches_as_laid_out total room"
     memory = dict.fromkeys([*parts.split(), "parameters_laid_out_anew"], 1000) | {"fits": fits}
-    settings = dataclasses.asdict(Settings("small", "v5e:2x2")) | {"target_layers": 12, "draft_layers": None, "compile_s": 1.0}
+    settings = dataclasses.asdict(Settings("small", "v5e:2x2", weights="float")) | {
+        "target_layers": 12,
+        "draft_layers": None,
+        "compile_s": 1.0,
+    }
     return settings | {
         "device": "TPU v5 lite",
         "devices": 4,
@@ -117,6 +121,13 @@ def test_the_command_ends_with_2_on_bad_input():
     assert err.startswith("jaxspec: expected a batch of at most 565")
 
 
+@pytest.mark.usefixtures("no_global_settings")
+def test_int8_is_refused_where_nothing_is_decoded():
+    code, _, err = commands.run("plan", "--model", "cosyvoice2", "--topology", "v5e:2x2", "--sound", 5, "--weights", "int8")
+    assert code == 2
+    assert err == "jaxspec: expected no --weights with --train-draft or --sound, got int8: leave it out\n"
+
+
 def test_a_converted_folder_gives_the_shape(tmp_path):
     shape = presets.pair("small", "float32").target
     model = card.Model("llasa", shape, 0, shape.vocab - 1, (shape.vocab - 1,), 0, (), Sampling(), "", "")
@@ -125,6 +136,8 @@ def test_a_converted_folder_gives_the_shape(tmp_path):
     assert pair == presets.pair("small", "bfloat16")
     assert plan_shapes.pair_of(Settings("small", "v5e:2x2", draft=str(tmp_path))).draft == pair.target
     assert plan_shapes.pair_of(Settings(str(tmp_path), "v5e:2x2", draft="ngram")).draft is None
+    int8 = plan_shapes.pair_of(Settings(str(tmp_path), "v5e:2x2", draft="2", weights="int8"))
+    assert (int8.target.weights, int8.draft.weights) == ("int8", "int8")
     with pytest.raises(ValueError, match="expected a draft of the target's 65537 ids"):
         plan_shapes.pair_of(Settings("llasa-1b", "v5e:2x2", draft=str(tmp_path)))
     with pytest.raises(ValueError, match=r"expected --draft with .*, got none: give ngram, a folder, or a number"):
@@ -227,6 +240,41 @@ ENTRY %main (p: f32[<=8]) -> f32[<=8] {
     assert made["vocabulary"]["holds"]
 
 
+INT8_LOOP = """
+ENTRY %main (p: s8[4096,128]) -> bf16[2,128] {{
+  %loop = (s8[4096,128]{{1,0}}, {carried}bf16[2,128]{{1,0}}) while(%p), condition=%ends, body=%body
+}}
+%body (q: s8[4096,128]) -> bf16[2,128] {{
+  %w = s8[4096,128]{{1,0}} parameter(0)
+  {made}
+  ROOT %y = bf16[2,128]{{1,0}} fusion(%w, %x), kind=kOutput, calls=%product
+}}
+%product (a: s8[4096,128]) -> bf16[2,128] {{
+  %a = s8[4096,128]{{1,0}} parameter(0)
+  %as_float = bf16[4096,128]{{1,0}} convert(%a)
+  ROOT %dot = bf16[2,128]{{1,0}} convolution(%x, %as_float)
+}}
+%ends (q: bf16[8]) -> pred[] {{
+  ROOT %end = pred[] parameter(0)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("carried", "made", "found"),
+    [
+        ("", "", []),  # a conversion within the product's fusion stays in registers
+        ("", "%kept = bf16[4096,128]{1,0} convert(%w)", ["kept bf16[4096,128]{1,0}"]),
+        ("bf16[4096,128]{1,0}, ", "", ["loop (s8[4096,128]{1,0}, bf16[4096,128]{1,0}, bf16[2,128]{1,0})"]),
+    ],
+    ids=["fused", "in the loop", "before the loop"],
+)
+def test_int8_weights_that_are_kept_as_floats_are_found(carried, made, found):
+    program = hlo.parse(INT8_LOOP.format(carried=carried, made=made))
+    check = hlo.checks(program, 1, V, set(), set(), int8_as_floats={hlo.identity("bf16", (4096, 128))})["int8"]
+    assert (check["holds"], check["found"]) == (not found, found)
+
+
 @needs_libtpu
 def test_a_loop_of_known_length_costs_its_length():
     def repeat(times):
@@ -253,6 +301,19 @@ def smaller(monkeypatch):
     shapes = [dataclasses.replace(presets.pair("small", "bfloat16").target, layers=layers) for layers in (3, 1)]
     monkeypatch.setitem(presets.PAIRS, "smaller", lambda: presets.Pair(*shapes, 1))
     return shapes
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_int8_weights_are_read_as_they_are(smaller):
+    settings = Settings("smaller", "v5e:2x2", cells=512, prompt_length=64)
+    floats, int8 = plan.plan(settings), plan.plan(dataclasses.replace(settings, weights="int8"))
+    assert int8["memory"]["arguments"] < 0.55 * floats["memory"]["arguments"]
+    assert int8["memory"]["temporaries"] < 1.1 * floats["memory"]["temporaries"]
+    assert int8["step"]["bytes_needed"] < 0.55 * floats["step"]["bytes_needed"]
+    assert int8["step"]["cycles"] < floats["step"]["cycles"]
+    assert plan_report.passes(int8), int8["checks"]
+    assert "in bfloat16 with int8 weights" in plan_report.card(int8)
 
 
 @needs_libtpu

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -182,7 +183,13 @@ _HOST = re.compile(r"infeed|outfeed|send|recv|callback|host", re.IGNORECASE)
 
 
 def checks(
-    program: Program, rows: int, vocab: int, caches: set[tuple], matrices: set[tuple], group_size: int = 0
+    program: Program,
+    rows: int,
+    vocab: int,
+    caches: set[tuple],
+    matrices: set[tuple],
+    group_size: int = 0,
+    int8_as_floats: AbstractSet[tuple] = frozenset(),
 ) -> dict[str, dict[str, Any]]:
     """Checks the compiled loop.
 
@@ -193,6 +200,7 @@ def checks(
         caches: the ``identity`` of each KV cache, in every type that the compiler may keep it in.
         matrices: the ``identity`` of each matrix of parameters, of its float32 products.
         group_size: the most tokens of a group; gathers of that many tokens are the verifier's look-ups.
+        int8_as_floats: the ``identity`` that a copy of each int8 matrix would have as floats.
 
     Returns:
         For each check whether it holds, what it checks, and how many instructions break it, with the first five.
@@ -211,6 +219,10 @@ def checks(
         "vocabulary": (
             f"no sort or gather over the {vocab} ids in the loop",
             [op for op in everything if _over_vocabulary(op, rows, vocab, group_size)],
+        ),
+        "int8": (
+            "no int8 matrix kept as floats, neither within the loop nor from one iteration to the next",
+            _kept(program, int8_as_floats),
         ),
         "shapes": ("no dynamic shape", [op for ops in program.computations.values() for op in ops if _dynamic(op)]),
     }
@@ -244,6 +256,13 @@ def _over_vocabulary(op: Op, rows: int, vocab: int, group_size: int) -> bool:
     if sizes[-1:] == (group_size,):
         return False
     return math.prod(sizes) >= rows * vocab * math.prod(int(size) for size in piece[1].split(",") if size)
+
+
+def _kept(program: Program, identities: AbstractSet[tuple]) -> list[Op]:
+    """The instructions of the loop that make an array of these, and the loop itself where it carries one."""
+    ops = [op for ops in _within(program, program.body, fusions=False) for op in ops if op.code not in _PASSES]
+    carried = [program.loop] if program.loop else []
+    return [op for op in ops + carried if any(array.identity in identities for array in arrays(op.shape))]
 
 
 def _dynamic(op: Op) -> bool:

@@ -85,7 +85,7 @@ def _random(settings: Settings, dtype: str) -> Models:
             f"expected --draft {OWN} or {NGRAM} with the preset {settings.preset}, whose weights are random, got "
             f"{min(unknown)!r}: give the folder of its target as --preset"
         )
-    pair = presets.pair(settings.preset, dtype)
+    pair = presets.pair(settings.preset, dtype, settings.weights)
     pair = pair if OWN in settings.drafts else pair._replace(draft=None)
     _check_fits(settings, pair)
     target_key, draft_key = jax.random.split(jax.random.key(0))

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxspec import speculate
 from jaxspec.bench.cases import Case, Models
+from jaxspec.models import int8
 from jaxspec.models.transformer import Config
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Requests
@@ -189,7 +190,8 @@ def _torch_model(config: Config, params: Params, device: str) -> Any:
     with torch.device("meta"):
         model = kind(shape)
     model = model.to_empty(device=device).to(getattr(torch, config.dtype)).eval()
-    state = {name: torch.tensor(np.asarray(value, np.float32)) for name, value in _state(config, params).items()}
+    state = _state(config, int8.dequantize(params))
+    state = {name: torch.tensor(np.asarray(value, np.float32)) for name, value in state.items()}
     model.load_state_dict(state, strict=not config.tied)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(shape).to(device)  # its buffers are not in the state dict

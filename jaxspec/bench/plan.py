@@ -67,6 +67,7 @@ def plan(settings: Settings, placement: Placement | None = None) -> dict[str, An
     caches = _caches(settings, pair)
     return {
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)},
+        "weights": pair.target.weights,
         "target_layers": pair.target.layers,
         "draft_layers": pair.draft.layers if pair.draft else None,
         "device": devices[0].device_kind,
@@ -79,7 +80,9 @@ def plan(settings: Settings, placement: Placement | None = None) -> dict[str, An
         "round": _body(program, device, read["target"] + settings.draft_length * read["draft"])
         | _counts(loop, device, prefill)
         | {"cycles_of_draft_steps": hlo.longest_loop_cycles(program) if pair.draft else None},
-        "checks": hlo.checks(program, settings.batch, pair.target.vocab, caches, _matrices(shapes), group_size(pair)),
+        "checks": hlo.checks(
+            program, settings.batch, pair.target.vocab, caches, _matrices(shapes), group_size(pair), _int8_as_floats(shapes)
+        ),
     }
 
 
@@ -168,6 +171,13 @@ def _matrices(shapes: Arguments) -> set[tuple]:
     """The identities of the float32 products of the matrices of parameters."""
     leaves = jax.tree.leaves((shapes.target_params, shapes.draft_params))
     return {hlo.identity("f32", leaf.shape) for leaf in leaves if leaf.ndim == 2 and min(leaf.shape) > _NARROW}
+
+
+def _int8_as_floats(shapes: Arguments) -> set[tuple]:
+    """The identities that copies of int8 matrices would have as floats."""
+    leaves = jax.tree.leaves((shapes.target_params, shapes.draft_params))
+    matrices = [leaf.shape for leaf in leaves if leaf.dtype == "int8" and min(leaf.shape) > _NARROW]
+    return {hlo.identity(kind, shape) for shape in matrices for kind in ("bf16", "f32")}
 
 
 def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[str, Any]:

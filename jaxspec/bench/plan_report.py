@@ -43,9 +43,10 @@ def card(result: Mapping[str, Any]) -> str:
 
 def _head(result: Mapping[str, Any]) -> list[str]:
     device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
+    kind = result["dtype"] + (" with int8 weights" if result["weights"] == "int8" else "")
     draft = f"a draft of {result['draft_layers']}" if result["draft_layers"] else "the n-gram draft"
     return [
-        f"{result['model']}, {result['target_layers']} layers, and {draft}, in {result['dtype']}: batch {result['batch']}, "
+        f"{result['model']}, {result['target_layers']} layers, and {draft}, in {kind}: batch {result['batch']}, "
         f"cache length {result['cells']}, prompt length {result['prompt_length']}, K = {result['draft_length']}",
         f"on {device} of {result['topology']} ({result['device']}); compiled in {result['compile_s']:.0f} s, not run",
     ]

@@ -44,6 +44,8 @@ class Settings:
     """Codes to draft in a round (K)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of parameters and caches."""
+    weights: Literal["float", "int8"] | None = None
+    """int8: with int8 weights, in target and draft; by default as MODEL has them."""
 
     def check(self) -> None:
         """Checks every number.
@@ -88,8 +90,8 @@ def pair_of(settings: Settings) -> Pair:
             f"{settings.model!r}: choose one of these"
         )
     draft = _draft_of(settings, pair)
-    draft = draft and dataclasses.replace(draft, dtype=settings.dtype)
-    return Pair(dataclasses.replace(pair.target, dtype=settings.dtype), draft, pair.stops)
+    changes = {"dtype": settings.dtype} | ({"weights": settings.weights} if settings.weights else {})
+    return Pair(dataclasses.replace(pair.target, **changes), draft and dataclasses.replace(draft, **changes), pair.stops)
 
 
 def _draft_of(settings: Settings, pair: Pair) -> Config | None:
@@ -129,8 +131,7 @@ def arguments(settings: Settings, pair: Pair) -> Arguments:
     """
 
     def params(config: Config | None) -> Params:
-        leaves = () if config is None else transformer.abstract_params(config)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(settings.dtype)), leaves)
+        return () if config is None else transformer.stored_params(config)
 
     vocab, codes, size = pair.target.vocab, pair.target.vocab - pair.stops, group_size(pair)
     sizes = (vocab, size), vocab, codes * size + pair.stops, vocab, vocab
@@ -162,7 +163,7 @@ def memory_parts(settings: Settings, pair: Pair, shapes: Arguments) -> dict[str,
     Returns:
         Bytes by name. "shared" is part of both models' parameters: one copy serves both where the draft was cut from the target.
     """
-    names = [name for name in shapes.draft_params if name == "head" or name.startswith("table_")]
+    names = [name for name in shapes.draft_params if name.startswith(("head", "table_"))]
     tables = {name: shapes.draft_params[name] for name in names}
     cache = functools.partial(presets.cache_bytes, batch=settings.batch, cells=settings.cells)
     return {

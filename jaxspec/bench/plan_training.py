@@ -66,9 +66,7 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
     loop.check_rows(rows, len(devices), recipe.accumulate)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     config = trainer.config_of(recipe)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), transformer.abstract_params(pair.target)
-    )
+    params = transformer.stored_params(pair.target)
     own = jax.eval_shape(lambda params: drafts.own_params(jax.random.key(0), task, params), params)
     state = jax.eval_shape(lambda own: loop.init_state(own, config), own)
     loss = jax.tree_util.Partial(trainer.DraftLoss(task), Frozen(params, _membership(pair) if recipe.loss in ON_GROUPS else None))

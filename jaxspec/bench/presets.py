@@ -3,20 +3,23 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.common.trees import flatten, unflatten
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import placement as placements
 from jaxspec.models import transformer
+from jaxspec.models.int8 import SUFFIX, UNIFORM_INT8, random_int8
 from jaxspec.models.transformer import Config, RopeScaling
 from jaxspec.types import Array, Params
 
 GROUP_SIZE = 140  # the mean of PCG's groups of LLaSA at a cosine of 0.4, arXiv 2511.13732
 
+_DEVIATION = 0.02  # of random weights
 _LLASA = (65_537, 128_264), 65_537  # input tables and the head of ``convert --head speech``: codes and the stop id
 _LLAMA3 = functools.partial(Config, rope_theta=500_000.0, norm_eps=1e-5)
 
@@ -66,12 +69,13 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 }
 
 
-def pair(name: str, dtype: str) -> Pair:
+def pair(name: str, dtype: str, weights: str = "float") -> Pair:
     """The shapes of a preset.
 
     Args:
         name: a key of ``PAIRS``.
         dtype: of weights and caches.
+        weights: of target and draft, see ``transformer.Config.weights``.
 
     Raises:
         ValueError: there is no such preset.
@@ -79,24 +83,30 @@ def pair(name: str, dtype: str) -> Pair:
     if name not in PAIRS:
         raise ValueError(f"expected a preset among {', '.join(PAIRS)}, got {name!r}: choose one of these")
     shapes = PAIRS[name]()
-    draft = shapes.draft and dataclasses.replace(shapes.draft, dtype=dtype)
-    return Pair(dataclasses.replace(shapes.target, dtype=dtype), draft, shapes.stops)
+    draft = shapes.draft and dataclasses.replace(shapes.draft, dtype=dtype, weights=weights)
+    return Pair(dataclasses.replace(shapes.target, dtype=dtype, weights=weights), draft, shapes.stops)
 
 
 def random_params(key: Array, config: Config) -> Params:
-    """Random parameters of a shape in its own dtype, made where they belong: normal of deviation 0.02; norms are ones."""
-    leaves, tree = jax.tree.flatten(transformer.abstract_params(config))
-    dtype, placement = jnp.dtype(config.dtype), placements.current()
-    places = jax.tree.leaves(transformer.shardings_of(config, placement, strict=False)) if placement else [None] * len(leaves)
+    """Random parameters of a shape in its own dtype, made where they belong: of deviation 0.02; norms are ones."""
+    leaves, placement = dict(sorted(flatten(transformer.stored_params(config)).items())), placements.current()
+    places = flatten(transformer.shardings_of(config, placement, strict=False)) if placement else dict.fromkeys(leaves)
 
-    def fill(key: Array, leaf: jax.ShapeDtypeStruct, place: Any) -> Array:
+    def fill(key: Array, path: str, leaf: jax.ShapeDtypeStruct) -> Array:
         if leaf.ndim < 2:
-            return jnp.ones(leaf.shape, dtype, device=place)
-        make = jax.jit(lambda key: (0.02 * jax.random.normal(key, leaf.shape, dtype)).astype(dtype), out_shardings=place)
-        return make(key)
+            value = _DEVIATION / UNIFORM_INT8 if path.endswith(SUFFIX) else 1
+            return jnp.full(leaf.shape, value, leaf.dtype, device=places[path])
+
+        def make(key: Array) -> Array:
+            if leaf.dtype == jnp.int8:
+                return random_int8(key, leaf.shape)
+            return (_DEVIATION * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype)
+
+        return jax.jit(make, out_shardings=places[path])(key)
 
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [fill(*each) for each in zip(keys, leaves, places, strict=True)])
+    filled = [fill(key, path, leaf) for key, (path, leaf) in zip(keys, leaves.items(), strict=True)]
+    return unflatten(dict(zip(leaves, filled, strict=True)))
 
 
 def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
@@ -115,9 +125,8 @@ def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:
 
 
 def parameter_bytes(config: Config) -> int:
-    """The bytes of the parameters of a shape, in its own dtype."""
-    size = jnp.dtype(config.dtype).itemsize
-    return sum(leaf.size * size for leaf in jax.tree.leaves(transformer.abstract_params(config)))
+    """The bytes of the parameters of a shape, as it stores them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(transformer.stored_params(config)))
 
 
 def cache_bytes(config: Config, batch: int, cells: int) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.bench import presets
+from jaxspec.common.trees import flatten
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config
 
@@ -106,13 +107,14 @@ def model_pass(config: Config, batch: int, block: int, cells: float) -> Work:
     Returns:
         The least bytes and operations.
     """
-    size = jnp.dtype(config.dtype).itemsize
-    leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(config))
-    weights = sum(leaf.size for path, leaf in leaves if not path[0].key.startswith("table_"))
+    leaves = flatten(transformer.stored_params(config))
+    read = [leaf for path, leaf in leaves.items() if not path.startswith("table_")]
+    size, weights = sum(leaf.size * leaf.dtype.itemsize for leaf in read), sum(leaf.size for leaf in read)
     if config.tied:
         weights += config.vocab * config.width
+        size += config.vocab * config.width * leaves["table_0"].dtype.itemsize
     attention = 2 * 2 * config.layers * config.heads * config.head_dim * cells * batch * block
-    return Work(weights * size + presets.cache_bytes(config, batch, 1) * cells, 2 * weights * batch * block + attention)
+    return Work(size + presets.cache_bytes(config, batch, 1) * cells, 2 * weights * batch * block + attention)
 
 
 def expected_tokens(acceptance: float, draft_length: int) -> float:

@@ -30,6 +30,8 @@ class Settings:
     """Lengths of the prompts, for random weights."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Types of weights and caches."""
+    weights: Literal["float", "int8"] = "float"
+    """int8: random weights in int8, see `jaxspec convert --weights int8`."""
     synthetic_acceptance: float | None = None
     """Probability that a drafted code is accepted, for random weights. The verifier's work is done all the same."""
     new_tokens: int = 64
@@ -78,6 +80,11 @@ class Settings:
             raise ValueError(f"expected draft lengths, batches, prompts, new tokens and repeats of 1 or more, got {min(counts)}")
         if self.real and self.synthetic_acceptance is not None:
             raise ValueError(f"expected no synthetic acceptance for {self.preset}, whose weights are real: leave it out")
+        if self.real and self.weights != "float":
+            raise ValueError(
+                f"expected a preset of random weights for --weights {self.weights}, got {self.preset}: convert a model with it "
+                "and give its folder"
+            )
         if self.real and self.peer:
             raise ValueError(f"expected a preset of random weights for --peer, got {self.preset}: use small")
         if not self.real and not 0 <= (-1 if self.synthetic_acceptance is None else self.synthetic_acceptance) <= 1:

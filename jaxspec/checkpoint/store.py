@@ -26,6 +26,7 @@ from blake3 import blake3
 from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.common.files import write_json
 from jaxspec.common.trees import flatten, unflatten
+from jaxspec.models.int8 import SUFFIX
 from jaxspec.types import Params
 
 DESCRIPTION = "jaxspec.json"
@@ -331,7 +332,7 @@ def read_params(
 
     Args:
         folder: of a checkpoint.
-        dtype: of floats; by default as written.
+        dtype: of floats other than the scales of int8 weights; by default as written.
         sharding: where each parameter goes: one sharding for all, a tree of them, or a function that gives a dict of them by path
             for the shapes by path; by default the first device.
         shared: arrays by path that are on the device already; they are used in place of those in the folder, if any.
@@ -354,7 +355,7 @@ def read_params(
             _check_complete(path, flat)
             placed = _shardings(sharding, flat)
             wanted = {
-                name: ocp.ArrayRestoreArgs(dtype=_dtype(leaf.dtype, dtype), sharding=placed[name], global_shape=leaf.shape)
+                name: ocp.ArrayRestoreArgs(dtype=_dtype(name, leaf.dtype, dtype), sharding=placed[name], global_shape=leaf.shape)
                 for name, leaf in flat.items()
                 if name not in shared
             }
@@ -380,8 +381,10 @@ def _check_complete(path: Path, flat: Mapping[str, Any]) -> None:
                 raise ValueError(f"{file.name} of {name} with {got} bytes in place of {size}")
 
 
-def _dtype(stored: Any, wanted: str | None) -> Any:
-    return np.dtype(wanted) if wanted and jax.numpy.issubdtype(stored, jax.numpy.floating) else stored
+def _dtype(name: str, stored: Any, wanted: str | None) -> Any:
+    """The type to read a parameter in; integers and the scales of int8 weights are read as they are."""
+    cast = wanted and jax.numpy.issubdtype(stored, jax.numpy.floating) and not name.endswith(SUFFIX)
+    return np.dtype(wanted) if cast else stored
 
 
 def _shardings(sharding: Any, flat: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
 """Tensors of a checkpoint that are read on request, a few rows at a time, and views of such tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from jaxspec.models.int8 import quantize_rows
 
 
 class Tensor(NamedTuple):
@@ -81,6 +83,33 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
     """A tensor converted to another dtype as it is read."""
     return tensor._replace(dtype=dtype, read=lambda start, stop: tensor.read(start, stop).astype(dtype, copy=False))
+
+
+def quantized(tensor: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """A matrix as int8 values and the float32 scale of each row, see ``models.int8``, computed as they are read.
+
+    Args:
+        tensor: [R N].
+        block: rows that are floats at a time.
+    """
+
+    def each(start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(start, stop, block):
+            yield quantize_rows(tensor.read(first, min(first + block, stop)))
+
+    def values(start: int, stop: int) -> np.ndarray:
+        made = np.empty((min(stop, tensor.shape[0]) - start, *tensor.shape[1:]), np.int8)
+        for i, (rows, _) in enumerate(each(start, start + len(made))):
+            made[i * block : (i + 1) * block] = rows
+        return made
+
+    def scales(start: int, stop: int) -> np.ndarray:
+        return np.concatenate([scale for _, scale in each(start, min(stop, tensor.shape[0]))])
+
+    return (
+        tensor._replace(dtype=np.dtype(np.int8), read=values),
+        tensor._replace(shape=tensor.shape[:1], dtype=np.dtype(np.float32), read=scales),
+    )
 
 
 def equal(a: Tensor, b: Tensor, block: int = 4096) -> bool:

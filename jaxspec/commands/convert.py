@@ -28,6 +28,8 @@ class Convert:
     """Branch, tag or commit of the hub repository; by default its main branch."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of the parameters; by default that of the files (float32 for float16 and for codecs)."""
+    weights: Literal["float", "int8"] = "float"
+    """int8: a language model's matrices in int8 with a scale for each output channel; half the memory of bfloat16."""
     layers: str | None = None
     """The layers to keep, such as 0,1,18-23, to make a draft from a target; by default all."""
     head: Literal["all", "speech"] = "all"
@@ -47,7 +49,8 @@ class Convert:
         from jaxspec.convert import drafters, pipeline
 
         layers = parse_layers(self.layers) if self.layers is not None else None
-        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to, not self.without_encoder, self.mesh)
+        encoder = not self.without_encoder
+        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to, encoder, self.weights, self.mesh)
         if self.target is None:
             converted = pipeline.convert(self.source, self.dest, options, self.revision)
         elif options == pipeline.Options(dtype=self.dtype):

@@ -36,6 +36,8 @@ class Plan(Settings):
         jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator, if there is one, alone
         from jaxspec.bench import plan, plan_report, plan_sound, plan_training
 
+        if self.weights and (self.train_draft or self.sound is not None):
+            raise ValueError(f"expected no --weights with --train-draft or --sound, got {self.weights}: leave it out")
         if self.train_draft:
             result = plan_training.plan(plan_training.TrainingSettings(self.model, self.topology, self.train_draft))
             report(plan_training.card(result), result, self.json)

@@ -70,8 +70,11 @@ def convert(
 
 
 def _compare(copies: Mapping[str, Tensor], model: Model, folder: Path) -> list[str]:
-    """A note for each of the target's arrays whose copy differs; bfloat16 is compared, as either may be stored so."""
-    if not copies:
+    """A note for each of the target's arrays whose copy differs, unless the target's are int8.
+
+    bfloat16 is compared, as either may be stored so.
+    """
+    if not copies or model.shape.int8:
         return []
     others = flatten(transformer.abstract_params(model.shape)).keys() - copies.keys()
     theirs = flatten(store.read_params(folder, "bfloat16", shared=dict.fromkeys(others, jax.numpy.zeros(0))))

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxspec.checkpoint.tensors import Tensor, equal
+from jaxspec.checkpoint.tensors import quantized as quantize
 from jaxspec.convert.core import Rule, affine, is_count
+from jaxspec.models.int8 import SUFFIX
 from jaxspec.models.transformer import Config, RopeScaling
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -32,8 +34,9 @@ _KINDS = {
 _LAYER = r"model\.layers\.(\d+)\."
 
 
-def _linear(source: str, target: str) -> tuple[Rule, Rule]:
-    return affine(_LAYER + source, "layer_{0}/" + target)
+def _linear(source: str, target: str) -> tuple[Rule, Rule, Rule]:
+    scale = Rule(rf"{_LAYER}{source}\.weight{SUFFIX}", f"layer_{{0}}/{target}/kernel{SUFFIX}")
+    return *affine(_LAYER + source, "layer_{0}/" + target), scale
 
 
 RULES = (
@@ -49,9 +52,24 @@ RULES = (
     Rule(_LAYER + r"input_layernorm\.weight", "layer_{0}/attention_norm/scale"),
     Rule(_LAYER + r"post_attention_layernorm\.weight", "layer_{0}/mlp_norm/scale"),
     Rule(r"model\.norm\.weight", "norm/scale"),
-    Rule(r"(table_\d|head|head_bias)", "{0}"),  # cut from the embedding and the head by the family
+    Rule(rf"((?:table_\d|head)(?:{SUFFIX})?|head_bias)", "{0}"),  # cut from the embedding and the head by the family
     Rule(rf"{_LAYER}self_attn\.rotary_emb\.inv_freq", None),  # in old versions; computed here
 )
+
+
+def quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with each matrix as int8 and, under its name with a suffix, the scales of its output channels, its rows.
+
+    Args:
+        tensors: by name; input tables and head as the family cut them.
+    """
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if re.fullmatch(rf"{_LAYER}.*_proj\.weight|table_\d|head", name) and len(tensor.shape) == 2:
+            made[name], made[name + SUFFIX] = quantize(tensor)
+        else:  # ``plan`` reports a matrix of another shape
+            made[name] = tensor
+    return made
 
 
 def checked(settings: Mapping[str, Any]) -> dict[str, Any]:

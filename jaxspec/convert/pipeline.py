@@ -94,6 +94,7 @@ class Options:
         head: "all", or "speech": codes and stop ids only, for models with text and codes in one vocabulary.
         pad_to: rows of the head and the tables are padded to a multiple of it, so that a mesh divides them.
         encoder: whether to convert the codec's encoder too; without it a codec only decodes.
+        weights: "int8": the matrices of a language model in int8, see ``transformer.Config.weights``.
         mesh: "data=D,model=M" that must divide a language model.
 
     Raises:
@@ -106,6 +107,7 @@ class Options:
     head: str = "all"
     pad_to: int = 1
     encoder: bool = True
+    weights: str = "float"
     mesh: str | None = None
 
     def __post_init__(self) -> None:
@@ -118,6 +120,9 @@ class Options:
             raise ValueError(f"expected head all or speech and pad_to of 1 to {MAX_PAD}, got {got}: change --head or --pad-to")
         if self.mesh is not None:
             mesh.parse(self.mesh)
+        if self.weights not in transformer.WEIGHTS:
+            known = ", ".join(transformer.WEIGHTS)
+            raise ValueError(f"expected weights among {known}, got {self.weights!r}: choose one of these")
         if self.layers is not None and not self.layers:
             raise ValueError("expected one layer or more to keep, got none: change --layers")
 
@@ -244,6 +249,11 @@ def _layout(name: str, opened: Source, tokenizer: "Tokenizer | None", options: O
 def _codec(name: str, opened: Source, options: Options) -> Layout:
     if options.layers or options.head != "all" or options.pad_to != 1:
         raise ValueError(f"expected no --layers, --head or --pad-to for the codec {name}, got one: leave it out")
+    if options.weights != "float":
+        raise ValueError(
+            f"expected --weights {options.weights} for a language model, got it for the codec {name}, which has no table for it: "
+            "leave it out"
+        )
     table, codec, licence = CODECS[name]
     tensors = fold_weight_norm(opened.tensors)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
@@ -335,12 +345,15 @@ def _language_model(
         tied="head" not in tensors,
         head_bias="head_bias" in tensors,
         dtype=str(dtype),
+        weights=options.weights,
     )
     if options.mesh is not None:
         chips: Any = AbstractMesh(mesh.parse(options.mesh), mesh.AXES, axis_types=(AxisType.Auto,) * 2)
         transformer.shardings_of(shape, Placement(chips))
-    abstract = transformer.abstract_params(shape)
-    return _planned(tensors, llama.RULES, abstract, dtype, make(shape), dropped, notes)._replace(tokenizer=tokenizer)
+    if shape.int8:
+        tensors = llama.quantized(tensors)
+    abstract = transformer.stored_params(shape)
+    return _planned(tensors, llama.RULES, abstract, None, make(shape), dropped, notes)._replace(tokenizer=tokenizer)
 
 
 def dtype_of(tensors: Mapping[str, Tensor], name: str | None) -> np.dtype:
@@ -353,11 +366,13 @@ def _planned(
     tensors: dict[str, Tensor],
     rules: Sequence[Rule],
     abstract: Any,
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     description: card.Model | CodecDescription,
     dropped: list[str],
     notes: list[str],
 ) -> Layout:
-    expected = {path: leaf.shape for path, leaf in flatten(abstract).items()}
-    params, more = plan(tensors, rules, expected)
-    return Layout({path: cast(tensor, dtype) for path, tensor in params.items()}, description, dropped + more, notes)
+    """Applies the rules; parameters are of ``dtype``, or else of the types of ``abstract``."""
+    expected = flatten(abstract)
+    params, more = plan(tensors, rules, {path: leaf.shape for path, leaf in expected.items()})
+    params = {path: cast(tensor, dtype or np.dtype(expected[path].dtype)) for path, tensor in params.items()}
+    return Layout(params, description, dropped + more, notes)

@@ -29,6 +29,7 @@ from jaxspec.draft.family import (
     embed,
     embedding_and_head,
     empty_caches,
+    float_shape,
     given,
     newest_of,
     parallel_blocks,
@@ -38,6 +39,7 @@ from jaxspec.draft.family import (
     write_each,
 )
 from jaxspec.models import transformer
+from jaxspec.models.int8 import dequantize
 from jaxspec.models.transformer import Layer, Linear, RMSNorm
 from jaxspec.types import Array, Context, Draft, DraftState, Params, Proposal
 
@@ -97,7 +99,7 @@ def shape(config: Config) -> transformer.Config:
     own = {name: getattr(config, name) for name in ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")}
     own |= {"qkv_bias": False, "qk_norm": True} if config.qwen3 else {}
     own |= {"rope_theta": config.rope_theta, "rope_scaling": None} if config.rope_theta else {}
-    return dataclasses.replace(config.target, feature_layers=(), **own)
+    return dataclasses.replace(float_shape(config.target), **own)
 
 
 def _queries(config: Config, length: int) -> int:
@@ -200,9 +202,9 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
         return x, module.markov(jnp.zeros((1, 2, config.target.vocab), jnp.float32), position)
 
     params: Any = jax.jit(lambda key: nn.meta.unbox(nn.init(everything, BlockDrafter(config))(key)["params"]))(key)
-    if shape(config) == dataclasses.replace(config.target, layers=config.layers, feature_layers=()):
+    if shape(config) == dataclasses.replace(float_shape(config.target), layers=config.layers):
         first = config.target.layers - config.layers
-        params |= {f"layer_{i}": target_params[f"layer_{first + i}"] for i in range(config.layers)}
+        params |= {f"layer_{i}": dequantize(target_params[f"layer_{first + i}"]) for i in range(config.layers)}
         params |= {"norm": target_params["norm"]}
     return params
 

@@ -25,6 +25,7 @@ from jaxspec.draft.family import (
     embed,
     embedding_and_head,
     empty_caches,
+    float_shape,
     given,
     newest_of,
     score,
@@ -71,7 +72,7 @@ class EagleDrafter(nn.Module):
     def setup(self) -> None:
         """Declares the projection of the features and the layer."""
         c, target = self.config, self.config.target
-        shape = dataclasses.replace(target, feature_layers=(), qkv_bias=target.qkv_bias and c.bias)
+        shape = dataclasses.replace(float_shape(target), qkv_bias=target.qkv_bias and c.bias)
         self.fuse = Linear(shape.width, ("embed", "embed"))
         self.embed_norm, self.hidden_norm = RMSNorm(shape.norm_eps), RMSNorm(shape.norm_eps)
         self.attention = Attention(shape)

@@ -15,6 +15,7 @@ from jaxspec import cache as kv
 from jaxspec import mesh
 from jaxspec.common.trees import flatten, unflatten
 from jaxspec.models import transformer
+from jaxspec.models.int8 import SUFFIX
 from jaxspec.types import Array, Draft, Params
 
 TARGET = "target"  # where a draft's parameters hold the arrays of its target
@@ -94,16 +95,22 @@ def target_arrays(target: transformer.Config, *kinds: str) -> dict[str, str]:
     Args:
         target: the target's shape.
         kinds: "embed" (the input tables), "head" (the head with its bias; the first table where they are tied) or "norm" (the
-            final norm).
+            final norm). Int8 tables and heads come with their scales.
 
     >>> shape = transformer.Config((9, 5), 9, 8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     >>> target_arrays(shape, "head", "norm")
     {'target/head': 'head', 'target/norm/scale': 'norm/scale'}
     """
-    tables = [f"table_{i}" for i in range(len(target.input_tables))]
-    head = ["table_0" if target.tied else "head"] + ["head_bias"] * target.head_bias
+    suffixes = ("", SUFFIX) if target.int8 else ("",)
+    tables = [f"table_{i}{suffix}" for i in range(len(target.input_tables)) for suffix in suffixes]
+    head = [("table_0" if target.tied else "head") + suffix for suffix in suffixes] + ["head_bias"] * target.head_bias
     paths = {"embed": tables, "head": head, "norm": ["norm/scale"]}
     return {f"{TARGET}/{path}": path for kind in kinds for path in paths[kind]}
+
+
+def float_shape(target: transformer.Config) -> transformer.Config:
+    """The target's shape for a drafter's own layers: of floats, which can be trained, and without features."""
+    return dataclasses.replace(target, weights="float", feature_layers=())
 
 
 def embed(target: transformer.Config, params: Params, tokens: Array) -> Array:

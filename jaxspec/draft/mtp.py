@@ -23,6 +23,7 @@ from jaxspec.draft.family import (
     check_length,
     embedding_and_head,
     empty_caches,
+    float_shape,
     given,
     last_hidden,
     newest_of,
@@ -67,7 +68,7 @@ class MtpDrafter(nn.Module):
         self, x: Array, position: Array, mask: Array, caches: tuple[kv.KVCache, ...] | None
     ) -> tuple[Array, tuple[kv.KVCache, ...] | None]:
         """Features [B T D] at positions int32 [B T] -> the outputs of each block [B T K D], and the caches."""
-        shape = dataclasses.replace(self.config.target, feature_layers=())
+        shape = float_shape(self.config.target)
         x, outputs, written = x.astype(shape.dtype), [], []
         for i in range(self.blocks):
             x = RMSNorm(INPUT_EPS, name=f"input_norm_{i}")(x)

@@ -26,6 +26,7 @@ from jaxspec.draft.family import (
     embed,
     embedding_and_head,
     empty_caches,
+    float_shape,
     given,
     newest_of,
     on_every_chip,
@@ -104,7 +105,7 @@ class RecurrentDrafter(nn.Module):
 
 def layer_shape(config: Config) -> transformer.Config:
     """The shape of the layer of attention."""
-    return dataclasses.replace(config.target, width=config.width, mlp_width=config.mlp_width, feature_layers=())
+    return dataclasses.replace(float_shape(config.target), width=config.width, mlp_width=config.mlp_width)
 
 
 def init_params(key: Array, config: Config, target_params: Params) -> Params:

@@ -10,6 +10,7 @@ from jaxspec.common.trees import flatten, unflatten
 from jaxspec.draft.family import TARGET, Packed, score, take
 from jaxspec.draft.model import model_draft
 from jaxspec.models import transformer
+from jaxspec.models.int8 import dequantize
 from jaxspec.types import Array, Draft, Params
 
 
@@ -22,10 +23,12 @@ class Config:
         layers: the layers of the target that it starts from, in order; () for a ``shape`` of its own with random weights.
         shape: of a draft with ``layers`` = (); None: the target's with the layers that were chosen.
         trained: the first parts of the paths of what is trained, as "layer_0" or "head"; "" is everything. The rest are arrays
-            of the target, and so need ``layers``.
+            of the target, and so need ``layers``. Int8 weights are not trained: of an int8 target, everything is trained, as
+            floats, or nothing.
 
     Raises:
-        ValueError: layers that the target lacks, both or neither of layers and shape, or another vocabulary than the target's.
+        ValueError: layers that the target lacks, both or neither of layers and shape, another vocabulary than the target's, or
+            parts of an int8 target to be trained.
     """
 
     target: transformer.Config
@@ -44,13 +47,19 @@ class Config:
             )
         if self.shape and self.trained != ("",):
             raise ValueError(f"expected a shape of its own to be trained as a whole, got trained={self.trained}: leave it out")
+        if self.layers and self.target.int8 and self.trained not in ((), ("",)):
+            raise ValueError(
+                f"expected all or nothing of the layers of an int8 target to be trained, got trained={self.trained}: int8 "
+                "weights are not trained, leave it out or convert the target without --weights int8"
+            )
 
 
 def shape(config: Config) -> transformer.Config:
     """The draft's own shape; it computes in the target's dtype."""
     if config.shape:
         return dataclasses.replace(config.shape, dtype=config.target.dtype, feature_layers=())
-    return dataclasses.replace(config.target, layers=len(config.layers), feature_layers=())
+    weights = "float" if config.trained == ("",) else config.target.weights
+    return dataclasses.replace(config.target, layers=len(config.layers), feature_layers=(), weights=weights)
 
 
 def init_params(key: Array, config: Config, target_params: Params) -> Params:
@@ -58,14 +67,15 @@ def init_params(key: Array, config: Config, target_params: Params) -> Params:
     if config.shape:
         return transformer.init_params(key, shape(config))
     start, frozen = flatten(target_params), shared(config)
-    return unflatten({path: start[_origin(config, path)] for path in _paths(config) if path not in frozen})
+    theirs = _paths(dataclasses.replace(shape(config), weights=config.target.weights))
+    return dequantize(unflatten({path: start[_origin(config, path)] for path in theirs if path not in frozen}))
 
 
 def shared(config: Config) -> Mapping[str, str]:
     """What is not trained."""
     if config.shape:
         return {}
-    frozen = [path for path in _paths(config) if not path.startswith(config.trained)]
+    frozen = [path for path in _paths(shape(config)) if not path.startswith(config.trained)]
     return {path: _origin(config, path) for path in frozen}
 
 
@@ -92,9 +102,9 @@ def logits(config: Config, params: Params, batch: Packed, features: Array | None
     return score(own, {TARGET: params}, take(output[1], kv.span(anchor, length)))  # the head is applied to these only
 
 
-def _paths(config: Config) -> list[str]:
-    """The paths of the draft's parameters."""
-    return list(flatten(transformer.abstract_params(shape(config))))
+def _paths(shape: transformer.Config) -> list[str]:
+    """The paths of the parameters of a shape."""
+    return list(flatten(transformer.abstract_params(shape)))
 
 
 def _origin(config: Config, path: str) -> str:

@@ -17,8 +17,10 @@ from jaxspec.evaluate import optimal, requirements
 from jaxspec.evaluate.fidelity import fidelity
 from jaxspec.evaluate.measures import Advance, References, Waves, measure, record_references, voice_of
 from jaxspec.evaluate.plan import BUILTIN_DRAFT, Plan
+from jaxspec.evaluate.precision import Precision, precision
 from jaxspec.models import builtin as voices
 from jaxspec.models.builtin import MAX_CODES, VOICES, Voice
+from jaxspec.synthesis.builtin import synthesizer
 from jaxspec.synthesis.contract import Settings, Synthesizer, target_of
 from jaxspec.synthesis.decoding import PLAIN, Decoding, resolve
 from jaxspec.synthesis.load import load
@@ -47,19 +49,24 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         progress: called as utterances are timed, synthesised and recognised.
 
     Returns:
-        {"rows": one dict a row, see ``measures.measure``, "texts", "sentences", "seeds", "draft", "recognizer", "jax", "python",
-        "device"}. Rows of a verifier also have "acceptance_rate", "tokens_per_round", "exact_match_rate", and the fields of
-        ``fidelity.Fidelity``. Rows of the models have "speed_up": codes a second, relative to the row "autoregressive". Swapped
-        rows have "group_size", the mean of all groups, and "swapped", the fraction of codes that changed.
+        {"rows": one dict a row, see ``measures.measure``, "texts", "sentences", "seeds", "draft", "weights", "recognizer", "jax",
+        "python", "device"}, and with int8 weights the fields of ``precision.Precision``. Rows of a verifier also have
+        "acceptance_rate", "tokens_per_round", "exact_match_rate", and the fields of ``fidelity.Fidelity``. Rows of the models
+        have "speed_up": codes a second, relative to the row "autoregressive". Swapped rows have "group_size", the mean of all
+        groups, and "swapped", the fraction of codes that changed.
 
     Raises:
         RuntimeError: flite or a package of the extra ``eval`` is missing; raised before any work.
         ValueError: the folder of the draft holds none, or one of another target; raised before any work.
     """
     requirements.check(plan.recognizer)
-    base = load(draft=None if plan.draft == BUILTIN_DRAFT else plan.draft)
     sentences, voice = plan.chosen(), voices.load()
-    candidates = _candidates(plan, base, voice)
+    if plan.weights == "int8":
+        voice = voices.quantized(voice)
+        base = synthesizer(voice)
+    else:
+        base = load(draft=None if plan.draft == BUILTIN_DRAFT else plan.draft)
+    candidates, measured = _candidates(plan, base, voice), {}
     advance = _counter(plan, len(candidates), progress)
     speed_ups = _speed_ups(candidates, sentences, advance)  # first, before the recogniser and the encoder take memory
     references = record_references(sentences, plan.recognizer, advance)
@@ -73,9 +80,18 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         rows.append(row | {"speed_up": speed_ups[name]} | near)
         if name == PLAIN:
             rows += _swapped_rows(plan, base, utterances, references, advance)
-    asked = {"texts": plan.texts, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft}
+            measured = _precision(voice, base, sentences, utterances)._asdict() if plan.weights == "int8" else {}
+    asked = {"texts": plan.texts, "sentences": len(sentences), "seeds": plan.seeds, "draft": plan.draft, "weights": plan.weights}
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    return {"rows": rows, **asked, "recognizer": plan.recognizer, **versions}
+    return {"rows": rows, **asked, **measured, "recognizer": plan.recognizer, **versions}
+
+
+def _precision(voice: Voice, base: Synthesizer, sentences: Sequence[str], utterances: Sequence[Utterance]) -> Precision:
+    """The logits of the voice against those of the built-in one, on its utterances of sentences that are one piece."""
+    pieces = [base.pieces(sentence) for sentence in sentences]
+    whole = [i for i, some in enumerate(pieces) if len(some) == 1]
+    names, codes = [voice_of(i) for i in whole], [np.asarray(utterances[i].codes) for i in whole]
+    return precision(voices.load(), voice, [pieces[i][0] for i in whole], names, codes)
 
 
 def _steps(base: Synthesizer, sentences: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -38,6 +38,8 @@ class Plan:
     """What drafts: builtin (the voice's own draft), ngram, or the folder of a draft that was trained for the voice."""
     draft_length: int | None = Settings.draft_length
     """Codes to draft in a round (K); by default as `jaxspec tune` chose for the draft, else 3."""
+    weights: Literal["float", "int8"] = "float"
+    """int8: the voice with int8 weights, whose logits are compared with those of the float weights."""
     temperature: float = SAMPLING.temperature
     """Sampling temperature; 0 is greedy."""
     recognizer: Recognizer = dataclasses.field(default_factory=default_recognizer)
@@ -51,6 +53,10 @@ class Plan:
             raise ValueError(f"expected 1 seed or more, got {self.seeds}: the sentences are synthesised once for each seed")
         if self.draft_length is not None and self.draft_length < 1:
             raise ValueError(f"expected a draft length of 1 or more, got {self.draft_length}: the verifiers need drafted codes")
+        if self.weights == "int8" and self.draft != BUILTIN_DRAFT:
+            raise ValueError(
+                f"expected --draft {BUILTIN_DRAFT} with --weights int8, got {self.draft}: they are tied to the floats"
+            )
         self.settings()
 
     def chosen(self) -> list[str]:

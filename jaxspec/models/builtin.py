@@ -18,7 +18,7 @@ from jaxspec.codec import builtin as codecs
 from jaxspec.codec import fsq
 from jaxspec.common import records, weights
 from jaxspec.common.trees import flatten
-from jaxspec.models import transformer
+from jaxspec.models import int8, transformer
 from jaxspec.text.symbols import SYMBOLS, encode, to_symbols
 from jaxspec.types import Params
 
@@ -52,7 +52,7 @@ class Voice(NamedTuple):
     def code_vectors(self, matrix: str) -> np.ndarray:
         """The embeddings from which groups are built, float32 [V D]: the "target"'s input rows, or the "codec"'s coordinates."""
         if matrix == "target":
-            return np.asarray(self.target_params["table_0"])
+            return np.asarray(int8.rows(self.target_params, "table_0"))
         vectors = np.asarray(fsq.vectors(jnp.arange(CODES, dtype=jnp.int32), LEVELS))
         return np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
 
@@ -106,6 +106,17 @@ def load(path: str | os.PathLike = BUILTIN) -> Voice:
         return Voice(target, codec, tree["target"], tree["codec"], tree["trained"], draft, tree.get("draft"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a voice of jaxspec in {path}, but it is not one ({error}): install it again") from error
+
+
+def quantized(voice: Voice) -> Voice:
+    """The voice with int8 weights in its target, and in the tables that its draft shares; see ``models.int8``."""
+    params, draft = int8.quantize(voice.target_params), voice.draft
+    if draft is not None:
+        flat, shared = flatten(params), draft["shared"]
+        scales = {ours + int8.SUFFIX: theirs + int8.SUFFIX for ours, theirs in shared.items() if theirs + int8.SUFFIX in flat}
+        settings = {**draft["settings"], "target": {**draft["settings"]["target"], "weights": "int8"}}
+        draft = {**draft, "settings": settings, "shared": {**shared, **scales}}
+    return voice._replace(target=dataclasses.replace(voice.target, weights="int8"), target_params=params, draft=draft)
 
 
 def digest(voice: Voice) -> str:

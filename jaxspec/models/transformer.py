@@ -15,9 +15,12 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from jaxspec import cache as kv
 from jaxspec import mesh
+from jaxspec.common.trees import flatten, unflatten
+from jaxspec.models.int8 import SUFFIX, UNIFORM_INT8, random_int8, scaled
 from jaxspec.models.placement import Placement
 from jaxspec.types import Array, Cache, LanguageModel, Params
 
+WEIGHTS = ("float", "int8")
 _STEP = 16  # tokens of a block of a decoding step, as opposed to those of a prefill or a training batch
 
 
@@ -53,11 +56,13 @@ class Config:
         head_bias: whether the head has a bias.
         padding: the last ``padding`` of the V rows are no tokens, so that a mesh divides V; their logits are -inf.
         dtype: of activations and KV cache.
+        weights: "float", or "int8": kernels, tables and head are int8 with a scale for each output channel, see ``models.int8``.
         feature_layers: which hidden states are the features for drafts, concatenated to [B T F]: i < layers is the residual
             stream after layer i, ``layers`` is the output of the final norm. () computes none.
 
     Raises:
-        ValueError: heads that kv_heads does not divide, a tied head beyond its table, or a feature layer that does not exist.
+        ValueError: heads that kv_heads does not divide, a tied head beyond its table, a feature layer that does not exist, or
+            unknown weights.
     """
 
     input_tables: tuple[int, ...]
@@ -78,6 +83,7 @@ class Config:
     padding: int = 0
     dtype: str = "float32"
     feature_layers: tuple[int, ...] = ()
+    weights: str = "float"
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -86,6 +92,13 @@ class Config:
             raise ValueError(f"expected a tied head within the {self.input_tables[0]} rows of the first table, got {self.vocab}")
         if any(not 0 <= i <= self.layers for i in self.feature_layers):
             raise ValueError(f"expected feature layers from 0 to {self.layers}, got {self.feature_layers}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"expected weights among {', '.join(WEIGHTS)}, got {self.weights!r}: choose one of these")
+
+    @property
+    def int8(self) -> bool:
+        """Whether the weights are int8."""
+        return self.weights == "int8"
 
 
 def positions(segment: Int32[Array, "B T"]) -> Int32[Array, "B T"]:
@@ -132,6 +145,24 @@ def _logical(init: nn.initializers.Initializer, *axes: str) -> nn.initializers.I
     return cast(nn.initializers.Initializer, nn.with_logical_partitioning(init, axes))
 
 
+def _matrix(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    channels: int,
+    int8: bool,
+) -> tuple[Array, Array | None]:
+    """A matrix of parameters, and the scales of its channels, which lie along the axis ``channels``, where it is int8."""
+    if not int8:
+        return module.param(name, _logical(init, *axes), shape, jnp.float32), None
+    values = module.param(name, _logical(random_int8, *axes), shape, jnp.int8)
+    deviation = shape[1 - channels] ** -0.5  # products have the variance of their inputs
+    constant = _logical(nn.initializers.constant(deviation / UNIFORM_INT8), axes[channels])
+    return values, module.param(name + SUFFIX, constant, (shape[channels],), jnp.float32)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, computed in float32."""
 
@@ -152,14 +183,15 @@ class Linear(nn.Module):
     features: int
     axes: tuple[str, str]
     bias: bool = False
+    int8: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [... in] -> [... out]."""
-        kernel = self.param(
-            "kernel", _logical(nn.initializers.lecun_normal(), *self.axes), (x.shape[-1], self.features), jnp.float32
-        )
+        shape = x.shape[-1], self.features
+        kernel, scale = _matrix(self, "kernel", nn.initializers.lecun_normal(), shape, self.axes, 1, self.int8)
         y = x @ kernel.astype(x.dtype)
+        y = y if scale is None else scaled(y, scale)
         if self.bias:
             zeros = _logical(nn.initializers.zeros, *self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
@@ -175,10 +207,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Declares the projections."""
         c = self.config
-        self.query = Linear(c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias)
-        self.key = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)
-        self.value = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)
-        self.out = Linear(c.width, ("heads", "embed"))
+        self.query = Linear(c.heads * c.head_dim, ("embed", "heads"), c.qkv_bias, c.int8)
+        self.key = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, c.int8)
+        self.value = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias, c.int8)
+        self.out = Linear(c.width, ("heads", "embed"), int8=c.int8)
         if c.qk_norm:
             self.query_norm, self.key_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
 
@@ -227,10 +259,11 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [B T D] -> [B T D]."""
-        gate = Linear(self.config.mlp_width, ("embed", "mlp"), name="gate")(x)
-        up = Linear(self.config.mlp_width, ("embed", "mlp"), name="up")(x)
+        c = self.config
+        gate = Linear(c.mlp_width, ("embed", "mlp"), int8=c.int8, name="gate")(x)
+        up = Linear(c.mlp_width, ("embed", "mlp"), int8=c.int8, name="up")(x)
         hidden = mesh.constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
-        return Linear(self.config.width, ("mlp", "embed"), name="down")(hidden)
+        return Linear(c.width, ("mlp", "embed"), int8=c.int8, name="down")(hidden)
 
 
 class Layer(nn.Module):
@@ -265,35 +298,46 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declares the input tables, the layers and the head."""
         c = self.config
-        init = _logical(nn.initializers.normal(c.width**-0.5), "vocab", "embed")
-        self.tables = [self.param(f"table_{i}", init, (rows, c.width), jnp.float32) for i, rows in enumerate(c.input_tables)]
+        self.tables = [self._table(f"table_{i}", rows) for i, rows in enumerate(c.input_tables)]
         self.stack = [Layer(c, name=f"layer_{i}") for i in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
-            self.head = self.param("head", init, (c.vocab, c.width), jnp.float32)
+            self.head = self._table("head", c.vocab)
         if c.head_bias:
             zeros = _logical(nn.initializers.zeros, "vocab")
             self.bias = self.param("head_bias", zeros, (c.vocab,), jnp.float32)
 
+    def _table(self, name: str, rows: int) -> tuple[Array, Array | None]:
+        """A matrix [rows D], and the scales of its rows."""
+        c = self.config
+        return _matrix(self, name, nn.initializers.normal(c.width**-0.5), (rows, c.width), ("vocab", "embed"), 0, c.int8)
+
     def embed(self, tokens: Array) -> Array:
         """int32 [B T] -> [B T D]: each id from the table that holds it."""
-        dtype = jnp.dtype(self.config.dtype)
-        x, first = self.tables[0].astype(dtype)[jnp.clip(tokens, 0, self.config.input_tables[0] - 1)], 0
-        for table, rows in zip(self.tables[1:], self.config.input_tables, strict=False):
+        c = self.config
+        x, first = self._rows(0, jnp.clip(tokens, 0, c.input_tables[0] - 1)), 0
+        for i, rows in enumerate(c.input_tables[:-1]):
             first += rows
-            row = jnp.clip(tokens - first, 0, table.shape[0] - 1)
-            x = jnp.where((tokens >= first)[:, :, None], table.astype(dtype)[row], x)
+            row = jnp.clip(tokens - first, 0, c.input_tables[i + 1] - 1)
+            x = jnp.where((tokens >= first)[:, :, None], self._rows(i + 1, row), x)
         return mesh.constrain(x, "batch", None, "embed")
+
+    def _rows(self, i: int, row: Array) -> Array:
+        """The rows int32 [B T] of input table i."""
+        table, scale = self.tables[i]
+        x = table[row] if scale is None else table[row] * scale[row][:, :, None]
+        return x.astype(self.config.dtype)
 
     def logits(self, x: Array) -> Array:
         """The normalised residual stream [B T D] -> float32 [B T V]."""
         c = self.config
-        head = (self.tables[0][: c.vocab] if c.tied else self.head).astype(x.dtype)
+        head, scale = self.tables[0] if c.tied else self.head
+        head = head[: c.vocab].astype(x.dtype)
         if x.shape[1] <= _STEP:  # head @ x is up to twice as fast on CPU as x @ head.T
             y = jnp.moveaxis(jnp.einsum("vd,btd->vbt", head, x, preferred_element_type=jnp.float32), 0, -1)
         else:
             y = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
-        y = mesh.constrain(y, "batch", None, "vocab")
+        y = mesh.constrain(y if scale is None else scaled(y, scale[: c.vocab]), "batch", None, "vocab")
         y = y + self.bias[None, None] if c.head_bias else y
         return jnp.where(jnp.arange(c.vocab)[None, None] < c.vocab - c.padding, y, -jnp.inf) if c.padding else y
 
@@ -382,6 +426,16 @@ def shardings_of(config: Config, placement: Placement, strict: bool = True) -> A
 def abstract_params(config: Config) -> Any:
     """The shape and type of every parameter, as a tree of ShapeDtypeStruct."""
     return nn.meta.unbox(_abstract(config))
+
+
+def stored_params(config: Config) -> Any:
+    """The shape and type of every parameter as a checkpoint holds it: floats in the config's dtype, scales in float32."""
+
+    def of(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating) and not path.endswith(SUFFIX)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype) if floating else leaf.dtype)
+
+    return unflatten({path: of(path, leaf) for path, leaf in flatten(abstract_params(config)).items()})
 
 
 def logical_axes(config: Config) -> Any:

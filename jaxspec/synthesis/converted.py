@@ -19,7 +19,7 @@ from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
 from jaxspec.codec.padding import decode_rows
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.groups import Groups
-from jaxspec.models import card
+from jaxspec.models import card, int8
 from jaxspec.synthesis import recording
 from jaxspec.synthesis.contract import Drafter, Reference, Requests, Settings, Synthesizer, padded, target_of
 from jaxspec.text import phonemes
@@ -176,7 +176,7 @@ def groups(target: Pretrained, threshold: float, progress: Callable[[int, int], 
         if len(kept.token_start) == vocab:
             return kept
     firsts = [model.codes_first + slot * count for slot in range(model.slots)]
-    tables = [np.asarray(target.params["table_0"][first : first + count], np.float32) for first in firsts]
+    tables = [np.asarray(int8.rows(target.params, "table_0", first, first + count), np.float32) for first in firsts]
     parts = [asg.acoustic_similarity_groups(table, threshold, progress=progress) for table in tables]
     made = asg.offset_groups(parts, firsts, vocab)
     with contextlib.suppress(OSError):  # a folder that is not ours to write to; they are made again the next time

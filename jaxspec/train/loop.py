@@ -267,7 +267,13 @@ def _restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
-    """The state before the first step; ``params`` become part of it."""
+    """The state before the first step; ``params`` become part of it.
+
+    Raises:
+        ValueError: a parameter is not a float.
+    """
+    if kinds := {str(leaf.dtype) for leaf in jax.tree.leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.floating)}:
+        raise ValueError(f'expected float weights to train, got {", ".join(sorted(kinds))}: leave weights = "int8" out')
     return TrainState(params, jax.tree.map(jnp.copy, params), _optimizer(config).init(params), jnp.int32(0))
 
 

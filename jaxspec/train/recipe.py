@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxspec.common import records
 from jaxspec.draft.families import FAMILIES
+from jaxspec.draft.family import float_shape
 from jaxspec.models import transformer
 from jaxspec.train.losses import LOSSES
 
@@ -170,7 +171,7 @@ def resolve_reads(reads: list[int] | int, depth: int) -> tuple[int, ...]:
 def _shape(values: Mapping[str, Any], target: transformer.Config) -> transformer.Config:
     if unknown := values.keys() - set(_SHAPE):
         raise ValueError(f"expected a shape of {', '.join(_SHAPE)}, got {', '.join(sorted(unknown))}: remove it")
-    return dataclasses.replace(target, **values)
+    return dataclasses.replace(float_shape(target), **values)
 
 
 def _hashable(value: Any) -> Any:
