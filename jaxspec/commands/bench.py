@@ -19,6 +19,8 @@ class Bench(Settings):
     """A folder for bench.json, bench.md and bench.png."""
     trace: Path | None = None
     """A folder for a profile of the whole run, for xprof or Perfetto."""
+    distributed: bool = False
+    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print the result as JSON on standard output, and the table on standard error."""
 

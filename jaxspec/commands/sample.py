@@ -53,6 +53,8 @@ class Sample(Deployment):
     """A text file, one text on each line; - is standard input."""
     out: Path = dataclasses.field(kw_only=True)
     """The folder of the samples; shards that it holds are kept."""
+    distributed: bool = False
+    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
 

@@ -17,6 +17,7 @@ from jaxspec.commands.inputs import check_reference_file, read_lines, read_refer
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.picture import draw
 from jaxspec.commands.streaming import say_stream
+from jaxspec.common import hosts
 from jaxspec.synthesis.contract import Settings, Synthesizer, Verifier
 from jaxspec.synthesis.decoding import resolve
 from jaxspec.synthesis.load import load
@@ -103,6 +104,8 @@ class Say:
     """The same seed gives the same samples; any whole number from 0 up."""
     plot: Path | None = None
     """A PNG of the waveform, the mel spectrogram and the origin of each code, of the first text."""
+    distributed: bool = False
+    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print one JSON object on standard output, and the card on standard error; both on standard error where standard output is
     sound."""
@@ -188,7 +191,7 @@ class Say:
         return arguments | {"held": held, "version": jaxspec.__version__}
 
 
-_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json"}  # arguments that no file depends on
+_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "distributed", "json"}  # arguments that no file depends on
 
 
 def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:
@@ -219,7 +222,8 @@ def say(
     """
     decoding, tally, failed, audio_s, written = resolve(synthesizer, settings), Tally(), {}, 0.0, 0
     digests = [digest({**(request or {}), "line": i, "text": job.text}, []) for i, job in enumerate(jobs)]
-    skip = {i for i, job in enumerate(jobs) if resume and manifest and manifest.holds(job.out.name, digests[i])}
+    held = resume and manifest and manifest.holds
+    skip = hosts.from_first(lambda: {i for i, job in enumerate(jobs) if held and held(job.out.name, digests[i])})
     try:
         with progress_bar("speaking") as progress:
             texts = [job.text for job in jobs]

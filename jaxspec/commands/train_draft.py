@@ -44,6 +44,8 @@ class TrainDraft(Deployment):
     """Compute the target's hidden states once, and keep them in DRAFT.training, in place of a pass in each step."""
     steps: int | None = None
     """Optimizer steps; by default the recipe's."""
+    distributed: bool = False
+    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
 
