@@ -27,11 +27,12 @@ _ADDRESS = "JAX_COORDINATOR_ADDRESS"  # read by JAX; the next two are read here
 _COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of Cloud TPU on Kubernetes, separated by commas
 _JOIN_S = 300  # for all hosts to start
-_HEARTBEAT_S = 30  # after which a silent host counts as dead
+_HEARTBEAT_S = 40  # after which a silent host counts as dead
 _POLL_S = 1.0
 _GRACE_S = 10.0  # for a host to end in order
 _LONG_MS = 2**31 - 1  # for the first host, which may wait for a person
 _FAILED = "jaxspec/failed"
+_FAULT, _INTERRUPTED = 2, 130  # exit codes
 _LATE = f"expected every host to join within {_JOIN_S} s, but one is missing: start the same command on all of them at once"
 _DEAD = "expected every host to go on, but one died or cannot be reached: see its own output, and start again on all of them"
 
@@ -74,9 +75,10 @@ def join() -> None:
     """
     _catch_native_output()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect but on CPUs
-    known = {name: int(os.environ[key]) for name, key in (("num_processes", _COUNT), ("process_id", _INDEX)) if key in os.environ}
+    count, index = (int(os.environ[name]) if name in os.environ else None for name in (_COUNT, _INDEX))
+    limits = {"initialization_timeout": _JOIN_S, "heartbeat_timeout_seconds": _HEARTBEAT_S}
     try:
-        jax.distributed.initialize(**known, initialization_timeout=_JOIN_S, heartbeat_timeout_seconds=_HEARTBEAT_S)
+        jax.distributed.initialize(num_processes=count, process_id=index, **limits)
     except ValueError as error:
         raise ValueError(
             f"expected --distributed on hosts of Cloud TPU or Slurm, or with {_ADDRESS}, {_COUNT} and {_INDEX} set, got neither "
@@ -120,16 +122,19 @@ def end(message: str, code: int) -> NoReturn:
     """Ends the command, on every host, with a message on the first one's standard error.
 
     Args:
-        message: of this host; where another one failed before, its message is printed instead.
-        code: of the exit.
+        message: of this host; where it was interrupted because another one had failed, that one's is printed instead.
+        code: of the exit; 130 where this host was interrupted.
     """
     if not several():
         print(f"jaxspec: {message}", file=sys.stderr)
         sys.exit(code)
     _hosts.over.set()
-    said = _hosts.failure or _tell(message if is_first() else f"host {_hosts.index}: {message}")
+    if _hosts.failure and code == _INTERRUPTED:
+        message, code = _hosts.failure, _FAULT
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one said something before
+        _client().key_value_set(_FAILED, message if is_first() else f"host {_hosts.index}: {message}")
     if is_first():
-        print(f"jaxspec: {said}", file=sys.stderr)
+        print(f"jaxspec: {message}", file=sys.stderr)
     _leave_last(code)
 
 
@@ -144,15 +149,6 @@ def reason(error: BaseException) -> str:
 
 def _client() -> Any:
     return distributed.global_state.client
-
-
-def _tell(message: str) -> str:
-    """Leaves a message for all hosts, and gives the one that counts: the first that was left."""
-    try:
-        _client().key_value_set(_FAILED, message)
-    except jax.errors.JaxRuntimeError:  # there is one
-        return _client().key_value_try_get(_FAILED)
-    return message
 
 
 def _leave_last(code: int) -> NoReturn:
@@ -178,7 +174,7 @@ def _watch() -> None:
         if _hosts.failure and not _hosts.over.is_set():
             _thread.interrupt_main()
             if not _hosts.over.wait(_GRACE_S / 2):
-                end(_hosts.failure, 2)
+                end(_hosts.failure, _FAULT)
 
 
 def _catch_native_output() -> None:
@@ -200,4 +196,4 @@ def _aborted(_: int) -> None:
     printed = _hosts.native.read().decode(errors="replace")
     lost = "JAX distributed service detected fatal errors" in printed
     print(f"jaxspec: {_hosts.sentence}" if lost else printed, file=_hosts.stderr, flush=True)
-    os._exit(2 if lost else 128 + signal.SIGABRT)
+    os._exit(_FAULT if lost else 128 + signal.SIGABRT)

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
+from jaxspec.common import hosts
 from jaxspec.common.files import claim, write_json
 from jaxspec.draft import families
 from jaxspec.draft.families import FAMILIES
@@ -195,8 +196,11 @@ def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples:
 
 
 def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
-    """The measured costs, kept in the work folder, so that a resumed run predicts from the same."""
-    path = work / "costs.json"
+    """The costs, measured on the first host and kept in the work folder, so that a resumed run predicts from the same."""
+    return hosts.from_first(lambda: _measured_costs(work / "costs.json", task, own, target, held))
+
+
+def _measured_costs(path: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
     if path.exists():
         return Costs(**json.loads(path.read_text(encoding="utf-8")))
     family, dtype = FAMILIES[task.family], jnp.dtype(task.config.target.dtype)
