@@ -1,7 +1,11 @@
 """Programs that the tests of several hosts run on each of them: python host_programs.py NAME FOLDER."""
 
+import dataclasses
+import json
 import os
+import re
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -11,7 +15,11 @@ import train_programs
 from jax.experimental import multihost_utils
 
 from jaxspec import mesh, speculate, verify
+from jaxspec.bench.presets import pair
+from jaxspec.checkpoint import store
+from jaxspec.checkpoint.tensors import Tensor
 from jaxspec.common import hosts
+from jaxspec.common.trees import flatten
 from jaxspec.draft import model_draft
 from jaxspec.models import transformer
 from jaxspec.models.placement import Placement
@@ -86,6 +94,45 @@ def train(folder, stop_after=None):
 def train_until_stopped(folder):
     """The same, stopped after three steps: the checkpoint is that of the second."""
     train(folder, 3)
+
+
+def llasa_8b():
+    """LLaSA-8B's shape with 2 of its 32 layers, and without the table of texts: 2 GB."""
+    return dataclasses.replace(pair("llasa-8b", "bfloat16").target, layers=2, input_tables=(66_560,), vocab=66_560)
+
+
+def write(folder):
+    """Writes random parameters of ``llasa_8b``."""
+
+    def random(name, shape):
+        def read(start, stop):
+            rows = min(stop, shape[0]) - start
+            return np.random.default_rng(start).standard_normal((rows, *shape[1:]), np.float32).astype(jnp.bfloat16)
+
+        return Tensor(name, shape, np.dtype(jnp.bfloat16), read)
+
+    shapes = flatten(transformer.abstract_params(llasa_8b()))
+    store.write_params(folder, {name: random(name, leaf.shape) for name, leaf in shapes.items()})
+
+
+def load(folder):
+    """Loads them with the model axis over all devices of all hosts; each host writes what it holds and its peak."""
+    config = llasa_8b()
+    places = transformer.shardings_of(config, Placement(mesh.make(model=jax.device_count())))
+    before, read, start = of_process("status", "VmRSS"), of_process("io", "rchar"), time.perf_counter()
+    params = jax.block_until_ready(store.read_params(folder, sharding=places))
+    took = time.perf_counter() - start
+    leaves = jax.tree.leaves(params)
+    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    figures = {"host": jax.process_index(), "shards": held, "all": sum(leaf.nbytes for leaf in leaves), "seconds": took}
+    figures |= {"peak": of_process("status", "VmHWM") - before, "read": of_process("io", "rchar") - read}
+    (folder / f"memory-{jax.process_index()}.json").write_text(json.dumps(figures))
+
+
+def of_process(file, name):
+    """A number that Linux keeps of this process, in bytes."""
+    number, unit = re.search(rf"{name}:\s+(\d+)( kB)?", Path("/proc/self", file).read_text()).groups()
+    return int(number) * (1024 if unit else 1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Run by hand: pytest -m slow -n 0 tests/test_hosts.py
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,18 @@ def test_speech_is_that_of_one_host(tmp_path):
     assert not list(folders[1].iterdir())
 
 
+def test_the_memory_of_loading_a_large_model(tmp_path):
+    """LLaSA-8B's shape with 2 layers, in bfloat16: a host holds its half, and little more while it reads."""
+    assert program("write", tmp_path, 1, 1).results()[0][0] == 0
+    assert [code for code, *_ in program("load", tmp_path).results()] == [0, 0]
+    shutil.rmtree(tmp_path / "params")
+    for index in (0, 1):
+        of_host = json.loads((tmp_path / f"memory-{index}.json").read_text())
+        print({name: round(value / 1e9, 3) if name != "host" else value for name, value in of_host.items() if name != "seconds"})
+        assert of_host["shards"] < 0.51 * of_host["all"]
+        assert of_host["peak"] < 1.8 * of_host["shards"]
+
+
 def test_an_error_on_one_host_ends_all_with_one_message(tmp_path):
     hosts = program("raises", tmp_path)
     results = hosts.results(timeout=120)
@@ -151,6 +164,14 @@ def test_the_death_of_a_host_ends_the_other_with_a_sentence(tmp_path, name, dies
     code, out, err = results[1 - dies]
     assert (code, out) == (2, "")
     assert err.startswith(DEAD)
+    assert err.count("\n") == 1
+
+
+def test_one_host_that_is_asked_to_join_others_is_a_sentence(tmp_path):
+    say = [*COMMAND, "say", "Hello.", "--out", "hello.wav", "--distributed"]
+    code, out, err = Hosts(say, [tmp_path], 1).results()[0]
+    assert (code, out) == (2, "")
+    assert err.startswith("jaxspec: expected --distributed on hosts of Cloud TPU or Slurm, or with JAX_COORDINATOR_ADDRESS")
     assert err.count("\n") == 1
 
 

@@ -76,9 +76,13 @@ def join() -> None:
     _catch_native_output()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect but on CPUs
     count, index = (int(os.environ[name]) if name in os.environ else None for name in (_COUNT, _INDEX))
-    limits = {"initialization_timeout": _JOIN_S, "heartbeat_timeout_seconds": _HEARTBEAT_S}
     try:
-        jax.distributed.initialize(num_processes=count, process_id=index, **limits)
+        jax.distributed.initialize(
+            num_processes=count,
+            process_id=index,
+            initialization_timeout=_JOIN_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+        )
     except ValueError as error:
         raise ValueError(
             f"expected --distributed on hosts of Cloud TPU or Slurm, or with {_ADDRESS}, {_COUNT} and {_INDEX} set, got neither "
