@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +299,8 @@ def read_params(
     Args:
         folder: of a checkpoint.
         dtype: of floats; by default as written.
-        sharding: where each parameter goes: one sharding for all, or a tree of them; by default the first device.
+        sharding: where each parameter goes: one sharding for all, a tree of them, or a function that gives a dict of them by path
+            for the shapes by path; by default the first device.
         shared: arrays by path that are on the device already; they are used in place of those in the folder, if any.
         without: a branch of the tree that is not read, such as "encoder".
 
@@ -355,4 +356,4 @@ def _shardings(sharding: Any, flat: Mapping[str, Any]) -> Mapping[str, Any]:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         return dict.fromkeys(flat, sharding)
-    return flatten(sharding)
+    return sharding(flat) if isinstance(sharding, Callable) else flatten(sharding)

@@ -9,20 +9,24 @@ from pathlib import Path
 import jax
 
 from jaxspec.bench.settings import Settings
+from jaxspec.commands.mesh import OnMesh
+from jaxspec.common import hosts
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench(Settings):
+class Bench(OnMesh, Settings):
     """Times the speculative loop and its parts against the autoregressive loop, and compares them with the device's roofline."""
 
     out_dir: Path | None = None
     """A folder for bench.json, bench.md and bench.png."""
     trace: Path | None = None
     """A folder for a profile of the whole run, for xprof or Perfetto."""
-    distributed: bool = False
-    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print the result as JSON on standard output, and the table on standard error."""
+
+    def divided(self) -> str:
+        """See ``OnMesh``."""
+        return self.preset
 
     def run(self) -> None:
         """Runs the benchmark, with its progress on standard error.
@@ -34,7 +38,7 @@ class Bench(Settings):
 
         with jax.profiler.trace(str(self.trace)) if self.trace else contextlib.nullcontext():
             result = suite.bench(self, lambda line: print(line, file=sys.stderr, flush=True))
-        if self.out_dir:
+        if self.out_dir and hosts.is_first():
             report.save(self.out_dir, result)
         report.show(result, sys.stderr if self.json else sys.stdout)
         if self.json:

@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.outputs import check_writable, make_folder
+from jaxspec.common import hosts
 from jaxspec.evaluate import requirements
 from jaxspec.evaluate.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Plan):
+class Evaluate(OnMesh, Plan):
     """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, acceptance and speedup.
 
     Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]').
@@ -37,7 +39,8 @@ class Evaluate(Plan):
 
         from jaxspec.evaluate import report
 
-        report.save(self.out_dir, result)
+        if hosts.is_first():
+            report.save(self.out_dir, result)
         report.show(result["rows"], Console(stderr=self.json, width=150))
         if self.json:
             print(json.dumps(result))

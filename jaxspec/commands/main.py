@@ -1,6 +1,7 @@
 """The command line: `jaxspec COMMAND`; each command is a dataclass of arguments with a `run`."""
 
 import _thread
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -53,12 +54,14 @@ def main() -> None:
             return
         command = parse(sys.argv[1:])
         leave_absent_tpu_alone()
-        if hasattr(command, "distributed") and (command.distributed or hosts.expected()):
+        distributed = getattr(command, "distributed", None)  # None: a command that runs on one host
+        if distributed or (distributed is not None and hosts.expected()):
             hosts.join()
         use_compilation_cache()
         show_text_warnings()
         sys.unraisablehook = interrupt_again
-        command.run()
+        with getattr(command, "on_mesh", contextlib.nullcontext)():
+            command.run()
         hosts.leave()
     except KeyboardInterrupt as interrupt:
         hosts.end("interrupted" + "".join(f"; {part}" for part in interrupt.args), 130)

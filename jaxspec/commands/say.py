@@ -15,6 +15,7 @@ from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import check_reference_file, read_lines, read_reference, read_text
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.picture import draw
 from jaxspec.commands.streaming import say_stream
 from jaxspec.common import hosts
@@ -44,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Say:
+class Say(OnMesh):
     """Speaks a text into a sound file, or each line of a file into a file of its own."""
 
     text: tyro.conf.Positional[str | None] = None
@@ -104,8 +105,6 @@ class Say:
     """The same seed gives the same samples; any whole number from 0 up."""
     plot: Path | None = None
     """A PNG of the waveform, the mel spectrogram and the origin of each code, of the first text."""
-    distributed: bool = False
-    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print one JSON object on standard output, and the card on standard error; both on standard error where standard output is
     sound."""
@@ -141,6 +140,10 @@ class Say:
                 f"expected texts that can be spoken, got {len(outcome.failed)} of {len(jobs)} lines that cannot: "
                 f"correct them and run again with --resume{reasons}"
             )
+
+    def divided(self) -> Path | None:
+        """See ``OnMesh``."""
+        return self.model
 
     def _settings(self) -> Settings:
         names = {field.name for field in dataclasses.fields(Settings)} & set(vars(self)) - {"reference"}
@@ -191,7 +194,17 @@ class Say:
         return arguments | {"held": held, "version": jaxspec.__version__}
 
 
-_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "distributed", "json"}  # arguments that no file depends on
+_NOT_HEARD = {
+    "text",
+    "out",
+    "file",
+    "out_dir",
+    "resume",
+    "plot",
+    "json",
+    "mesh",
+    "distributed",
+}  # arguments that no file depends on
 
 
 def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:

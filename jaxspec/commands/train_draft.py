@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from jaxspec.commands.console import progress_bar, report
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.sample import Deployment
 from jaxspec.sampling import Sampling
 from jaxspec.train import recipe as recipes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainDraft(Deployment):
+class TrainDraft(OnMesh, Deployment):
     """Trains a draft for a target, which the other commands take by --draft. Run it again to resume.
 
     Checkpoints, the log and training.png are in DRAFT.training; DRAFT appears at the end.
@@ -44,10 +45,12 @@ class TrainDraft(Deployment):
     """Compute the target's hidden states once, and keep them in DRAFT.training, in place of a pass in each step."""
     steps: int | None = None
     """Optimizer steps; by default the recipe's."""
-    distributed: bool = False
-    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
+
+    def divided(self) -> str:
+        """See ``OnMesh``."""
+        return self.target
 
     def run(self) -> None:
         """Trains; each line of progress goes to standard error."""

@@ -135,7 +135,9 @@ def fit(
 
 
 def data_mesh() -> Mesh | None:
-    """The devices of all hosts along the axis "data"; None where there is one."""
+    """The mesh that is set, else the devices of all hosts along the axis "data"; None where there is one device."""
+    if not jax.sharding.get_mesh().empty:
+        return jax.sharding.get_mesh()
     devices = jax.devices()
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices) if len(devices) > 1 else None
 

@@ -196,20 +196,18 @@ def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples:
 
 
 def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
-    """The costs, measured on the first host and kept in the work folder, so that a resumed run predicts from the same."""
-    return hosts.from_first(lambda: _measured_costs(work / "costs.json", task, own, target, held))
-
-
-def _measured_costs(path: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
-    if path.exists():
-        return Costs(**json.loads(path.read_text(encoding="utf-8")))
+    """The measured costs, kept in the work folder, so that a resumed run predicts from the same: those of the first host."""
+    path = work / "costs.json"
+    if hosts.from_first(path.exists):
+        return Costs(**hosts.from_first(lambda: json.loads(path.read_text(encoding="utf-8"))))
     family, dtype = FAMILIES[task.family], jnp.dtype(task.config.target.dtype)
     params = drafts.full_params(task, jax.tree.map(lambda leaf: leaf.astype(dtype), own), target.pretrained.params)
     longest = measured_length(task)
     layers = family.feature_layers(task.config)
     drafter = Drafter(family.drafter(task.config), params, layers, family.max_length(task.config))
     requests = target.synthesizer.requests(held.texts[:1], Settings(voice=target.voices[0]))
-    costs = costs_lib.measure(target, drafter, requests, longest)
+    here = costs_lib.measure(target, drafter, requests, longest)
+    costs = hosts.from_first(lambda: here)
     write_json(path, costs._asdict())
     return costs
 
