@@ -121,6 +121,11 @@ def read_durations(path: Path) -> np.ndarray:
     return seconds
 
 
+def mean_codes(speech: Speech, draft_length: int) -> float:
+    """The mean codes of a round."""
+    return float(codes_per_round(speech.acceptance, draft_length) @ np.arange(1, draft_length + 2))
+
+
 def codes_per_round(acceptance: float, draft_length: int) -> np.ndarray:
     """The probabilities of 1 .. K + 1 codes in a round.
 
@@ -133,7 +138,7 @@ def codes_per_round(acceptance: float, draft_length: int) -> np.ndarray:
 
 def loop_at_load(costs: Costs, speech: Speech, loop: str) -> list[bool]:
     """Whether a loop uses rounds, for each planned batch."""
-    mean = codes_per_round(speech.acceptance, costs.draft_length) @ np.arange(1, costs.draft_length + 2)
+    mean = mean_codes(speech, costs.draft_length)
     faster = [one / mean < step for one, step in zip(costs.round_s, costs.step_s, strict=True)]
     return {PLAIN: [False] * len(faster), ROUNDS: [True] * len(faster), BY_LOAD: faster}[loop]
 
@@ -253,7 +258,7 @@ class Wanted(NamedTuple):
 
 def capacity(costs: Costs, speech: Speech, loop: str, wanted: Wanted, steps: int = 8) -> float:
     """The most requests a second that a pod serves as wanted, by bisection; 0 where it serves none."""
-    mean = codes_per_round(speech.acceptance, costs.draft_length) @ np.arange(1, costs.draft_length + 2)
+    mean = mean_codes(speech, costs.draft_length)
     codes = float(speech.seconds.mean()) * speech.codes_per_s
     fastest = max(b * max(1 / s, mean / r) for b, s, r in zip(costs.batches, costs.step_s, costs.round_s, strict=True))
     low, high = 0.0, wanted.pod * fastest / codes
@@ -300,6 +305,22 @@ def fleet(costs: Costs, speech: Speech, loop: str, wanted: Wanted, pod_rate: flo
         "rate_per_chip": rate / (pods * chips),
         "rows": outcome.rows,
     } | seen
+
+
+def arithmetic(costs: Costs, speech: Speech) -> str:
+    """A table of a chip's codes a second by batch, without queues: rows over the time of a step, times the codes of a round."""
+    lines = [
+        "| slots in use | step, ms | round, ms | codes a second, plain | with rounds | rounds are |",
+        "|---|---|---|---|---|---|",
+    ]
+    mean = mean_codes(speech, costs.draft_length)
+    for batch, step, drafted in zip(costs.batches, costs.step_s, costs.round_s, strict=True):
+        plain, faster = batch / step, batch * mean / drafted
+        verdict = f"{max(faster / plain, plain / faster):.2f}x {'faster' if faster > plain else 'slower'}"
+        lines.append(f"| {batch} | {step * 1e3:.2f} | {drafted * 1e3:.2f} | {plain:,.0f} | {faster:,.0f} | {verdict} |")
+    codes = speech.seconds.mean() * speech.codes_per_s
+    about = f"{mean:.2f} codes a round; {codes:.0f} codes and a prefill of {costs.prefill_s * 1e3:.2f} ms a request"
+    return "\n".join([*lines, "", about])
 
 
 COLUMNS = {
@@ -368,9 +389,7 @@ def main(given: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"simulate_fleet: {error}", file=sys.stderr)
         sys.exit(2)
-    faster = [batch for batch, good in zip(costs.batches, loop_at_load(costs, speech, BY_LOAD), strict=True) if good]
-    print(table(rows))
-    print(f"\nrounds give more codes a second than steps at batches {faster or 'none'} of {list(costs.batches)}")
+    print(f"{arithmetic(costs, speech)}\n\n{table(rows)}")
     if asked.json:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()}
         asked.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")

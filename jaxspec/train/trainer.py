@@ -132,7 +132,8 @@ def train(
         licence=model.licence,
         source=f"trained by jaxspec for {model.family}: {recipe.loss}, {recipe.steps} steps",
     )
-    return Trained(pretrained.save(out, description, jax.device_get(seen)), logs.read(work)[-1])
+    seen = hosts.fetch(seen)
+    return hosts.from_first(lambda: Trained(pretrained.save(out, description, seen), logs.read(work)[-1]))
 
 
 def task_of(recipe: Recipe, target: transformer.Config, sampling: Sampling) -> Task:
@@ -227,7 +228,7 @@ def _evaluation(
     def evaluate(own: Params) -> Metrics:
         places = zip(batches, anchors, strict=True)
         parts = [acceptance.measure(task, frozen, own, batch, measured_length(task), *at) for batch, at in places]
-        parts = jax.device_get(parts)
+        parts = hosts.fetch(parts)
         rates, tokens = acceptance.by_position(parts), acceptance.tokens_per_round(parts)
         found: dict[str, Any] = {}
         for rule in rates:
