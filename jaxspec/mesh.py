@@ -43,8 +43,8 @@ def make(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) ->
     Raises:
         ValueError: there are fewer devices.
 
-    >>> make(data=1, model=1).shape
-    OrderedDict({'data': 1, 'model': 1})
+    >>> dict(make(data=1, model=1).shape)
+    {'data': 1, 'model': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
     if min(data, model) < 1 or data * model > len(devices):
