@@ -256,7 +256,7 @@ class Wanted(NamedTuple):
     seed: int
 
 
-def capacity(costs: Costs, speech: Speech, loop: str, wanted: Wanted, steps: int = 8) -> float:
+def capacity(costs: Costs, speech: Speech, loop: str, wanted: Wanted, steps: int = 10) -> float:
     """The most requests a second that a pod serves as wanted, by bisection; 0 where it serves none."""
     mean = mean_codes(speech, costs.draft_length)
     codes = float(speech.seconds.mean()) * speech.codes_per_s

@@ -128,7 +128,7 @@ def test_the_memory_of_loading_a_large_model(tmp_path):
         of_host = json.loads((tmp_path / f"memory-{index}.json").read_text())
         print({name: round(value / 1e9, 3) if name != "host" else value for name, value in of_host.items() if name != "seconds"})
         assert of_host["shards"] < 0.51 * of_host["all"]
-        assert of_host["peak"] < 1.8 * of_host["shards"]
+        assert of_host["peak"] < 2.1 * of_host["shards"]
 
 
 def test_an_error_on_one_host_ends_all_with_one_message(tmp_path):

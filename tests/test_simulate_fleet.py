@@ -20,7 +20,7 @@ SPEECH = Speech(np.array([1.0, 2.0, 3.0]), 50, 0.61, 10)
 
 
 def test_a_server_of_constant_time_waits_as_long_as_theory_says():
-    """M/D/1: the mean wait is D rho / (2 (1 - rho)). The standard error of 40,000 requests is about 1.5 %."""
+    """M/D/1: the mean wait is D rho / (2 (1 - rho)). The mean of 40,000 requests varies by 2.3 % over seeds."""
     load, step_s = 0.6, 0.25
     costs, speech = Costs((1,), (step_s,), (step_s,), 0.0, 0), Speech(np.array([1.0]), 1, 0.0, 1)
     outcome = simulate(costs, speech, PLAIN, 1, load / step_s, 50_000, seed=0)
@@ -29,13 +29,16 @@ def test_a_server_of_constant_time_waits_as_long_as_theory_says():
 
 
 def test_slots_wait_as_long_as_theory_says():
-    """M/M/c: Erlang's C over c mu - lambda, and half a step, as a request waits for the next; lengths are geometric."""
-    slots, step_s, codes, load = 4, 0.02, 25, 0.8
+    """M/M/c: Erlang's C over c mu - lambda, and half a step, as a request waits for the next; lengths are geometric.
+
+    The mean of 6,400 requests varies by 5.8 % over seeds.
+    """
+    slots, step_s, codes, load = 4, 0.01, 50, 0.6
     lengths = np.random.default_rng(1).geometric(1 / codes, 100_000).astype(float)
     costs, speech = Costs((slots,), (step_s,), (step_s,), 0.0, 0), Speech(lengths, 1, 0.0, 1)
     service_s = step_s * lengths.mean()
     offered = slots * load
-    outcome = simulate(costs, speech, PLAIN, 1, offered / service_s, 20_000, seed=2)
+    outcome = simulate(costs, speech, PLAIN, 1, offered / service_s, 8000, seed=0)
     last = offered**slots / math.factorial(slots) / (1 - load)
     queued = last / (sum(offered**k / math.factorial(k) for k in range(slots)) + last)
     wait_s = queued * service_s / (slots - offered)
