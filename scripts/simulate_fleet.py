@@ -16,6 +16,7 @@ whatever the rate. Left out: the codec, the host, the network, and that a draft 
 import argparse
 import collections
 import heapq
+import itertools
 import json
 import math
 import sys
@@ -289,8 +290,10 @@ def fleet(costs: Costs, speech: Speech, loop: str, wanted: Wanted, pod_rate: flo
             f"speech, got none with the loop {loop!r}: allow more time, or plan smaller batches"
         )
     pods = math.ceil(rate / pod_rate)
-    for chips in range(1 if pods == 1 else wanted.pod, wanted.pod + 1):
-        outcome = simulate(costs, speech, loop, chips, rate / pods, wanted.requests, wanted.seed)
+    parts = range(1, wanted.pod) if pods == 1 else ()
+    for chips in itertools.chain(parts, itertools.count(pods * wanted.pod, wanted.pod)):
+        simulated = min(chips, wanted.pod)
+        outcome = simulate(costs, speech, loop, simulated, rate * simulated / chips, wanted.requests, wanted.seed)
         if outcome.holds(wanted.first_p95_s):
             break
     seen = {
@@ -301,8 +304,8 @@ def fleet(costs: Costs, speech: Speech, loop: str, wanted: Wanted, pod_rate: flo
     return {
         "rate": rate,
         "loop": loop,
-        "chips": pods * chips,
-        "rate_per_chip": rate / (pods * chips),
+        "chips": chips,
+        "rate_per_chip": rate / chips,
         "rows": outcome.rows,
     } | seen
 
