@@ -94,9 +94,9 @@ def equal(a, b):
 def check_blocks():
     """A batch that is smaller than the parts of "data", as that of a stream: every token of a block is scored."""
     lm = transformer.language_model(TARGET)
-    for batch, block in ((1, 1), (1, 3), (2, 2), (2, 4)):
-        arguments = PARAMS, np.zeros((batch, block), np.int32), lm.init_cache(batch, 8), np.zeros(batch, np.int32)
-        assert jax.eval_shape(lm.apply, *arguments)[0].shape == (batch, block, V)
+    for batch, width in ((1, 1), (1, 3), (2, 2), (2, 4)):
+        arguments = PARAMS, np.zeros((batch, width), np.int32), lm.init_cache(batch, 8), np.zeros(batch, np.int32)
+        assert jax.eval_shape(lm.apply, *arguments)[0].shape == (batch, width, V)
 
 
 def main(meshes, cases):
