@@ -69,9 +69,9 @@ def test_a_seed_reproduces_and_another_differs():
 
 
 def test_requests_go_to_the_chip_with_the_fewest():
-    """Two at a time on two chips of one slot: nobody waits, but where three come within a step."""
+    """Two chips of one slot: at a load of 0.7 the mean wait is well below the 1.17 steps of each chip by itself."""
     costs, speech = Costs((1,), (1.0,), (1.0,), 0.0, 0), Speech(np.array([1.0]), 1, 0.0, 1)
-    assert np.median(simulate(costs, speech, PLAIN, 2, 0.4, 2000, seed=0).first_s) == 1.0
+    assert simulate(costs, speech, PLAIN, 2, 1.4, 5000, seed=0).first_s.mean() - 1 < 0.8
 
 
 @pytest.fixture
