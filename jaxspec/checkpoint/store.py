@@ -179,9 +179,12 @@ def write_params(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         got = f"expected {needed / 1e9:.2f} GB free for {folder.parent}, got {free / 1e9:.2f} GB"
         raise OSError(f"{got}: free some space, or choose another disk")
     # One file per tensor, so that several threads write at once; OCDBT has one writer.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, type_handler_registry=registry)
+    alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()}, f"host {jax.process_index()}")
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False, use_ocdbt=False, type_handler_registry=registry, multiprocessing_options=alone
+    )
     try:
-        with _without_warnings(), ocp.Checkpointer(handler) as checkpointer:
+        with _without_warnings(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
     except Exception as error:  # Orbax raises many kinds of errors, also for the tensors that failed before
         errors = errors or [_unwritten(error)]

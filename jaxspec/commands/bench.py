@@ -10,6 +10,7 @@ import jax
 
 from jaxspec.bench.settings import Settings
 from jaxspec.commands.mesh import OnMesh
+from jaxspec.common import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Bench(OnMesh, Settings):
 
         with jax.profiler.trace(str(self.trace)) if self.trace else contextlib.nullcontext():
             result = suite.bench(self, lambda line: print(line, file=sys.stderr, flush=True))
-        if self.out_dir:
+        if self.out_dir and hosts.is_first():
             report.save(self.out_dir, result)
         report.show(result, sys.stderr if self.json else sys.stdout)
         if self.json:

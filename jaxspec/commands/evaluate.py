@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.outputs import check_writable, make_folder
+from jaxspec.common import hosts
 from jaxspec.evaluate import requirements
 from jaxspec.evaluate.plan import Plan
 
@@ -38,7 +39,8 @@ class Evaluate(OnMesh, Plan):
 
         from jaxspec.evaluate import report
 
-        report.save(self.out_dir, result)
+        if hosts.is_first():
+            report.save(self.out_dir, result)
         report.show(result["rows"], Console(stderr=self.json, width=150))
         if self.json:
             print(json.dumps(result))

@@ -1,11 +1,13 @@
 """What commands read: texts from an argument, a file or standard input, a reference recording's codes; and how they sample."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from jaxspec.common import hosts
 from jaxspec.synthesis.contract import Reference, Settings, Synthesizer
 
 STANDARD_INPUT = "-"
@@ -32,26 +34,27 @@ class SamplingOptions:
 
 
 def read_text(text: str | None) -> str:
-    """The text of an argument; that of standard input where it is "-", or missing and something is piped in.
+    """The text of an argument; that of the first host's standard input where it is "-", or missing and something is piped in.
 
     Raises:
         ValueError: there is no text.
     """
-    if text == STANDARD_INPUT or (text is None and not sys.stdin.isatty()):
-        text = sys.stdin.read()
+    if text == STANDARD_INPUT or (text is None and hosts.from_first(lambda: not sys.stdin.isatty())):
+        text = hosts.from_first(sys.stdin.read)
     if text is None or not text.strip():
         raise ValueError('expected a text, got none: jaxspec say "..." --out hello.wav, or pipe it in')
     return text
 
 
 def read_lines(path: Path) -> dict[int, str]:
-    """The texts of a file by their line numbers, from 1; empty lines are left out. "-" is standard input.
+    """The texts of a file by their line numbers, from 1; empty lines are left out. "-" is standard input. The first host reads.
 
     Raises:
         ValueError: the file cannot be read, or holds no text.
     """
     try:
-        content = sys.stdin.read() if str(path) == STANDARD_INPUT else path.read_text(encoding="utf-8-sig")
+        read = sys.stdin.read if str(path) == STANDARD_INPUT else functools.partial(path.read_text, encoding="utf-8-sig")
+        content = hosts.from_first(read)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a text file in UTF-8, got {path}: {error}") from error
     lines = {number: line for number, line in enumerate(content.splitlines(), 1) if line.strip()}

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import sys
 import threading
+import traceback
 import types
 import typing
 import warnings
@@ -21,6 +22,7 @@ import jax
 import tyro
 
 import jaxspec
+from jaxspec.common import hosts
 from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.text import TextWarning
 
@@ -52,17 +54,23 @@ def main() -> None:
             return
         command = parse(sys.argv[1:])
         leave_absent_tpu_alone()
+        distributed = getattr(command, "distributed", None)  # None: a command that runs on one host
+        if distributed or (distributed is not None and hosts.expected()):
+            hosts.join()
         use_compilation_cache()
         show_text_warnings()
         sys.unraisablehook = interrupt_again
         with getattr(command, "on_mesh", contextlib.nullcontext)():
             command.run()
+        hosts.leave()
     except KeyboardInterrupt as interrupt:
-        print("jaxspec: interrupted" + "".join(f"; {part}" for part in interrupt.args), file=sys.stderr)
-        sys.exit(130)
+        hosts.end("interrupted" + "".join(f"; {part}" for part in interrupt.args), 130)
     except (ValueError, ImportError, RuntimeError, OSError, FloatingPointError) as error:
-        print(f"jaxspec: {error}", file=sys.stderr)
-        sys.exit(2)
+        hosts.end(hosts.reason(error), 2)
+    except Exception as error:  # a defect: of several hosts all end, on one its trace is enough
+        if not hosts.several():
+            raise
+        hosts.end("".join(traceback.format_exception(error)), 1)
 
 
 def parse(arguments: list[str]) -> Any:

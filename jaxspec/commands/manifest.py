@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxspec.common import hosts
+
 MANIFEST = "manifest.jsonl"
 
 
@@ -37,7 +39,9 @@ class Manifest:
         return requests
 
     def add(self, name: str, line: int, text: str, request: str) -> None:
-        """Records a file that was just written."""
+        """Records a file that was just written, on the first host."""
+        if not hosts.is_first():
+            return
         self.__dict__.pop("_requests", None)  # read again when it is next asked for
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "line": line, "text": text, "request": request}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The option --mesh, which the commands that run models share."""
+"""The options --mesh and --distributed, which the commands that run models share."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxspec import mesh
 from jaxspec.bench import presets
 from jaxspec.checkpoint import descriptions
+from jaxspec.common import hosts
 from jaxspec.models.card import Model
 from jaxspec.models.transformer import Config
 
@@ -21,7 +22,9 @@ class OnMesh:
 
     mesh: str | None = dataclasses.field(default=None, kw_only=True)
     """Chips to use together: data=D,model=M divides the batch into D parts and the weights into M; auto uses all chips. By
-    default one chip."""
+    default one chip, and auto on several hosts."""
+    distributed: bool = dataclasses.field(default=False, kw_only=True)
+    """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
 
     def divided(self) -> str | Path | None:
         """The target: a folder, a preset of the benchmark, or the built-in voice."""
@@ -33,9 +36,9 @@ class OnMesh:
         Raises:
             ValueError: there are fewer chips, or the option cannot be read.
         """
-        if self.mesh is None:
+        if self.mesh is None and not hosts.several():
             return contextlib.nullcontext()
-        if self.mesh != mesh.AUTO:
+        if self.mesh not in (None, mesh.AUTO):
             return jax.set_mesh(mesh.make(*mesh.parse(self.mesh)))
         shape = _shape(self.divided())
         if shape is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxspec.common import hosts
 from jaxspec.common.files import replacing
 from jaxspec.synthesis.pipeline import Utterance
 
@@ -36,11 +37,13 @@ def check_picture(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Writes an empty file beside ``path`` and removes it.
+    """Writes an empty file beside ``path`` and removes it, on the first host, which alone writes.
 
     Raises:
         ValueError: that cannot be done.
     """
+    if not hosts.is_first():
+        return
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -55,11 +58,13 @@ def check_writable(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder unless it exists.
+    """Creates a folder unless it exists, on the first host.
 
     Raises:
         ValueError: it cannot be created.
     """
+    if not hosts.is_first():
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

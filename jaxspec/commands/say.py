@@ -18,6 +18,7 @@ from jaxspec.commands.manifest import MANIFEST, Manifest, digest
 from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.picture import draw
 from jaxspec.commands.streaming import say_stream
+from jaxspec.common import hosts
 from jaxspec.synthesis.contract import Settings, Synthesizer, Verifier
 from jaxspec.synthesis.decoding import resolve
 from jaxspec.synthesis.load import load
@@ -193,7 +194,17 @@ class Say(OnMesh):
         return arguments | {"held": held, "version": jaxspec.__version__}
 
 
-_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json", "mesh"}  # arguments that no file depends on
+_NOT_HEARD = {
+    "text",
+    "out",
+    "file",
+    "out_dir",
+    "resume",
+    "plot",
+    "json",
+    "mesh",
+    "distributed",
+}  # arguments that no file depends on
 
 
 def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:
@@ -224,7 +235,8 @@ def say(
     """
     decoding, tally, failed, audio_s, written = resolve(synthesizer, settings), Tally(), {}, 0.0, 0
     digests = [digest({**(request or {}), "line": i, "text": job.text}, []) for i, job in enumerate(jobs)]
-    skip = {i for i, job in enumerate(jobs) if resume and manifest and manifest.holds(job.out.name, digests[i])}
+    held = resume and manifest and manifest.holds
+    skip = hosts.from_first(lambda: {i for i, job in enumerate(jobs) if held and held(job.out.name, digests[i])})
     try:
         with progress_bar("speaking") as progress:
             texts = [job.text for job in jobs]

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxspec.common import hosts
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields the path of a temporary file that replaces ``path`` when the block succeeds.
 
-    On an error the temporary file is removed and ``path`` is unchanged.
+    On an error the temporary file is removed and ``path`` is unchanged. Of several hosts only the first one writes: on the others
+    the file is removed in the end.
 
     Args:
         path: to write; the temporary file is in its folder and has its suffix.
@@ -22,10 +25,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         OSError: the folder is missing or cannot be written.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    folder = path.parent if hosts.is_first() else None
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     try:
         yield Path(name)
+        if not hosts.is_first():
+            return os.unlink(name)
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
     except BaseException:

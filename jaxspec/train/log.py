@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from jaxspec.common import hosts
 from jaxspec.common.files import replacing
 
 LOG = "log.jsonl"
 
 
 def write(directory: Path, done: int, steps: int, metrics: Mapping[str, Any], step_s: float) -> str:
-    """Appends a row to ``log.jsonl``; the same as a line for people, lists left out."""
+    """Appends a row to ``log.jsonl``, on the first host; the same as a line for people, lists left out."""
     row = {"step": done, "step_s": round(step_s, 4), **{name: _rounded(value) for name, value in metrics.items()}}
-    with (directory / LOG).open("a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
+    if hosts.is_first():
+        with (directory / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
     shown = {name: value for name, value in row.items() if name not in ("step", "step_s") and isinstance(value, float)}
     text = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items())
     return f"step {done}/{steps}  {text}  {step_s:.2f} s per step, {(steps - done) * step_s / 60:.0f} min left"
@@ -66,11 +68,14 @@ def plot(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path, name: str = "lock") -> Iterator[None]:
-    """Holds a folder for this process, by a file of this name.
+    """Holds a folder for this process, by a file of this name; of several hosts the first one holds it.
 
     Raises:
         ValueError: another process holds it.
     """
+    if not hosts.is_first():
+        yield
+        return
     with (directory / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxspec.train import log as logs
 from jaxspec.types import Array, Params
@@ -109,7 +109,7 @@ def fit(
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with logs.locked(directory), _manager(directory) as manager:
-        state = _restore(manager, init_state(params, config))
+        state = _restore(manager, init_state(params, config), mesh)
         first, start = int(state.step), time.monotonic()
         logs.cut(directory, first)
         put = _put(mesh, config.accumulate)
@@ -135,10 +135,10 @@ def fit(
 
 
 def data_mesh() -> Mesh | None:
-    """The devices of this machine along the axis "data"; None where there is one."""
-    devices = jax.local_devices()
+    """The mesh that is set, else the devices of all hosts along the axis "data"; None where there is one device."""
     if not jax.sharding.get_mesh().empty:
         return jax.sharding.get_mesh()
+    devices = jax.devices()
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices) if len(devices) > 1 else None
 
 
@@ -155,7 +155,7 @@ def load_ema(directory: Path, like: Params) -> Params:
     with _manager(directory.resolve()) as manager:
         if manager.latest_step() is None:
             raise FileNotFoundError(f"expected a checkpoint in {directory}, got none: run that stage first")
-        return _restore(manager, jax.eval_shape(lambda: init_state(like, TrainConfig(1, 1.0)))).ema_params
+        return _restore(manager, jax.eval_shape(lambda: init_state(like, TrainConfig(1, 1.0))), None).ema_params
 
 
 def _due(done: int, every: int, last: int) -> bool:
@@ -258,11 +258,15 @@ def _manager(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=1))
 
 
-def _restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
-    """The newest checkpoint, or ``like`` where there is none."""
+def _restore(manager: ocp.CheckpointManager, like: TrainState, mesh: Mesh | None) -> TrainState:
+    """The newest checkpoint, divided over a mesh, whichever it was written on; or ``like`` where there is none."""
     if (newest := manager.latest_step()) is None:
         return like
-    restored: Any = manager.restore(newest, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
+    shapes = jax.eval_shape(lambda: like)
+    whole = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda leaf: whole, shapes) if mesh is None else shardings(shapes, mesh)
+    placed = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+    restored: Any = manager.restore(newest, args=ocp.args.StandardRestore(placed))
     return restored
 
 

@@ -13,6 +13,7 @@ from blake3 import blake3
 from jaxspec.checkpoint import pretrained
 from jaxspec.checkpoint.pretrained import Pretrained
 from jaxspec.codec.padding import padded_batch
+from jaxspec.common import hosts
 from jaxspec.models.builtin import VOICES
 from jaxspec.sampling import Sampling
 from jaxspec.state import STOP_TOKEN
@@ -123,8 +124,9 @@ def sample(
     finished = tokens = 0
     for index, first in enumerate(range(0, len(pieces), speech.batch)):
         path = samples_lib.shard_path(folder, index)
-        if not path.exists():
+        if not hosts.from_first(path.exists):
             samples_lib.write_shard(path, _batch(pieces[first : first + speech.batch], index, speech, target))
+            hosts.wait(str(path))
         shard = samples_lib.read_shard(path)
         finished, tokens = finished + len(shard.texts), tokens + len(shard.tokens)
         progress(min(first + speech.batch, len(pieces)), len(pieces))

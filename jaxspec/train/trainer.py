@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
+from jaxspec.common import hosts
 from jaxspec.common.files import claim, write_json
 from jaxspec.draft import families
 from jaxspec.draft.families import FAMILIES
@@ -131,7 +132,8 @@ def train(
         licence=model.licence,
         source=f"trained by jaxspec for {model.family}: {recipe.loss}, {recipe.steps} steps",
     )
-    return Trained(pretrained.save(out, description, jax.device_get(seen)), logs.read(work)[-1])
+    seen = hosts.fetch(seen)
+    return hosts.from_first(lambda: Trained(pretrained.save(out, description, seen), logs.read(work)[-1]))
 
 
 def task_of(recipe: Recipe, target: transformer.Config, sampling: Sampling) -> Task:
@@ -195,17 +197,18 @@ def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples:
 
 
 def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
-    """The measured costs, kept in the work folder, so that a resumed run predicts from the same."""
+    """The measured costs, kept in the work folder, so that a resumed run predicts from the same: those of the first host."""
     path = work / "costs.json"
-    if path.exists():
-        return Costs(**json.loads(path.read_text(encoding="utf-8")))
+    if hosts.from_first(path.exists):
+        return Costs(**hosts.from_first(lambda: json.loads(path.read_text(encoding="utf-8"))))
     family, dtype = FAMILIES[task.family], jnp.dtype(task.config.target.dtype)
     params = drafts.full_params(task, jax.tree.map(lambda leaf: leaf.astype(dtype), own), target.pretrained.params)
     longest = measured_length(task)
     layers = family.feature_layers(task.config)
     drafter = Drafter(family.drafter(task.config), params, layers, family.max_length(task.config))
     requests = target.synthesizer.requests(held.texts[:1], Settings(voice=target.voices[0]))
-    costs = costs_lib.measure(target, drafter, requests, longest)
+    here = costs_lib.measure(target, drafter, requests, longest)
+    costs = hosts.from_first(lambda: here)
     write_json(path, costs._asdict())
     return costs
 
@@ -225,7 +228,7 @@ def _evaluation(
     def evaluate(own: Params) -> Metrics:
         places = zip(batches, anchors, strict=True)
         parts = [acceptance.measure(task, frozen, own, batch, measured_length(task), *at) for batch, at in places]
-        parts = jax.device_get(parts)
+        parts = hosts.fetch(parts)
         rates, tokens = acceptance.by_position(parts), acceptance.tokens_per_round(parts)
         found: dict[str, Any] = {}
         for rule in rates:
