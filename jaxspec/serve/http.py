@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 import jaxspec
 from jaxspec.audio import files
@@ -64,7 +64,7 @@ def application(engine: Engine, front: Front) -> FastAPI:
         """The model that is served."""
         return {"object": "list", "data": [_model(front.model)]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=_refused(404))
     async def model(name: str) -> dict[str, Any]:
         """The model of a name."""
         if name != front.model:
@@ -84,13 +84,13 @@ def application(engine: Engine, front: Front) -> FastAPI:
         named = [{"id": name, "name": name} for name in engine.synthesizer.voices]
         return {"voices": named or [{"id": "default", "name": "default"}], "rules": [*engine.rules, AUTO]}
 
-    @app.get("/health")
+    @app.get("/health", responses=_refused(503))
     async def health() -> JSONResponse:
         """Whether requests are served now."""
         state = "draining" if engine.draining else "warming up" if not engine.ready else "stalled" if engine.stalled else "ok"
         return JSONResponse({"status": state, **engine.gauges()}, 200 if state == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics_page() -> Response:
         """Counts and times for Prometheus."""
         return Response(metrics.text(), media_type=metrics.media_type)
@@ -109,9 +109,16 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _ERROR = {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "object"}}}}}
+
+
+def _refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The documented answers of these statuses."""
+    return {status: {"description": "Refused", "content": _ERROR} for status in statuses}
+
+
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {name: {} for name in (*formats.MEDIA_TYPES.values(), "text/event-stream")}},
-    **{status: {"description": "Refused", "content": _ERROR} for status in (400, 401, 408, 413, 429, 500, 503, 504)},
+    **_refused(400, 401, 408, 413, 429, 500, 503, 504),
 }
 
 
