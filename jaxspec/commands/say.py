@@ -236,7 +236,7 @@ def say(
     decoding, tally, failed, audio_s, written = resolve(synthesizer, settings), Tally(), {}, 0.0, 0
     digests = [digest({**(request or {}), "line": i, "text": job.text}, []) for i, job in enumerate(jobs)]
     held = resume and manifest and manifest.holds
-    skip = hosts.from_first(lambda: {i for i, job in enumerate(jobs) if held and held(job.out.name, digests[i])})
+    skip = set(hosts.from_first(lambda: [i for i, job in enumerate(jobs) if held and held(job.out.name, digests[i])]))
     try:
         with progress_bar("speaking") as progress:
             texts = [job.text for job in jobs]

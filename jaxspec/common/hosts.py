@@ -8,8 +8,8 @@ and all end. A host that dies is missed by that service, which aborts the others
 import _thread
 import contextlib
 import ctypes
+import json
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -97,16 +97,19 @@ def join() -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the first host, on every host; it is called there only. Call it at the same place on all hosts."""
+    """What ``make`` gives on the first host, on every host; it is called there only. Call it at the same place on all hosts.
+
+    The value is one that JSON holds.
+    """
     if not several():
         return make()
     name = f"jaxspec/told/{_hosts.told}"
     _hosts.told += 1
     if is_first():
         value = make()
-        _client().key_value_set_bytes(name, pickle.dumps(value))
+        _client().key_value_set(name, json.dumps(value))
         return value
-    return pickle.loads(_client().blocking_key_value_get_bytes(name, _LONG_MS))
+    return json.loads(_client().blocking_key_value_get(name, _LONG_MS))
 
 
 def fetch(tree: T) -> T:

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
-from jaxspec.common import hosts
+from jaxspec.common import hosts, records
 from jaxspec.common.files import claim, write_json
 from jaxspec.draft import families
 from jaxspec.draft.families import FAMILIES
@@ -133,7 +133,8 @@ def train(
         source=f"trained by jaxspec for {model.family}: {recipe.loss}, {recipe.steps} steps",
     )
     seen = hosts.fetch(seen)
-    return hosts.from_first(lambda: Trained(pretrained.save(out, description, seen), logs.read(work)[-1]))
+    saved, last = hosts.from_first(lambda: (dataclasses.asdict(pretrained.save(out, description, seen)), logs.read(work)[-1]))
+    return Trained(records.from_json(DraftDescription, saved), last)
 
 
 def task_of(recipe: Recipe, target: transformer.Config, sampling: Sampling) -> Task:
@@ -199,8 +200,8 @@ def _claim(work: Path, recipe: Recipe, target: str, sampling: Sampling, samples:
 def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -> Costs:
     """The measured costs, kept in the work folder, so that a resumed run predicts from the same: those of the first host."""
     path = work / "costs.json"
-    if hosts.from_first(path.exists):
-        return Costs(**hosts.from_first(lambda: json.loads(path.read_text(encoding="utf-8"))))
+    if kept := hosts.from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None):
+        return Costs(**kept)
     family, dtype = FAMILIES[task.family], jnp.dtype(task.config.target.dtype)
     params = drafts.full_params(task, jax.tree.map(lambda leaf: leaf.astype(dtype), own), target.pretrained.params)
     longest = measured_length(task)
@@ -208,7 +209,7 @@ def _costs(work: Path, task: Task, own: Params, target: Target, held: Samples) -
     drafter = Drafter(family.drafter(task.config), params, layers, family.max_length(task.config))
     requests = target.synthesizer.requests(held.texts[:1], Settings(voice=target.voices[0]))
     here = costs_lib.measure(target, drafter, requests, longest)
-    costs = hosts.from_first(lambda: here)
+    costs = Costs(*hosts.from_first(lambda: here))
     write_json(path, costs._asdict())
     return costs
 
