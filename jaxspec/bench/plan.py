@@ -15,56 +15,65 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType, Mesh
 
 from jaxspec import speculate
-from jaxspec.bench import chips, hlo, roofline
+from jaxspec.bench import chips, collectives, hlo, plan_shapes
 from jaxspec.bench.hlo import Program
-from jaxspec.bench.plan_shapes import Arguments, Settings, arguments, check_room, group_size, memory_parts, pair_of
+from jaxspec.bench.plan_shapes import (
+    Arguments,
+    Settings,
+    abstract_placement,
+    arguments,
+    bytes_needed,
+    check_room,
+    group_size,
+    memory_parts,
+    pair_of,
+)
 from jaxspec.bench.presets import Pair
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
-from jaxspec.models.placement import Placement, one_device
-from jaxspec.models.transformer import Config
-from jaxspec.types import Draft, Params
+from jaxspec.models.placement import Placement
+from jaxspec.types import Draft
 
 _NARROW = 64  # a table with so few rows may have the shape of a batch's activations
 # At default precision a TPU multiplies in bfloat16, and XLA may keep a float32 cache in that type in the loop.
 _CACHE_KINDS = {"bfloat16": ("bf16",), "float32": ("f32", "bf16")}
 
 
-def plan(settings: Settings, placement: Placement | None = None) -> dict[str, Any]:
-    """Compiles the three programs for a device of a topology.
+def plan(settings: Settings) -> dict[str, Any]:
+    """Compiles the three programs for a mesh of devices of a topology.
 
     Args:
         settings: what to plan for.
-        placement: on one device of the topology; by default the first.
 
     Returns:
         The settings, and "memory", "prefill", "step", "round" and "checks", see ``plan_report.card``. Keys that end in _s are
-        seconds, those of "memory" are bytes.
+        seconds, those of "memory" are bytes; all are of one device.
 
     Raises:
-        ValueError: a setting is out of its range, the model or the topology is unknown, the parts do not fit in the chip, or the
-            placement is not on one of its devices.
+        ValueError: a setting is out of its range, the model or the topology is unknown, the topology has fewer devices than the
+            mesh, the mesh does not divide the model, or the parts do not fit in the chip.
         ImportError: libtpu is not installed.
     """
     settings.check()
     pair, chip = pair_of(settings), chips.chip_of(settings.topology)
-    shapes, device = arguments(settings, pair), chip.device()
-    parts = memory_parts(settings, pair, shapes)
+    abstract, device = abstract_placement(settings), chip.device()
+    shapes = arguments(settings, pair, abstract)
+    parts = memory_parts(settings, pair, shapes, abstract)
     check_room(settings, parts, device.memory_bytes)
     devices = chips.devices(settings.topology)
-    placement = placement or one_device(devices[0])
-    if placement.mesh.size != 1 or placement.mesh.devices.flat[0] not in devices:
-        raise ValueError(f"expected a placement on one device of {settings.topology}, got {placement.mesh}: use one_device")
-    prefill, loop, plain, compile_s = _compile_all(settings, pair, _placed(shapes, pair, placement))
-    program = hlo.parse(loop.as_text())
-    read = {
-        name: roofline.model_pass(config, settings.batch, 1, settings.cells).bytes if config else 0
-        for name, config in (("target", pair.target), ("draft", pair.draft))
+    placement = Placement(_mesh(settings, devices))
+    prefill, loop, plain, compile_s = _compile_all(settings, pair, arguments(settings, pair, placement), placement.mesh)
+    programs = hlo.parse(loop.as_text()), hlo.parse(plain.as_text())
+    reads = {
+        "target": bytes_needed(pair.target, shapes.target_params, parts["target_cache"]),
+        "draft": bytes_needed(pair.draft, shapes.draft_params, parts["draft_cache"]) if pair.draft else 0,
     }
-    caches = _caches(settings, pair)
+    identities = _caches(settings, pair, abstract)
     return {
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)},
         "target_layers": pair.target.layers,
@@ -73,26 +82,39 @@ def plan(settings: Settings, placement: Placement | None = None) -> dict[str, An
         "devices": len(devices),
         "devices_per_chip": chip.devices,
         "compile_s": compile_s,
-        "memory": parts | _memory(loop, program, caches, device.memory_bytes),
+        "memory": parts | _memory(loop, programs[0], identities, device.memory_bytes),
         "prefill": _counts(prefill, device) | _entry(hlo.parse(prefill.as_text()), device),
-        "step": _body(hlo.parse(plain.as_text()), device, read["target"]),
-        "round": _body(program, device, read["target"] + settings.draft_length * read["draft"])
+        "step": _body(settings, programs[1], device, reads["target"]),
+        "round": _body(settings, programs[0], device, reads["target"] + settings.draft_length * reads["draft"])
         | _counts(loop, device, prefill)
-        | {"cycles_of_draft_steps": hlo.longest_loop_cycles(program) if pair.draft else None},
-        "checks": hlo.checks(program, settings.batch, pair.target.vocab, caches, _matrices(shapes), group_size(pair)),
+        | {"cycles_of_draft_steps": hlo.longest_loop_cycles(programs[0]) if pair.draft else None},
+        "checks": _checks(settings, pair, programs[0], identities, _matrices(shapes)),
     }
 
 
-def _compile_all(settings: Settings, pair: Pair, placed: Arguments) -> tuple[Any, Any, Any, float]:
+def _mesh(settings: Settings, devices: list[Any]) -> Mesh:
+    """The mesh on the first devices of a topology."""
+    data, model = settings.axes
+    if data * model > len(devices):
+        raise ValueError(
+            f"expected a mesh of at most {len(devices)} devices, those of {settings.topology}, got {settings.mesh}: choose a "
+            "larger topology or a smaller mesh"
+        )
+    grid = np.array(devices[: data * model]).reshape(data, model)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _compile_all(settings: Settings, pair: Pair, placed: Arguments, mesh: Mesh) -> tuple[Any, Any, Any, float]:
     """Prefill, speculative loop and plain loop, compiled, and the seconds that it took."""
     start = time.perf_counter()
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
     models = target, placed.target_params, draft, placed.draft_params
-    prefill = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
-    loop = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
-    plain = compile_for_tpu(
-        speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request)
-    )
+    with jax.set_mesh(mesh):
+        prefill = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
+        loop = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
+        plain = compile_for_tpu(
+            speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request)
+        )
     return prefill, loop, plain, time.perf_counter() - start
 
 
@@ -100,25 +122,6 @@ def _draft(settings: Settings, pair: Pair) -> Draft:
     if pair.draft is None:
         return ngram_draft(settings.draft_length, pair.target.vocab)
     return model_draft(transformer.language_model(pair.draft), settings.draft_length)
-
-
-def _placed(shapes: Arguments, pair: Pair, placement: Placement) -> Arguments:
-    """The shapes with the shardings of a placement."""
-
-    def params(config: Config | None, leaves: Params) -> Params:
-        return () if config is None else placed(leaves, transformer.shardings_of(config, placement))
-
-    return Arguments(
-        params(pair.target, shapes.target_params),
-        params(pair.draft, shapes.draft_params),
-        placed(shapes.verify, jax.tree.map(lambda leaf: placement.sharding(), shapes.verify)),
-        placed(shapes.request, placement.state(shapes.request)),
-    )
-
-
-def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes with shardings, trees of the same structure."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
 
 
 @contextlib.contextmanager
@@ -154,20 +157,31 @@ def compile_for_tpu(lowered: Any, smaller: str = "a smaller batch or a shorter c
         raise ValueError(f"expected {smaller}, got a program that does not fit, as the compiler finds ({said})") from error
 
 
-def _caches(settings: Settings, pair: Pair) -> set[tuple]:
-    """The identities of the KV caches."""
+def _caches(settings: Settings, pair: Pair, placement: Placement) -> set[tuple]:
+    """The identities of the KV caches as one device has them."""
+    shapes = [plan_shapes.caches(config, settings, placement) for config in (pair.target, pair.draft) if config is not None]
     return {
-        hlo.identity(kind, (settings.batch, settings.cells, config.kv_heads, config.head_dim))
-        for config in (pair.target, pair.draft)
-        if config is not None
+        hlo.identity(kind, plan_shapes.local_shape(leaf))
+        for leaf in jax.tree.leaves(shapes)
         for kind in _CACHE_KINDS[settings.dtype]
     }
 
 
 def _matrices(shapes: Arguments) -> set[tuple]:
-    """The identities of the float32 products of the matrices of parameters."""
+    """The identities of the float32 products of the matrices of parameters as one device has them."""
     leaves = jax.tree.leaves((shapes.target_params, shapes.draft_params))
-    return {hlo.identity("f32", leaf.shape) for leaf in leaves if leaf.ndim == 2 and min(leaf.shape) > _NARROW}
+    sizes = [plan_shapes.local_shape(leaf) for leaf in leaves if leaf.ndim == 2]
+    return {hlo.identity("f32", size) for size in sizes if min(size) > _NARROW}
+
+
+def _checks(settings: Settings, pair: Pair, program: Program, identities: set[tuple], matrices: set[tuple]) -> dict[str, Any]:
+    """The checks of the loop, and on a mesh those of its collectives."""
+    data, model = settings.axes
+    vocab = pair.target.vocab // model
+    found = hlo.checks(program, settings.batch // data, vocab, identities, matrices, group_size(pair))
+    if data * model == 1:
+        return found
+    return found | collectives.checks(program, min(4 * pair.target.vocab, *(hlo.identity_bytes(cache) for cache in identities)))
 
 
 def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[str, Any]:
@@ -199,10 +213,14 @@ def _entry(program: Program, chip: chips.Chip) -> dict[str, Any]:
     return _schedule(program, program.entry, chip)
 
 
-def _body(program: Program, chip: chips.Chip, needed: float) -> dict[str, Any]:
-    """One iteration of a loop: what it must read, and its schedule."""
+def _body(settings: Settings, program: Program, chip: chips.Chip, needed: float) -> dict[str, Any]:
+    """One iteration of a loop: what it must read, its schedule, its collectives, and the estimate that follows from these."""
     bound = {"bytes_needed": needed, "bandwidth_bound_s": needed / chip.bytes_per_s}
-    return bound | _schedule(program, program.body, chip)
+    schedule, counted = _schedule(program, program.body, chip), collectives.summary(program, program.body)
+    total = collectives.total(counted)
+    waits = {"collectives_s": total["count"] * settings.collective_us * 1e-6, "links_s": total["bytes"] / chip.link_bytes_per_s}
+    alone = max(bound["bandwidth_bound_s"], schedule["cycles_s"] or 0.0)
+    return bound | schedule | {"collectives": counted} | waits | {"estimate_s": alone + sum(waits.values())}
 
 
 def _schedule(program: Program, name: str, chip: chips.Chip) -> dict[str, Any]:

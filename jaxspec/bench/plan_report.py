@@ -1,5 +1,7 @@
 """A plan for people."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +32,10 @@ def card(result: Mapping[str, Any]) -> str:
         "one step of the plain loop, for one token of each row",
         _bound(result["step"]),
         _scheduled(result["step"]),
+        *_collectives(result, "step"),
         "one round, for 1 to K + 1 tokens of each row",
         *_round(result["round"], result["step"]),
+        *_collectives(result, "round"),
         "checks of the compiled program",
     ]
     for check in result["checks"].values():
@@ -41,8 +45,38 @@ def card(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def on_mesh(result: Mapping[str, Any]) -> bool:
+    """Whether the plan is for several devices."""
+    return math.prod(int(size) for size in re.findall(r"\d+", result["mesh"])) > 1
+
+
+def _collectives(result: Mapping[str, Any], name: str) -> list[str]:
+    """The collectives of a step or a round, and the estimate with them; nothing for one device."""
+    if not on_mesh(result):
+        return []
+    figures, wait = result[name], result["collective_us"]
+    counted = [f"{_kinds(kinds)} {_WHEN[when]}" for when, kinds in figures["collectives"].items() if kinds]
+    scheduled = "no published clock" if figures["cycles_s"] is None else f"{figures['cycles_s'] * 1e3:.3g} ms scheduled"
+    count = round(figures["collectives_s"] * 1e6 / wait) if wait else 0
+    return [
+        "  collectives: " + ("; ".join(counted) or "none"),
+        f"  estimate {figures['estimate_s'] * 1e3:.3g} ms: the larger of bandwidth and schedule ({scheduled}), {count} x {wait:g}"
+        f" us, which is a guess, and {figures['links_s'] * 1e3:.2g} ms on the links",
+    ]
+
+
+_WHEN = {"always": "in each", "trip": "in each trip of an inner loop", "branch": "in branches that are not the cheapest"}
+
+
+def _kinds(kinds: Mapping[str, Mapping[str, int]]) -> str:
+    return ", ".join(f"{entry['count']} {kind} of {readable(entry['bytes'])}" for kind, entry in kinds.items())
+
+
 def _head(result: Mapping[str, Any]) -> list[str]:
-    device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
+    if on_mesh(result):
+        device = f"a mesh of {result['mesh']}"
+    else:
+        device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
     draft = f"a draft of {result['draft_layers']}" if result["draft_layers"] else "the n-gram draft"
     return [
         f"{result['model']}, {result['target_layers']} layers, and {draft}, in {result['dtype']}: batch {result['batch']}, "

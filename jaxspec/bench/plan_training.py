@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.bench import chips
-from jaxspec.bench.plan import compile_for_tpu, placed, total_bytes
-from jaxspec.bench.plan_shapes import Settings, group_size, pair_of, readable
+from jaxspec.bench.plan import compile_for_tpu, total_bytes
+from jaxspec.bench.plan_shapes import Settings, codes_of, group_size, pair_of, placed, readable
 from jaxspec.bench.presets import Pair
 from jaxspec.draft.family import Packed
 from jaxspec.models import transformer
@@ -104,7 +104,7 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
 
 def _membership(pair: Pair) -> Membership:
     """The shapes of groups as large as PCG's of LLaSA."""
-    codes = pair.target.vocab - pair.stops
+    codes = codes_of(pair)
     size = codes * group_size(pair)
     fields = (size, jnp.int32), (size, jnp.int32), (size, jnp.float32), (codes, jnp.int32)
     return jax.eval_shape(lambda: Membership(*(jnp.zeros(*field) for field in fields)))
