@@ -11,7 +11,7 @@ loops of known length in full, others once, and the cheapest branch of a conditi
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,37 +44,35 @@ _NARROW = 64  # a table with so few rows may have the shape of a batch's activat
 _CACHE_KINDS = {"bfloat16": ("bf16",), "float32": ("f32", "bf16")}
 
 
-def plan(settings: Settings) -> dict[str, Any]:
+def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
     """Compiles the three programs for a mesh of devices of a topology.
 
     Args:
         settings: what to plan for.
+        prefill: whether to compile the prefill by itself too.
 
     Returns:
         The settings, and "memory", "prefill", "step", "round" and "checks", see ``plan_report.card``. Keys that end in _s are
-        seconds, those of "memory" are bytes; all are of one device.
+        seconds, those of "memory" are bytes; all are of one device. What XLA counts in a round is the loop's program less the
+        prefill, and is left out with it.
 
     Raises:
         ValueError: a setting is out of its range, the model or the topology is unknown, the topology has fewer devices than the
             mesh, the mesh does not divide the model, or the parts do not fit in the chip.
         ImportError: libtpu is not installed.
     """
-    settings.check()
-    pair, chip = pair_of(settings), chips.chip_of(settings.topology)
-    abstract, device = abstract_placement(settings), chip.device()
-    shapes = arguments(settings, pair, abstract)
-    parts = memory_parts(settings, pair, shapes, abstract)
-    check_room(settings, parts, device.memory_bytes)
-    devices = chips.devices(settings.topology)
-    placement = Placement(_mesh(settings, devices))
-    prefill, loop, plain, compile_s = _compile_all(settings, pair, arguments(settings, pair, placement), placement.mesh)
-    programs = hlo.parse(loop.as_text()), hlo.parse(plain.as_text())
+    pair, shapes, parts = check_memory(settings)
+    chip = chips.chip_of(settings.topology)
+    device, devices, abstract = chip.device(), chips.devices(settings.topology), abstract_placement(settings)
+    compiled, compile_s = _compile_all(settings, pair, _mesh(settings, devices), prefill)
+    loop, plain = (hlo.parse(compiled[name].as_text()) for name in ("loop", "plain"))
     reads = {
         "target": bytes_needed(pair.target, shapes.target_params, parts["target_cache"]),
         "draft": bytes_needed(pair.draft, shapes.draft_params, parts["draft_cache"]) if pair.draft else 0,
     }
-    identities = _caches(settings, pair, abstract)
-    return {
+    figures = _body(settings, loop, device, reads["target"] + settings.draft_length * reads["draft"])
+    figures["cycles_of_draft_steps"] = hlo.longest_loop_cycles(loop) if pair.draft else None
+    result = {
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)},
         "target_layers": pair.target.layers,
         "draft_layers": pair.draft.layers if pair.draft else None,
@@ -82,14 +80,29 @@ def plan(settings: Settings) -> dict[str, Any]:
         "devices": len(devices),
         "devices_per_chip": chip.devices,
         "compile_s": compile_s,
-        "memory": parts | _memory(loop, programs[0], identities, device.memory_bytes),
-        "prefill": _counts(prefill, device) | _entry(hlo.parse(prefill.as_text()), device),
-        "step": _body(settings, programs[1], device, reads["target"]),
-        "round": _body(settings, programs[0], device, reads["target"] + settings.draft_length * reads["draft"])
-        | _counts(loop, device, prefill)
-        | {"cycles_of_draft_steps": hlo.longest_loop_cycles(programs[0]) if pair.draft else None},
-        "checks": _checks(settings, pair, programs[0], identities, _matrices(shapes)),
+        "memory": parts | _memory(compiled["loop"], loop, _caches(settings, pair, abstract), device.memory_bytes),
+        "step": _body(settings, plain, device, reads["target"]),
+        "round": figures,
+        "checks": _checks(settings, pair, loop, _caches(settings, pair, abstract), _matrices(shapes)),
     }
+    if prefill:
+        figures |= _counts(compiled["loop"], device, compiled["prefill"])
+        result["prefill"] = _counts(compiled["prefill"], device) | _entry(hlo.parse(compiled["prefill"].as_text()), device)
+    return result
+
+
+def check_memory(settings: Settings) -> tuple[Pair, Arguments, dict[str, int]]:
+    """The shapes of the models, of the arguments of the loop, and the bytes of each part on one device.
+
+    Raises:
+        ValueError: as ``plan``.
+    """
+    settings.check()
+    pair, chip, placement = pair_of(settings), chips.chip_of(settings.topology), abstract_placement(settings)
+    shapes = arguments(settings, pair, placement)
+    parts = memory_parts(settings, pair, shapes, placement)
+    check_room(settings, parts, chip.device().memory_bytes)
+    return pair, shapes, parts
 
 
 def _mesh(settings: Settings, devices: list[Any]) -> Mesh:
@@ -104,18 +117,21 @@ def _mesh(settings: Settings, devices: list[Any]) -> Mesh:
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def _compile_all(settings: Settings, pair: Pair, placed: Arguments, mesh: Mesh) -> tuple[Any, Any, Any, float]:
-    """Prefill, speculative loop and plain loop, compiled, and the seconds that it took."""
+def _compile_all(settings: Settings, pair: Pair, mesh: Mesh, prefill: bool) -> tuple[dict[str, Any], float]:
+    """The speculative "loop", the "plain" loop and perhaps the "prefill", compiled, and the seconds that it took."""
     start = time.perf_counter()
+    placed = arguments(settings, pair, Placement(mesh))
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
     models = target, placed.target_params, draft, placed.draft_params
+    made = {}
     with jax.set_mesh(mesh):
-        prefill = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
-        loop = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
-        plain = compile_for_tpu(
+        if prefill:
+            made["prefill"] = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
+        made["loop"] = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
+        made["plain"] = compile_for_tpu(
             speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request)
         )
-    return prefill, loop, plain, time.perf_counter() - start
+    return made, time.perf_counter() - start
 
 
 def _draft(settings: Settings, pair: Pair) -> Draft:
@@ -215,12 +231,22 @@ def _entry(program: Program, chip: chips.Chip) -> dict[str, Any]:
 
 def _body(settings: Settings, program: Program, chip: chips.Chip, needed: float) -> dict[str, Any]:
     """One iteration of a loop: what it must read, its schedule, its collectives, and the estimate that follows from these."""
-    bound = {"bytes_needed": needed, "bandwidth_bound_s": needed / chip.bytes_per_s}
-    schedule, counted = _schedule(program, program.body, chip), collectives.summary(program, program.body)
+    counted = collectives.summary(program, program.body)
     total = collectives.total(counted)
-    waits = {"collectives_s": total["count"] * settings.collective_us * 1e-6, "links_s": total["bytes"] / chip.link_bytes_per_s}
-    alone = max(bound["bandwidth_bound_s"], schedule["cycles_s"] or 0.0)
-    return bound | schedule | {"collectives": counted} | waits | {"estimate_s": alone + sum(waits.values())}
+    figures = {
+        "bytes_needed": needed,
+        "bandwidth_bound_s": needed / chip.bytes_per_s,
+        **_schedule(program, program.body, chip),
+        "collectives": counted,
+        "collectives_s": total["count"] * settings.collective_us * 1e-6,
+        "links_s": total["bytes"] / chip.link_bytes_per_s,
+    }
+    return figures | {"estimate_s": estimate_s(figures)}
+
+
+def estimate_s(figures: Mapping[str, Any]) -> float:
+    """The time of an iteration: the larger of the least time to read and the schedule, and after it the collectives."""
+    return max(figures["bandwidth_bound_s"], figures["cycles_s"] or 0.0) + figures["collectives_s"] + figures["links_s"]
 
 
 def _schedule(program: Program, name: str, chip: chips.Chip) -> dict[str, Any]:

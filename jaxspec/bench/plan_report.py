@@ -55,17 +55,17 @@ def _collectives(result: Mapping[str, Any], name: str) -> list[str]:
     if not on_mesh(result):
         return []
     figures, wait = result[name], result["collective_us"]
-    counted = [f"{_kinds(kinds)} {_WHEN[when]}" for when, kinds in figures["collectives"].items() if kinds]
+    counted = [f"  collectives {_WHEN[when]}: {_kinds(kinds)}" for when, kinds in figures["collectives"].items() if kinds]
     scheduled = "no published clock" if figures["cycles_s"] is None else f"{figures['cycles_s'] * 1e3:.3g} ms scheduled"
     count = round(figures["collectives_s"] * 1e6 / wait) if wait else 0
     return [
-        "  collectives: " + ("; ".join(counted) or "none"),
+        *counted,
         f"  estimate {figures['estimate_s'] * 1e3:.3g} ms: the larger of bandwidth and schedule ({scheduled}), {count} x {wait:g}"
         f" us, which is a guess, and {figures['links_s'] * 1e3:.2g} ms on the links",
     ]
 
 
-_WHEN = {"always": "in each", "trip": "in each trip of an inner loop", "branch": "in branches that are not the cheapest"}
+_WHEN = {"always": "in each one", "trip": "in each trip of an inner loop", "branch": "in branches that are not the cheapest"}
 
 
 def _kinds(kinds: Mapping[str, Mapping[str, int]]) -> str:

@@ -1,0 +1,195 @@
+"""Plans of a model on every mesh of a topology and of several batches, with layers extrapolated, and the best of them.
+
+A plan of all layers of a large target compiles for many minutes. Layers have the same shapes, so that every figure is taken to be
+linear in their number: the target is compiled at two depths, and the line through them is followed. The draft is whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxspec.bench import chips, plan
+from jaxspec.bench.plan_shapes import Settings, pair_of
+from jaxspec.bench.roofline import expected_tokens
+from jaxspec.common.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DEPTHS = (2, 4)
+_HEADS = ("mesh", "batch", "GB a chip", "step ms", "round ms", "all-reduces", "plain codes/s", "codes/s", "ms a code", "")
+
+Row = Mapping[str, Any]
+
+
+def cell(settings: Settings, acceptance: float, depths: Sequence[int] = DEPTHS) -> dict[str, Any]:
+    """The figures of one mesh and batch.
+
+    Args:
+        settings: what to plan for.
+        acceptance: of each drafted token, assumed.
+        depths: layers of the target that are compiled; all layers are, once, where there are no more than the last.
+
+    Returns:
+        The settings that differ in a sweep, and for a plan that fits "gb", "step_s", "round_s", "all_reduces", "codes_per_s" and
+        "plain_codes_per_s" of the whole batch, and "code_s", the least time of a code of one row, by the better loop; where it
+        does not fit, "why" says so.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        ImportError: libtpu is not installed.
+    """
+    settings.check()
+    layers = pair_of(settings).target.layers
+    named = {name: getattr(settings, name) for name in ("model", "topology", "mesh", "batch")}
+    named |= {"layers": layers, "acceptance": acceptance, "depths": list(depths) if layers > depths[-1] else [layers]}
+    try:
+        plan.check_memory(settings)
+        made = [plan.plan(dataclasses.replace(settings, layers=depth), prefill=False) for depth in named["depths"]]
+    except ValueError as error:
+        return named | {"why": str(error)}
+    whole = made[0] if len(made) == 1 else along(made[0], made[1], (layers - depths[0]) / (depths[1] - depths[0]))
+    failing = sorted({name for one in made for name, check in one["checks"].items() if not check["holds"]})
+    memory = whole["memory"]
+    named |= {"gb": memory["total"] / 1e9, "failing": failing, "compile_s": sum(one["compile_s"] for one in made)}
+    if memory["total"] > memory["room"]:
+        return named | {"why": f"{memory['total'] / 1e9:.1f} GB of {memory['room'] / 1e9:.1f} GB"}
+    step_s, round_s = (plan.estimate_s(whole[name]) for name in ("step", "round"))
+    tokens = expected_tokens(acceptance, settings.draft_length)
+    counted = whole["round"]["collectives"]
+    return named | {
+        "step_s": step_s,
+        "round_s": round_s,
+        "cycles": [whole["step"]["cycles"], whole["round"]["cycles"]],
+        "all_reduces": round(sum(counted[when].get("all-reduce", {}).get("count", 0) for when in ("always", "trip"))),
+        "plain_codes_per_s": settings.batch / step_s,
+        "codes_per_s": settings.batch * max(1 / step_s, tokens / round_s),
+        "code_s": min(step_s, round_s / tokens),
+        "clock": whole["round"]["cycles_s"] is not None,
+    }
+
+
+def along(first: Any, second: Any, steps: float) -> Any:
+    """The line through two results of the same structure: ``first`` and so many times the difference to ``second``.
+
+    What is not a number, and what only one of them has, is that of ``second``.
+
+    >>> along({"a": 1, "b": "x"}, {"a": 3, "b": "x"}, 2)
+    {'a': 5, 'b': 'x'}
+    """
+    if isinstance(second, Mapping):
+        return {name: along(first[name], value, steps) if name in first else value for name, value in second.items()}
+    if isinstance(second, bool) or not isinstance(second, int | float):
+        return second
+    return first + steps * (second - first)
+
+
+def meshes(settings: Settings) -> list[str]:
+    """The meshes of all devices of the topology, from one that divides only the batch to one that divides only the weights.
+
+    Key/value heads are not divided further than they are many: "data" is the better use of more devices.
+    """
+    count, most = len(chips.devices(settings.topology)), pair_of(settings).target.kv_heads
+    return [f"data={count // model},model={model}" for model in range(1, min(count, most) + 1) if not count % model]
+
+
+def sweep(settings: Settings, batches: Sequence[int], acceptance: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """The cells of all meshes and batches.
+
+    Args:
+        settings: what to plan for; the mesh and the batch are those of each cell.
+        batches: B of each column; a mesh whose data axis does not divide one is left out there.
+        acceptance: of each drafted token, assumed.
+        say: called with a line before each cell.
+
+    Returns:
+        "rows", and the indices in it of the "most_codes" a second and of the "least_wait" for a code; None where none fits.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        ImportError: libtpu is not installed.
+    """
+    rows = []
+    for mesh in meshes(settings):
+        for batch in batches:
+            wanted = dataclasses.replace(settings, mesh=mesh, batch=batch)
+            if batch % wanted.axes[0] == 0:
+                say(f"{settings.model} on {settings.topology}: {mesh}, batch {batch}")
+                rows.append(cell(wanted, acceptance))
+    fitting = [i for i, row in enumerate(rows) if "why" not in row]
+    return {
+        "rows": rows,
+        "most_codes": max(fitting, key=lambda i: rows[i]["codes_per_s"], default=None),
+        "least_wait": min(fitting, key=lambda i: rows[i]["code_s"], default=None),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The rows as a table of Markdown, the best ones marked, and what the figures rest on."""
+    rows = result["rows"]
+    notes = {result["most_codes"]: ["most codes a second"]}
+    notes.setdefault(result["least_wait"], []).append("least time a code")
+    lines = [_line(row, ", ".join(notes.get(i, []))) for i, row in enumerate(rows)]
+    head = ["| " + " | ".join(_HEADS) + " |", "|" + " --- |" * len(_HEADS)]
+    return "\n".join([*head, *lines, "", said_of(rows[0])])
+
+
+def said_of(row: Row) -> str:
+    """What the figures of a row rest on, in a sentence."""
+    if row["depths"] == [row["layers"]]:
+        depth = f"all {row['layers']} layers compiled"
+    else:
+        depth = f"compiled at {' and '.join(map(str, row['depths']))} of {row['layers']} layers and extrapolated"
+    guess = f"an acceptance of {row['acceptance']:g} is assumed, and the latency of collectives is a guess"
+    return f"Planned, not measured; {depth}; {guess}."
+
+
+def _line(row: Row, note: str) -> str:
+    start = f"| {row['mesh']} | {row['batch']} | "
+    if "why" in row:
+        return start + " | ".join(["", "", "", "", "", "", "", "does not fit"]) + " |"
+    note = ", ".join([*([note] if note else []), *(f"FAILS: {name}" for name in row["failing"])])
+    cells = f"{row['gb']:.2f}", f"{1e3 * row['step_s']:.2f}", f"{1e3 * row['round_s']:.2f}", str(row["all_reduces"])
+    rates = f"{row['plain_codes_per_s']:,.0f}", f"{row['codes_per_s']:,.0f}", f"{1e3 * row['code_s']:.2f}"
+    return start + " | ".join([*cells, *rates, note]) + " |"
+
+
+def save(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes sweep.json, sweep.md and sweep.png.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sweep.json", result)
+    with replacing(folder / "sweep.md") as partial:
+        partial.write_text(table(result) + "\n", encoding="utf-8")
+    with replacing(folder / "sweep.png") as partial:
+        _draw(partial, result)
+
+
+def _draw(path: Path, result: Mapping[str, Any]) -> None:
+    """Codes a second over the time of a code: a line for each mesh through its batches, and the two best marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes: Axes = figure.subplots()
+    rows = [row for row in result["rows"] if "why" not in row]
+    for mesh in dict.fromkeys(row["mesh"] for row in rows):
+        line = [row for row in rows if row["mesh"] == mesh]
+        axes.plot([1e3 * row["code_s"] for row in line], [row["codes_per_s"] for row in line], "o-", label=mesh)
+        for row in line:
+            place = 1e3 * row["code_s"], row["codes_per_s"]
+            axes.annotate(f"B={row['batch']}", place, xytext=(6, -10), textcoords="offset points", fontsize=8)
+    for name, marker, label in (("most_codes", "s", "most codes a second"), ("least_wait", "D", "least time a code")):
+        if result[name] is not None:
+            row, shown = result["rows"][result[name]], {"marker": marker, "markersize": 15, "markerfacecolor": "none"}
+            axes.plot(1e3 * row["code_s"], row["codes_per_s"], linestyle="", color="black", label=label, **shown)
+    first = result["rows"][0]
+    axes.set(xlabel="ms a code of one row", ylabel="codes a second of the batch", xscale="log", yscale="log")
+    axes.set_title(f"{first['model']} on {first['topology']}\n{said_of(first)}", fontsize=9)
+    axes.grid(which="both", linewidth=0.3)
+    if rows:
+        axes.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=110)
