@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from jaxspec import draft, groups, sampling, types, verify
+from jaxspec import draft, groups, mesh, sampling, types, verify
 from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.groups import Groups, acoustic_similarity_groups
@@ -35,6 +35,7 @@ __all__ = [
     "draft",
     "generate",
     "groups",
+    "mesh",
     "model_draft",
     "ngram_draft",
     "sampling",

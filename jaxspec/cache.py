@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
+from jaxspec import mesh
 from jaxspec.types import Array
 
 _FEW_ROWS = 4  # for which XLA's product on CPU is slower than a multiplication and a sum
@@ -32,12 +33,13 @@ class KVCache(NamedTuple):
 
 
 _CELLS = KVCache(3, 2)  # pyright: ignore[reportArgumentType]  the axis of the cells
+_AXES = ("batch", "kv_heads")  # that a mesh divides
 
 
 def init(batch: int, cells: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
     """An empty cache."""
     empty = jnp.zeros((batch, kv_heads, head_dim, cells), dtype)
-    return KVCache(empty, empty.swapaxes(2, 3))
+    return jax.tree.map(lambda cells: mesh.constrain(cells, *_AXES), KVCache(empty, empty.swapaxes(2, 3)))
 
 
 def of_block(key: Float[Array, "B T H D"], value: Float[Array, "B T H D"]) -> KVCache:
@@ -56,6 +58,10 @@ def write(cache: KVCache, block: KVCache, length: Int32[Array, " B"]) -> KVCache
     Like ``dynamic_update_slice``, a block that would pass the last cell is moved back: callers keep K + 1 cells of slack.
     """
     block = jax.tree.map(lambda new, cells: new.astype(cells.dtype), block, cache)
+    return mesh.on_each(_write, (_AXES, _AXES, ("batch",)), cache, block, length)
+
+
+def _write(cache: KVCache, block: KVCache, length: Array) -> KVCache:
     return jax.lax.platform_dependent(cache, block, length, tpu=_row_by_row, default=_at_once)
 
 

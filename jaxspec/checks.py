@@ -16,10 +16,7 @@ def check_mesh(params: Params) -> None:
         leaf.sharding.mesh for leaf in jax.tree.leaves(params) if isinstance(getattr(leaf, "sharding", None), jax.NamedSharding)
     ]
     if any(jax.sharding.AxisType.Explicit in mesh.axis_types for mesh in meshes):
-        raise ValueError(
-            "expected a mesh with Auto axes, got Explicit ones: make it with jax.make_mesh(..., "
-            "axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes)"
-        )
+        raise ValueError("expected a mesh with Auto axes, got Explicit ones: make it with jaxspec.mesh.make(data=..., model=...)")
 
 
 def vocab_size(target: LanguageModel, params: Params) -> int:

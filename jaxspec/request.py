@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 
 from jaxspec import sampling as sampling_lib
 from jaxspec.keys import threefry_key
@@ -64,7 +65,7 @@ def check(
     batch, width = prompt.shape
     prompt_length = _per_row(prompt_length, "prompt_length", batch, 1, width)
     if _known(prompt, prompt_length):
-        _check_ids(jax.device_get(prompt), jax.device_get(prompt_length), num_ids)
+        _check_ids(_on_host(prompt), _on_host(prompt_length), num_ids)
     limit = _limit(limit, batch, max_new_tokens)
     stops = _stop_ids(stop_ids, batch, vocab)
     return Request(
@@ -84,6 +85,17 @@ def complete(request: Request) -> Request:
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch, dtype=jnp.int32))
     inside = jnp.arange(width, dtype=jnp.int32)[None] < request.prompt_length[:, None]
     return request._replace(keys=keys, prompt=jnp.where(inside, request.prompt, 0))
+
+
+def filled_up(request: Request, multiple: int) -> Request:
+    """The request with B a multiple of a number: the rows that are added emit nothing."""
+    batch = request.prompt.shape[0]
+    missing = -batch % multiple
+    if not missing:
+        return request
+    rows = jnp.minimum(jnp.arange(batch + missing, dtype=jnp.int32), batch - 1)
+    more = jax.tree.map(lambda values: values[rows] if values.ndim else values, request)
+    return more._replace(limit=jnp.pad(request.limit, (0, missing)))
 
 
 def _put(value: Any) -> Array:
@@ -137,7 +149,7 @@ def _per_row(value: Any, name: str, batch: int, low: int, high: int) -> Any:
     if value.shape != (batch,):
         raise ValueError(f"expected {name} of shape ({batch},), one for each row of the prompt, got {value.shape}")
     if _known(value):
-        numbers = jax.device_get(value)
+        numbers = _on_host(value)
         if ((numbers < low) | (numbers > high)).any():
             raise ValueError(f"expected {name} from {low} to {high}, got {numbers.tolist()}")
     return value
@@ -157,6 +169,13 @@ def _whole(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"expected {name} to be a whole number, got {value!r}") from None
+
+
+def _on_host(value: Any) -> np.ndarray:
+    """The values of an array, gathered from all processes where this one does not hold them."""
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        return multihost_utils.process_allgather(value, tiled=True)
+    return jax.device_get(value)
 
 
 def _known(*values: Any) -> bool:

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
+from jaxspec import mesh
 from jaxspec.keys import threefry_key
 from jaxspec.types import Array, History, KeyLike, SamplingRows
 
 MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's window is 10
 _MAX_PENALTY = 1e6  # keeps penalized logits finite in float32
 _INFINITY_BITS = 0x7F800000
-_BLOCK = 256  # of the two-level inverse of the distribution function
+BLOCK = 256  # of the two-level inverse of the distribution function; on a mesh a chip should hold whole ones
+_FEW_ROWS = 4  # of a chip: gathering their distributions costs less than the all-reduces of a bisection
 _FLOAT32 = np.finfo(np.float32)
 _MAX_INT32 = 2**31 - 1
 
@@ -227,11 +229,14 @@ def invert(uniforms: Float[Array, "*draws 2"], probs: Float[Array, "*rows V"]) -
     if probs.ndim > 1:
         return jax.vmap(invert)(uniforms, probs)
     vocab = probs.shape[0]
-    width = min(_BLOCK, vocab)
+    width = min(BLOCK, vocab)
     count = -(-vocab // width)
     blocks = jnp.pad(probs, (0, count * width - vocab)).reshape(count, width)
-    block = _locate(uniforms[:, 0], jnp.broadcast_to(blocks.sum(-1), (uniforms.shape[0], count)))
-    return jnp.minimum(block * width + _locate(uniforms[:, 1], blocks[block]), vocab - 1)
+    # On a mesh that divides the vocabulary, only the sums of the blocks and the blocks that are chosen are sent.
+    uniforms = mesh.constrain(uniforms)
+    block = _locate(uniforms[:, 0], jnp.broadcast_to(mesh.constrain(blocks.sum(-1)), (uniforms.shape[0], count)))
+    block = mesh.constrain(block)
+    return jnp.minimum(block * width + _locate(uniforms[:, 1], mesh.constrain(blocks[block])), vocab - 1)
 
 
 def _locate(uniform: Float[Array, " N"], mass: Float[Array, "N L"]) -> Int32[Array, " N"]:
@@ -310,9 +315,16 @@ def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bo
         below = jnp.where(gap < jax.lax.bitcast_convert_type(middle, jnp.float32), weight, 0.0).sum(-1, keepdims=True)
         return jnp.where(below < bound, middle, low), jnp.where(below < bound, high, middle - 1)
 
+    gap, weight = _gathered(gap), _gathered(weight)
     ends = jnp.zeros((*gap.shape[:-1], 1), jnp.int32), jnp.full((*gap.shape[:-1], 1), _INFINITY_BITS, jnp.int32)
     low, _ = jax.lax.fori_loop(0, 31, halve, ends)
     return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _gathered(values: Float32[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
+    """Values of a vocabulary that a mesh divides, whole on every chip where they are few; else as they are."""
+    few = values.size <= _FEW_ROWS * values.shape[-1] * mesh.parts("batch")
+    return mesh.constrain(values, *["batch"][: values.ndim - 1]) if few and mesh.parts("vocab") > 1 else values
 
 
 def _penalize(logits: Array, penalty: Array, history: History) -> Array:

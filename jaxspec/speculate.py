@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec import checks, rounds
+from jaxspec import checks, mesh, rounds
 from jaxspec import request as requests
 from jaxspec.request import Request, StopIds
 from jaxspec.sampling import Sampling
@@ -107,19 +107,28 @@ def generate_request(
     request: Request,
 ) -> Generation:
     """The compiled program of ``generate``: a checked request with room for ``capacity`` emitted tokens in each row."""
+    asked = request.prompt.shape[0]
+    request = requests.filled_up(request, mesh.parts("batch"))
     cells = request.prompt.shape[1] + capacity + draft.length + 1
     state = _init(target, target_params, draft, draft_params, request, cells)
     round_ = functools.partial(rounds.step, target, target_params, draft, draft_params, verify)
-    return finish(jax.lax.while_loop(is_running, round_, state), capacity)
+    return _first(finish(jax.lax.while_loop(is_running, round_, state), capacity), asked)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def autoregressive_request(target: LanguageModel, capacity: int, target_params: Params, request: Request) -> Generation:
     """The compiled program of ``autoregressive``: a checked request with room for ``capacity`` emitted tokens in each row."""
+    asked = request.prompt.shape[0]
+    request = requests.filled_up(request, mesh.parts("batch"))
     cells = request.prompt.shape[1] + capacity + 1
     state, _ = _prefill(target, target_params, requests.complete(request), cells, draft_length=0)
     round_ = functools.partial(rounds.plain_step, target, target_params)
-    return finish(jax.lax.while_loop(is_running, round_, state), capacity)
+    return _first(finish(jax.lax.while_loop(is_running, round_, state), capacity), asked)
+
+
+def _first(generation: Generation, count: int) -> Generation:
+    """Without the rows that filled up the batch."""
+    return generation if count == len(generation.length) else jax.tree.map(lambda rows: rows[:count], generation)
 
 
 # --- The loop in segments ---------------------------------------------------------------------------------------------------
@@ -211,7 +220,7 @@ def emitted(state: State, since: Array, width: int | None = None) -> Emitted:
     width = state.tokens.shape[1] if width is None else width
     length = jnp.clip(state.length - state.start - since, 0, width)
     tokens, origin = (_cut(buffer, state.start + since, length, width) for buffer in (state.tokens, state.origin))
-    return Emitted(tokens, length, state.stop_reason, origin, state.counts)
+    return jax.tree.map(mesh.constrain, Emitted(tokens, length, state.stop_reason, origin, state.counts))
 
 
 def admit(
@@ -270,11 +279,11 @@ def _admit(
 
 @functools.partial(jax.jit, static_argnums=1)
 def finish(state: State, capacity: int) -> Generation:
-    """The emitted tokens, cut out of the buffers: tokens [B ``capacity``]."""
+    """The emitted tokens, cut out of the buffers: tokens [B ``capacity``]; on a mesh every device has all of them."""
     length = state.length - state.start
     tokens = _cut(state.tokens, state.start, length, capacity)
     origin = _cut(state.origin, state.start, length, capacity)
-    return Generation(tokens, length, Info(*state.counts, state.stop_reason, origin))
+    return jax.tree.map(mesh.constrain, Generation(tokens, length, Info(*state.counts, state.stop_reason, origin)))
 
 
 def is_running(state: State) -> Array:
@@ -347,7 +356,7 @@ def _prefill(
         draft=(),
         counts=Counts(zero, zero, zero, jnp.zeros((batch, draft_length), jnp.int32), zero),
     )
-    return state, features
+    return jax.tree.map(lambda rows: mesh.constrain(rows, "batch"), state._replace(cache=()))._replace(cache=cache), features
 
 
 def _cut(buffer: Array, start: Array, length: Array, width: int) -> Array:

@@ -202,11 +202,12 @@ def test_parameters_are_restored_in_any_type(tmp_path):
 MESH = """
 import sys
 import jax, numpy as np
+from jaxspec import mesh
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.models.placement import Placement
 
 alone = pretrained.load(sys.argv[1])
-placement = Placement(jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)))
+placement = Placement(mesh.make(data=4, model=2))
 spread = pretrained.load(sys.argv[1], placement=placement)
 everywhere = store.read_params(sys.argv[1], sharding=placement.sharding())
 for one, part, copy in zip(*map(jax.tree.leaves, (alone.params, spread.params, everywhere)), strict=True):
@@ -214,9 +215,9 @@ for one, part, copy in zip(*map(jax.tree.leaves, (alone.params, spread.params, e
     np.testing.assert_array_equal(one, part)
     np.testing.assert_array_equal(one, copy)
 shards = lambda leaf: {shard.data.shape for shard in leaf.addressable_shards}
-assert shards(spread.params["table_0"]) == {(64, 48)} and shards(everywhere["table_0"]) == {(512, 48)}
-assert shards(spread.params["layer_0"]["mlp"]["up"]["kernel"]) == {(48, 10)}
-assert shards(spread.params["layer_0"]["attention"]["out"]["kernel"]) == {(6, 48)}
+assert shards(spread.params["table_0"]) == {(256, 48)} and shards(everywhere["table_0"]) == {(512, 48)}
+assert shards(spread.params["layer_0"]["mlp"]["up"]["kernel"]) == {(48, 40)}
+assert shards(spread.params["layer_0"]["attention"]["out"]["kernel"]) == {(24, 48)}
 
 lm, prompt = pretrained.language_model(alone), np.arange(12, dtype=np.int32)[None]
 logits = lambda params: jax.jit(lm.apply)(params, prompt, lm.init_cache(1, 16), np.zeros(1, np.int32))[0]
@@ -227,13 +228,13 @@ assert draft.params["table_0"] is spread.params["table_0"]
 assert shards(draft.params["norm"]["scale"]) == {(48,)} and len(draft.params["norm"]["scale"].devices()) == 8
 smaller = pretrained.load_draft(sys.argv[1], spread, placement)
 assert smaller.params["table_0"] is spread.params["table_0"]
-assert shards(smaller.params["layer_0"]["mlp"]["up"]["kernel"]) == {(48, 10)}
+assert shards(smaller.params["layer_0"]["mlp"]["up"]["kernel"]) == {(48, 40)}
 try:
     pretrained.load(sys.argv[3], placement=placement)
 except ValueError as error:
-    assert "--pad-to 8" in str(error), error
+    assert "--pad-to 512" in str(error), error
 else:
-    raise AssertionError("409 rows are not divided by 8")
+    raise AssertionError("409 rows are not divided by 2")
 """
 
 

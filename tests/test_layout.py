@@ -13,7 +13,7 @@ ROOT = pathlib.Path(jaxspec.__file__).parent
 
 # A module imports only from those before it, and from its own folder. This is the order to read the code in.
 ORDER = """
-types keys sampling cache groups state request checks verify rounds speculate
+types keys mesh sampling cache groups state request checks verify rounds speculate
 common audio text codec acoustic models draft checkpoint convert synthesis train evaluate bench serve commands
 """.split()
 
@@ -73,12 +73,12 @@ def test_imports_go_one_way():
 
 
 def test_the_loop_knows_no_verifier_draft_model_or_codec():
-    core = {"types", "keys", "sampling", "state", "request", "checks", "rounds"}
+    core = {"types", "keys", "mesh", "sampling", "state", "request", "checks", "rounds"}
     allowed = {
         "speculate": core,
         "rounds": core,
         "verify": {"types", "keys", "sampling", "groups"},
-        "draft": {"types", "sampling", "cache", "common", "models"},
+        "draft": {"types", "mesh", "sampling", "cache", "common", "models"},
     }
     for path, part, imports in sources():
         if part in allowed:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.core
 
+from jaxspec import mesh
 from jaxspec.common.files import replacing
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ def call(function: Callable[..., Any], static: Sequence[Hashable], *arguments: A
 def _key(values: Sequence[Hashable], leaves: Sequence[Any], structure: str) -> str | None:
     """A digest of all that a traced program depends on, or None where it is not to be kept."""
     described = [_described(value) for value in values]
-    if cache_folder("") is None or None in described or any(map(_is_elsewhere, leaves)):
+    if cache_folder("") is None or None in described or any(map(_is_elsewhere, leaves)) or mesh.current() is not None:
         return None
     shapes = [str(jax.typeof(leaf)) for leaf in leaves]
     structure = re.sub(r" at 0x[0-9a-f]+", "", structure)

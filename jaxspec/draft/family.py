@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
+from jaxspec import mesh
 from jaxspec.common.trees import flatten, unflatten
 from jaxspec.models import transformer
 from jaxspec.types import Array, Draft, Params
@@ -82,6 +83,11 @@ class Family(Protocol):
         ...
 
 
+def on_every_chip(draft: Draft) -> Draft:
+    """A small draft, all of which every chip of a mesh computes for its rows, but for what it takes from its target."""
+    return Draft(draft.length, mesh.whole(draft.init), mesh.whole(draft.propose))
+
+
 def target_arrays(target: transformer.Config, *kinds: str) -> dict[str, str]:
     """The target's arrays that a draft shares, by their paths below ``TARGET``.
 
@@ -123,6 +129,7 @@ def score(target: transformer.Config, params: Params, x: Array) -> Array:
 
 def _own_logits(head: Array, x: Array, padding: int) -> Array:
     y = jnp.moveaxis(jnp.einsum("vw,btw->vbt", head.astype(x.dtype), x, preferred_element_type=jnp.float32), 0, -1)
+    y = mesh.constrain(y, "batch", None, "vocab")
     return jnp.where(jnp.arange(len(head))[None, None] < len(head) - padding, y, -jnp.inf) if padding else y
 
 

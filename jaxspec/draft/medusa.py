@@ -20,6 +20,7 @@ from jaxspec.draft.family import (
     given,
     last_hidden,
     newest_of,
+    on_every_chip,
     score,
     trained_length,
 )
@@ -77,7 +78,7 @@ def medusa_draft(config: Config, draft_length: int) -> Draft:
         scores = score(config.target, params, _heads(params, newest[:, None], draft_length)[:, 0])
         return draw_each(keys, context, scores), newest
 
-    return Draft(draft_length, init, propose)
+    return on_every_chip(Draft(draft_length, init, propose))
 
 
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:

@@ -28,6 +28,7 @@ from jaxspec.draft.family import (
     empty_caches,
     given,
     newest_of,
+    on_every_chip,
     score,
     take,
     trained_length,
@@ -163,7 +164,7 @@ def recurrent_draft(config: Config, draft_length: int) -> Draft:
 
         return draw_in_turn(keys, context, draft_length, step, newest), (newest, caches)
 
-    return Draft(draft_length, init, propose)
+    return on_every_chip(Draft(draft_length, init, propose))
 
 
 def logits(config: Config, params: Params, batch: Packed, features: Array | None, anchor: Array, length: int) -> Array:

@@ -1,10 +1,7 @@
-"""Where arrays live: rules from logical axes to the axes of a device mesh, and the shardings that follow from them.
-
-A mesh has the axes "data", over which the rows of a batch are divided, and "model", over which the weights and the KV caches are
-(tensor parallelism, arXiv 1909.08053); the default is a mesh of one device.
-"""
+"""Where arrays live: the shardings that follow from a mesh and the logical axes of arrays, see ``jaxspec.mesh``."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.cache import KVCache
-
-RULES = {"batch": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model", "embed": None}
+from jaxspec.mesh import AXES, RULES
+from jaxspec.sampling import BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +27,10 @@ class Placement:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        if not set(self.mesh.axis_names) <= {"data", "model"} or set(self.mesh.axis_types) != {AxisType.Auto}:
+        if not set(self.mesh.axis_names) <= set(AXES) or set(self.mesh.axis_types) != {AxisType.Auto}:
             raise ValueError(
                 f'expected a mesh with Auto axes among "data" and "model", got {self.mesh.axis_names} of types '
-                f"{self.mesh.axis_types}: make it with jax.make_mesh(..., axis_types=(AxisType.Auto, AxisType.Auto))"
+                f"{self.mesh.axis_types}: make it with jaxspec.mesh.make"
             )
 
     def sharding(self, *axes: str | None) -> NamedSharding:
@@ -41,28 +38,34 @@ class Placement:
         names = [RULES[axis] if axis else None for axis in axes]
         return NamedSharding(self.mesh, PartitionSpec(*(name if name in self.mesh.axis_names else None for name in names)))
 
-    def params(self, axes: Any, shapes: Any) -> Any:
+    def params(self, axes: Any, shapes: Any, units: Mapping[str, int], strict: bool = True) -> Any:
         """The shardings of parameters.
 
         Args:
             axes: a tree of PartitionSpec with logical names, see ``transformer.logical_axes``.
             shapes: the parameters or their shapes, a tree of the same structure.
+            units: how many heads there are, by logical name, as a head is not divided; other axes count by their size.
+            strict: False: what the mesh does not divide is replicated. Key/value heads always are.
 
         Raises:
             ValueError: the mesh does not divide an axis.
         """
-        return jax.tree.map(self._param, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
-    def _param(self, axes: PartitionSpec, leaf: Any) -> NamedSharding:
-        names = list(axes)
-        for i, (name, size) in enumerate(zip(axes, leaf.shape, strict=False)):
-            parts = self.mesh.shape.get(RULES[name], 1) if name and RULES[name] else 1
-            if size % parts:
-                if name != "kv_heads":
-                    advice = f"convert with --pad-to {parts}" if name == "vocab" else "choose a mesh that divides it"
-                    raise ValueError(f"expected {name} to be a multiple of {parts}, the model axis, got {size}: {advice}")
-                names[i] = None  # few key/value heads are replicated
-        return self.sharding(*names)
+        def of(names: PartitionSpec, leaf: Any) -> NamedSharding:
+            sizes = (units.get(name or "", size) for name, size in zip(names, leaf.shape, strict=False))
+            return self.sharding(*(self._divided(name, size, strict) for name, size in zip(names, sizes, strict=True)))
+
+        return jax.tree.map(of, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+    def _divided(self, name: str | None, size: int, strict: bool) -> str | None:
+        """The name of an axis that is divided, or None."""
+        parts = self.mesh.shape.get(RULES[name] or "", 1) if name else 1
+        if not size % parts:
+            return name
+        if strict and name != "kv_heads":
+            advice = f"convert with --pad-to {parts * BLOCK}" if name == "vocab" else "choose a mesh that divides it"
+            raise ValueError(f"expected {name} to be a multiple of {parts}, the model axis, got {size}: {advice}")
+        return None
 
     def state(self, state: Any) -> Any:
         """The shardings of a tree of arrays with B as the leading axis: State, Request, KV caches, states of drafts."""
@@ -75,6 +78,12 @@ class Placement:
             return KVCache(cells, cells)
 
         return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+
+
+def current() -> Placement | None:
+    """The placement on the mesh that ``jax.set_mesh`` has set; None where there is none."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else Placement(mesh)
 
 
 def one_device(device: Any = None) -> Placement:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
 from jaxspec import cache as kv
+from jaxspec import mesh
 from jaxspec.models.placement import Placement
 from jaxspec.types import Array, Cache, LanguageModel, Params
 
@@ -183,7 +184,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Array, position: Array) -> kv.KVCache:
         """What queries see of some positions: x [B T D], position int32 [B T] -> a block of T cells."""
-        k, v = (self._heads(project(x)) for project in (self.key, self.value))
+        k, v = (self._heads(project(x), "kv_heads") for project in (self.key, self.value))
         k = self.key_norm(k) if self.config.qk_norm else k
         return kv.of_block(rotate(k, position, rope_frequencies(self.config)), v)
 
@@ -195,7 +196,7 @@ class Attention(nn.Module):
         Without a cache, the C cells of ``context`` precede those of the block, S = C + T.
         """
         c = self.config
-        q, block = self._heads(self.query(x)), self.keys_values(x, position)
+        q, block = self._heads(self.query(x), "heads"), self.keys_values(x, position)
         q = rotate(self.query_norm(q) if c.qk_norm else q, position, rope_frequencies(c))
         if cache is not None:
             cache = kv.write(cache, block, position[:, 0])
@@ -207,8 +208,8 @@ class Attention(nn.Module):
         out = kv.attend(weights.astype(block.value.dtype), block.value).transpose(0, 3, 1, 2, 4).reshape(*q.shape[:2], -1)
         return self.out(out.astype(x.dtype)), cache
 
-    def _heads(self, y: Array) -> Array:
-        return y.reshape(*y.shape[:2], -1, self.config.head_dim)
+    def _heads(self, y: Array, axis: str) -> Array:
+        return mesh.constrain(y.reshape(*y.shape[:2], -1, self.config.head_dim), "batch", None, axis)
 
     def _weights(self, rows: Array, k: Array, mask: Array) -> Array:
         scores = kv.attend(rows, k) / math.sqrt(self.config.head_dim)
@@ -228,7 +229,8 @@ class SwiGLU(nn.Module):
         """x [B T D] -> [B T D]."""
         gate = Linear(self.config.mlp_width, ("embed", "mlp"), name="gate")(x)
         up = Linear(self.config.mlp_width, ("embed", "mlp"), name="up")(x)
-        return Linear(self.config.width, ("mlp", "embed"), name="down")(jax.nn.silu(gate) * up)
+        hidden = mesh.constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+        return Linear(self.config.width, ("mlp", "embed"), name="down")(hidden)
 
 
 class Layer(nn.Module):
@@ -247,8 +249,8 @@ class Layer(nn.Module):
     ) -> tuple[Array, kv.KVCache | None]:
         """x [B T D] -> ([B T D], cache), see ``Attention``."""
         y, cache = self.attention(self.attention_norm(x), position, mask, cache, context)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = mesh.constrain(x + y, "batch", None, "embed")
+        return mesh.constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed"), cache
 
     def keys_values(self, x: Array, position: Array) -> kv.KVCache:
         """The keys and values of vectors [B T D] that are normalised already."""
@@ -281,7 +283,7 @@ class Transformer(nn.Module):
             first += rows
             row = jnp.clip(tokens - first, 0, table.shape[0] - 1)
             x = jnp.where((tokens >= first)[:, :, None], table.astype(dtype)[row], x)
-        return x
+        return mesh.constrain(x, "batch", None, "embed")
 
     def logits(self, x: Array) -> Array:
         """The normalised residual stream [B T D] -> float32 [B T V]."""
@@ -291,6 +293,7 @@ class Transformer(nn.Module):
             y = jnp.moveaxis(jnp.einsum("vd,btd->vbt", head, x, preferred_element_type=jnp.float32), 0, -1)
         else:
             y = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+        y = mesh.constrain(y, "batch", None, "vocab")
         y = y + self.bias[None, None] if c.head_bias else y
         return jnp.where(jnp.arange(c.vocab)[None, None] < c.vocab - c.padding, y, -jnp.inf) if c.padding else y
 
@@ -328,9 +331,9 @@ class Transformer(nn.Module):
 def language_model(config: Config) -> LanguageModel:
     """The transformer as the pair of pure functions that the loop takes; the same object for the same config.
 
-    On TPU a single-token step is padded to two tokens: generations before the seventh compute a matrix times one vector on their
-    vector unit, at a quarter of the bandwidth (``jaxspec plan`` shows it). The cell of the second is in the slack of the cache,
-    see ``cache.write``.
+    On TPU a step of a single token, or of one for each part of the batch on a mesh, is padded to two tokens: generations before
+    the seventh compute a matrix times one vector on their vector unit, at a quarter of the bandwidth (``jaxspec plan`` shows it).
+    The cell of the second is in the slack of the cache, see ``cache.write``.
     """
     model = Transformer(config)
 
@@ -343,7 +346,7 @@ def language_model(config: Config) -> LanguageModel:
         return logits[:, :1], None if features is None else features[:, :1], cache
 
     def apply(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
-        if tokens.size > 1:
+        if tokens.size > mesh.parts("batch"):
             return once(params, tokens, cache, length)
         return jax.lax.platform_dependent(params, tokens, cache, length, tpu=padded, default=once)
 
@@ -370,9 +373,10 @@ def init_params(key: Array, config: Config, placement: Placement | None = None) 
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def shardings_of(config: Config, placement: Placement) -> Any:
+def shardings_of(config: Config, placement: Placement, strict: bool = True) -> Any:
     """The sharding of every parameter, as a tree in the shape of the parameters; see ``Placement.params``."""
-    return placement.params(logical_axes(config), abstract_params(config))
+    heads = {"heads": config.heads, "kv_heads": config.kv_heads}
+    return placement.params(logical_axes(config), abstract_params(config), heads, strict)
 
 
 def abstract_params(config: Config) -> Any:
