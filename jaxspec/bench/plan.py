@@ -15,11 +15,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from jaxspec import speculate
+from jaxspec import mesh, speculate
 from jaxspec.bench import chips, collectives, hlo, plan_shapes
 from jaxspec.bench.hlo import Program
 from jaxspec.bench.plan_shapes import (
@@ -106,25 +105,24 @@ def check_memory(settings: Settings) -> tuple[Pair, Arguments, dict[str, int]]:
 
 
 def _mesh(settings: Settings, devices: list[Any]) -> Mesh:
-    """The mesh on the first devices of a topology."""
+    """The mesh on devices of the topology."""
     data, model = settings.axes
     if data * model > len(devices):
         raise ValueError(
             f"expected a mesh of at most {len(devices)} devices, those of {settings.topology}, got {settings.mesh}: choose a "
             "larger topology or a smaller mesh"
         )
-    grid = np.array(devices[: data * model]).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return mesh.make(data, model, devices)
 
 
-def _compile_all(settings: Settings, pair: Pair, mesh: Mesh, prefill: bool) -> tuple[dict[str, Any], float]:
+def _compile_all(settings: Settings, pair: Pair, grid: Mesh, prefill: bool) -> tuple[dict[str, Any], float]:
     """The speculative "loop", the "plain" loop and perhaps the "prefill", compiled, and the seconds that it took."""
     start = time.perf_counter()
-    placed = arguments(settings, pair, Placement(mesh))
+    placed = arguments(settings, pair, Placement(grid))
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
     models = target, placed.target_params, draft, placed.draft_params
     made = {}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(grid):
         if prefill:
             made["prefill"] = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
         made["loop"] = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 import tyro
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxspec import request
+from jaxspec import mesh, request
 from jaxspec.bench import presets
 from jaxspec.bench.presets import Pair
 from jaxspec.checkpoint import descriptions
@@ -21,12 +20,10 @@ from jaxspec.models import transformer
 from jaxspec.models.card import Model
 from jaxspec.models.placement import Placement
 from jaxspec.models.transformer import Config
-from jaxspec.sampling import Sampling
+from jaxspec.sampling import BLOCK, Sampling
 from jaxspec.synthesis.load import NGRAM
 from jaxspec.types import Params, Verify
 from jaxspec.verify import coarse_grained
-
-_ALIGN = 256  # rows of the vocabulary on a device are a multiple of it: no block of ``sampling.invert`` lies on two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +80,10 @@ class Settings:
         """The sizes of the mesh's axes "data" and "model".
 
         Raises:
-            ValueError: they are not given as data=D,model=M.
+            ValueError: they are not written so.
         """
-        sizes = dict(re.findall(r"(data|model)=([1-9]\d{0,3})(?=,|$)", self.mesh))
-        if ",".join(f"{name}={size}" for name, size in sizes.items()) != self.mesh:
-            raise ValueError(f"expected a mesh such as data=2,model=4, got {self.mesh!r}: give both axes, or the one above 1")
-        return int(sizes.get("data", 1)), int(sizes.get("model", 1))
+        sizes = mesh.parse(self.mesh)
+        return sizes["data"], sizes["model"]
 
     @property
     def capacity(self) -> int:
@@ -98,7 +93,7 @@ class Settings:
 
 def abstract_placement(settings: Settings) -> Placement:
     """The placement on the mesh without its devices, for shapes."""
-    return Placement(AbstractMesh(settings.axes, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)))
+    return Placement(AbstractMesh(settings.axes, mesh.AXES, axis_types=(AxisType.Auto, AxisType.Auto)))
 
 
 def pair_of(settings: Settings) -> Pair:
@@ -134,8 +129,8 @@ def _cut(target: Config, layers: int | None) -> Config:
 
 
 def _padded(pair: Pair, parts: int) -> Pair:
-    """The pair with the tables that ``jaxspec convert --pad-to`` makes for a mesh whose model axis has some parts."""
-    unit = _ALIGN * parts
+    """The pair with the tables that ``jaxspec convert --pad-to`` makes for a mesh with so many parts on its model axis."""
+    unit = BLOCK * parts
 
     def padded(config: Config) -> Config:
         first, *others = (-(-rows // unit) * unit for rows in (config.vocab, *config.input_tables[1:]))
