@@ -1,7 +1,7 @@
 """Compiles the real prefill and the real loops for a TPU that is not attached, from shapes alone: memory, time, and checks.
 
-Three programs: ``speculate.init``, ``speculate.generate_request`` with the whole loop in it, and
-``speculate.autoregressive_request``, for the time of a plain step.
+Three programs: ``speculate.init``, and ``speculate.advance`` with a draft and without, for the time of a round and of a plain
+step. On a mesh all devices run the same program, and every figure is one device's.
 
 Limits of the figures. XLA's cost analysis counts the body of a loop once, counts traffic within the chip as HBM traffic, and
 subtracts one second for each custom call. Cycles are those of the compiler's schedule, which leaves most waiting for HBM out:
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
@@ -31,12 +32,15 @@ from jaxspec.bench.plan_shapes import (
     group_size,
     memory_parts,
     pair_of,
+    placed,
 )
 from jaxspec.bench.presets import Pair
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
 from jaxspec.models.placement import Placement
-from jaxspec.types import Draft
+from jaxspec.request import Request
+from jaxspec.state import State
+from jaxspec.types import Array, Draft, LanguageModel, Params, Verify
 
 _NARROW = 64  # a table with so few rows may have the shape of a batch's activations
 # At default precision a TPU multiplies in bfloat16, and XLA may keep a float32 cache in that type in the loop.
@@ -52,8 +56,7 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
 
     Returns:
         The settings, and "memory", "prefill", "step", "round" and "checks", see ``plan_report.card``. Keys that end in _s are
-        seconds, those of "memory" are bytes; all are of one device. What XLA counts in a round is the loop's program less the
-        prefill, and is left out with it.
+        seconds, those of "memory" are bytes; all are of one device. Without ``prefill`` its figures are left out.
 
     Raises:
         ValueError: a setting is out of its range, the model or the topology is unknown, the topology has fewer devices than the
@@ -69,8 +72,8 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
         "target": bytes_needed(pair.target, shapes.target_params, parts["target_cache"]),
         "draft": bytes_needed(pair.draft, shapes.draft_params, parts["draft_cache"]) if pair.draft else 0,
     }
-    figures = _body(settings, loop, device, reads["target"] + settings.draft_length * reads["draft"])
-    figures["cycles_of_draft_steps"] = hlo.longest_loop_cycles(loop) if pair.draft else None
+    steps = {"cycles_of_draft_steps": hlo.longest_loop_cycles(loop) if pair.draft else None}
+    needed = reads["target"] + settings.draft_length * reads["draft"]
     result = {
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)},
         "target_layers": pair.target.layers,
@@ -81,11 +84,10 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
         "compile_s": compile_s,
         "memory": parts | _memory(compiled["loop"], loop, _caches(settings, pair, abstract), device.memory_bytes),
         "step": _body(settings, plain, device, reads["target"]),
-        "round": figures,
+        "round": _body(settings, loop, device, needed) | _counts(compiled["loop"], device) | steps,
         "checks": _checks(settings, pair, loop, _caches(settings, pair, abstract), _matrices(shapes)),
     }
     if prefill:
-        figures |= _counts(compiled["loop"], device, compiled["prefill"])
         result["prefill"] = _counts(compiled["prefill"], device) | _entry(hlo.parse(compiled["prefill"].as_text()), device)
     return result
 
@@ -117,19 +119,33 @@ def _mesh(settings: Settings, devices: list[Any]) -> Mesh:
 
 def _compile_all(settings: Settings, pair: Pair, grid: Mesh, prefill: bool) -> tuple[dict[str, Any], float]:
     """The speculative "loop", the "plain" loop and perhaps the "prefill", compiled, and the seconds that it took."""
-    start = time.perf_counter()
-    placed = arguments(settings, pair, Placement(grid))
+    start, placement = time.perf_counter(), Placement(grid)
+    given = arguments(settings, pair, placement)
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
-    models = target, placed.target_params, draft, placed.draft_params
     made = {}
     with jax.set_mesh(grid):
         if prefill:
-            made["prefill"] = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
-        made["loop"] = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
+            models = target, given.target_params, draft, given.draft_params
+            made["prefill"] = compile_for_tpu(speculate.init.lower(*models, given.request, settings.cells))
+        made["loop"] = compile_for_tpu(_loop(target, draft, given, placement, settings.cells))
         made["plain"] = compile_for_tpu(
-            speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request)
+            _loop(target, None, given._replace(draft_params=(), verify=None), placement, settings.cells)
         )
     return made, time.perf_counter() - start
+
+
+def _loop(target: LanguageModel, draft: Draft | None, given: Arguments, placement: Placement, cells: int) -> Any:
+    """The lowered program of ``speculate.advance``, which runs rounds, or plain steps without a draft."""
+
+    def init(target_params: Params, draft_params: Params, request: Request) -> State:
+        return speculate.init(target, target_params, draft, draft_params, request, cells)
+
+    def advance(target_params: Params, draft_params: Params, verify: Verify | None, state: State, rounds: Array) -> State:
+        return speculate.advance(target, target_params, draft, draft_params, verify, state, rounds)
+
+    shapes = jax.eval_shape(init, given.target_params, given.draft_params, given.request)
+    state, rounds = placed(shapes, placement.state(shapes)), jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.sharding())
+    return jax.jit(advance, donate_argnums=3).lower(given.target_params, given.draft_params, given.verify, state, rounds)
 
 
 def _draft(settings: Settings, pair: Pair) -> Draft:
@@ -199,7 +215,7 @@ def _checks(settings: Settings, pair: Pair, program: Program, identities: set[tu
 
 
 def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[str, Any]:
-    """What the compiler says of the loop's program; its temporaries hold the caches."""
+    """What the compiler says of the loop's program; its arguments hold the caches."""
     said = loop.memory_analysis()
     carried = hlo.arrays(program.loop.shape) if program.loop else []
     total = total_bytes(said)
@@ -252,12 +268,9 @@ def _schedule(program: Program, name: str, chip: chips.Chip) -> dict[str, Any]:
     return {"cycles": cycles, "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None}
 
 
-def _counts(compiled: Any, chip: chips.Chip, without: Any = None) -> dict[str, Any]:
-    """What XLA counts in a program, less what it counts in another."""
-    operations, moved, optimal_s = (
-        of_program - of_other
-        for of_program, of_other in zip(_cost(compiled, chip), _cost(without, chip) if without else (0, 0, 0), strict=True)
-    )
+def _counts(compiled: Any, chip: chips.Chip) -> dict[str, Any]:
+    """What XLA counts in a program."""
+    operations, moved, optimal_s = _cost(compiled, chip)
     return {
         "operations": operations,
         "compute_bound_s": operations / chip.bf16_per_s,

@@ -93,7 +93,7 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
         f"  groups {size['groups']}, caches {size['target_cache']} + {size['draft_cache']}",
         "memory as compiled",
         f"  arguments {size['arguments']}, outputs {size['outputs']}, program {size['code']}, temporaries {size['temporaries']}",
-        f"  of the temporaries: caches as laid out in HBM {size['caches_as_laid_out']}, parameters in another layout "
+        f"  of these: caches as laid out in HBM {size['caches_as_laid_out']}, parameters in another layout "
         f"{size['parameters_laid_out_anew']}",
         f"  total {size['total']} of {size['room']}: {'fits' if memory['fits'] else 'DOES NOT FIT'}",
     ]

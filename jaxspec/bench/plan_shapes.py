@@ -31,7 +31,7 @@ class Settings:
     """What to plan for."""
 
     model: str
-    """A benchmarked shape (small, llasa-1b, llasa-8b, cosyvoice2), or a folder that `jaxspec convert` made."""
+    """A benchmarked shape (small, llasa-1b, llasa-3b, llasa-8b, cosyvoice2), or a folder that `jaxspec convert` made."""
     topology: str
     """Chips and their layout, such as v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2 or tpu7x:2x2x1."""
     mesh: str = "data=1,model=1"
@@ -159,16 +159,16 @@ def _draft_of(settings: Settings, pair: Pair) -> Config | None:
 
 
 class Arguments(NamedTuple):
-    """The arguments of the compiled loop, as shapes."""
+    """What the compiled programs are given, as shapes."""
 
     target_params: Params
     draft_params: Params
-    verify: Verify
+    verify: Verify | None
     request: request.Request
 
 
 def arguments(settings: Settings, pair: Pair, placement: Placement) -> Arguments:
-    """The shapes of the arguments of ``generate`` with the coarse-grained verifier, with their shardings.
+    """The shapes of what the loops are given with the coarse-grained verifier, with their shardings.
 
     Args:
         settings: what to plan for.

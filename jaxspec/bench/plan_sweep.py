@@ -107,9 +107,11 @@ def sweep(settings: Settings, batches: Sequence[int], acceptance: float, say: Ca
         "rows", and the indices in it of the "most_codes" a second and of the "least_wait" for a code; None where none fits.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or no mesh and batch are left.
         ImportError: libtpu is not installed.
     """
+    if not 0 <= acceptance <= 1:
+        raise ValueError(f"expected an acceptance from 0 to 1, got {acceptance:g}: change --acceptance")
     rows = []
     for mesh in meshes(settings):
         for batch in batches:
@@ -117,6 +119,8 @@ def sweep(settings: Settings, batches: Sequence[int], acceptance: float, say: Ca
             if batch % wanted.axes[0] == 0:
                 say(f"{settings.model} on {settings.topology}: {mesh}, batch {batch}")
                 rows.append(cell(wanted, acceptance))
+    if not rows:
+        raise ValueError(f"expected a batch that a mesh of {settings.topology} divides, got {list(batches)}: give --batches 1")
     fitting = [i for i, row in enumerate(rows) if "why" not in row]
     return {
         "rows": rows,
