@@ -93,6 +93,9 @@ def test_permutes_and_large_gathers_are_flaws():
         "gathers": (False, 1),
     }
     assert collectives.checks(program, large=129)["gathers"]["holds"]
+    filtered = hlo.parse(PROGRAM.replace("ROOT %r = f32[8]{0} all-reduce(%p)", "ROOT %r = f32[80]{0} all-gather(%p)"))
+    assert collectives.summary(filtered, filtered.body)["branch"] == {"all-gather": {"count": 1, "bytes": 320}}
+    assert collectives.checks(filtered, large=129)["gathers"]["holds"]
 
 
 @pytest.mark.parametrize(
