@@ -324,11 +324,7 @@ def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bo
 def _gathered(values: Float32[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
     """Values of a vocabulary that a mesh divides, whole on every chip where they are few; else as they are."""
     few = values.size <= _FEW_ROWS * values.shape[-1] * mesh.parts("batch")
-    if not few or mesh.parts("vocab") == 1:
-        return values
-    rows = [("batch", None)[i > 0] for i in range(values.ndim - 1)]
-    divided = mesh.constrain(values, *rows, "vocab")  # or they would be gathered before the filter is known to be on
-    return mesh.constrain(divided, *rows)
+    return mesh.constrain(values, *["batch"][: values.ndim - 1]) if few and mesh.parts("vocab") > 1 else values
 
 
 def _penalize(logits: Array, penalty: Array, history: History) -> Array:
