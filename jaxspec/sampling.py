@@ -323,8 +323,11 @@ def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bo
 
 def _gathered(values: Float32[Array, "*rows V"]) -> Float32[Array, "*rows V"]:
     """Values of a vocabulary that a mesh divides, whole on every chip where they are few; else as they are."""
-    few = values.size <= _FEW_ROWS * values.shape[-1] * mesh.parts("batch")
-    return mesh.constrain(values, *["batch"][: values.ndim - 1]) if few and mesh.parts("vocab") > 1 else values
+    rows: list[str | None] = ["batch", None][: values.ndim - 1]
+    if mesh.parts("vocab") == 1 or values.size > _FEW_ROWS * values.shape[-1] * mesh.parts("batch"):
+        return values
+    # They arrive divided, so that nothing is sent unless the branch of a ``cond`` that needs them is taken.
+    return mesh.constrain(mesh.constrain(values, *rows, "vocab"), *rows)
 
 
 def _penalize(logits: Array, penalty: Array, history: History) -> Array:
