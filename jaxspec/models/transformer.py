@@ -209,8 +209,6 @@ class Attention(nn.Module):
         return self.out(out.astype(x.dtype)), cache
 
     def _heads(self, y: Array, axis: str) -> Array:
-        # Else XLA for TPU joins the product and this reshape, wants the weights in another layout, and copies them at each call.
-        y = jax.lax.platform_dependent(y, tpu=jax.lax.optimization_barrier, default=lambda y: y)
         return mesh.constrain(y.reshape(*y.shape[:2], -1, self.config.head_dim), "batch", None, axis)
 
     def _weights(self, rows: Array, k: Array, mask: Array) -> Array:
