@@ -125,6 +125,13 @@ def test_a_device_has_its_part_of_weights_and_caches():
     assert parts["target_cache"] == 2 * 4 * (8 // 2) * (8 // 2) * 128 * 2048 * 2
 
 
+@needs_libtpu
+def test_a_mesh_is_chosen_for_the_model_and_the_batch():
+    chosen = [plan_shapes.resolved(Settings(model, "v5e:2x2", mesh="auto")).mesh for model in ("llasa-8b", "cosyvoice2")]
+    assert chosen == ["data=1,model=4", "data=1,model=2"]
+    assert plan_shapes.resolved(Settings("cosyvoice2", "v5e:2x2", mesh="auto", batch=8)).mesh == "data=2,model=2"
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """A model of two layers, whose heads two devices divide."""

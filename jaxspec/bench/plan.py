@@ -33,6 +33,7 @@ from jaxspec.bench.plan_shapes import (
     memory_parts,
     pair_of,
     placed,
+    resolved,
 )
 from jaxspec.bench.presets import Pair
 from jaxspec.draft import model_draft, ngram_draft
@@ -63,6 +64,7 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
             mesh, the mesh does not divide the model, or the parts do not fit in the chip.
         ImportError: libtpu is not installed.
     """
+    settings = resolved(settings)
     pair, shapes, parts = check_memory(settings)
     chip = chips.chip_of(settings.topology)
     device, devices, abstract = chip.device(), chips.devices(settings.topology), abstract_placement(settings)

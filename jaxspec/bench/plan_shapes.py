@@ -12,7 +12,7 @@ import tyro
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxspec import mesh, request
-from jaxspec.bench import presets
+from jaxspec.bench import chips, presets
 from jaxspec.bench.presets import Pair
 from jaxspec.checkpoint import descriptions
 from jaxspec.groups import Groups
@@ -35,7 +35,7 @@ class Settings:
     topology: str
     """Chips and their layout, such as v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2 or tpu7x:2x2x1."""
     mesh: str = "data=1,model=1"
-    """data=D,model=M: rows divided over D, and weights over M, of the topology's devices; by default the plan is for one."""
+    """data=D,model=M: rows divided over D, and weights over M, of the topology's devices; or auto; by default for one of them."""
     draft: str | None = None
     """ngram, a folder, or a number of the target's layers; by default the draft that is benchmarked with MODEL."""
     batch: int = 1
@@ -89,6 +89,22 @@ class Settings:
     def capacity(self) -> int:
         """The tokens that a row may emit."""
         return self.cells - self.prompt_length - self.draft_length - 1
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with a mesh of all devices in place of "auto", less parts of the batch that would have no row.
+
+    Raises:
+        ValueError: as ``pair_of``, or the chips are not built in that layout.
+        ImportError: libtpu is not installed.
+    """
+    if settings.mesh != mesh.AUTO:
+        return settings
+    target = pair_of(dataclasses.replace(settings, mesh="model=1")).target
+    heads = target.kv_heads, target.heads
+    divided = heads if settings.model in presets.PAIRS else (*heads, target.vocab)  # the tables of presets are padded
+    made = mesh.automatic(presets.parameter_bytes(target), divided, chips.devices(settings.topology)).shape
+    return dataclasses.replace(settings, mesh=f"data={math.gcd(made['data'], settings.batch)},model={made['model']}")
 
 
 def abstract_placement(settings: Settings) -> Placement:
