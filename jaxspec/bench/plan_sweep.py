@@ -192,8 +192,13 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
             axes.plot(1e3 * row["code_s"], row["codes_per_s"], linestyle="", color="black", label=label, **shown)
     first = result["rows"][0]
     axes.set(xlabel="ms a code of one row", ylabel="codes a second of the batch", xscale="log", yscale="log")
-    axes.set_title(f"{first['model']} on {first['topology']}\n{said_of(first)}", fontsize=9)
-    axes.grid(which="both", linewidth=0.3)
+    axes.set_title(f"{first['model']} on {first['topology']}\n{said_of(first)}".replace("; an", ";\nan"), fontsize=9)
+    axes.margins(0.15)
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        ticks = [tick for tick in (m * 10.0**e for e in range(-3, 7) for m in (1, 2, 3, 5)) if limits[0] <= tick <= limits[1]]
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(linewidth=0.3)
     if rows:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, markerscale=0.6)
     figure.savefig(path, format="png", dpi=110)
