@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.types import Array
 
@@ -43,8 +43,8 @@ def make(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) ->
     Raises:
         ValueError: there are fewer devices.
 
-    >>> make(data=1, model=1).shape
-    OrderedDict({'data': 1, 'model': 1})
+    >>> dict(make(data=1, model=1).shape)
+    {'data': 1, 'model': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
     if min(data, model) < 1 or data * model > len(devices):
@@ -67,20 +67,20 @@ def make(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) ->
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def parse(text: str) -> dict[str, int]:
-    """The sizes of a mesh from "data=D,model=M"; an axis that is not named has one part.
+def parse(text: str) -> tuple[int, int]:
+    """The sizes D and M of a mesh from "data=D,model=M"; an axis that is not named has one part.
 
     Raises:
         ValueError: the text is something else.
 
     >>> parse("model=4")
-    {'data': 1, 'model': 4}
+    (1, 4)
     """
     parts = [re.fullmatch(r"(\w+)=([1-9]\d*)", part) for part in text.split(",")]
     sizes = {part[1]: int(part[2]) for part in parts if part}
     if not set(sizes) <= set(AXES) or len(sizes) < len(parts):
         raise ValueError(f"expected a mesh such as data=2,model=4, with the axes data and model, got {text!r}: write it so")
-    return dict.fromkeys(AXES, 1) | sizes
+    return sizes.get("data", 1), sizes.get("model", 1)
 
 
 def automatic(weight_bytes: int, divided: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -106,6 +106,20 @@ def current() -> Any:
     """The abstract mesh in context; None where there is none, or one of a single device, or within a ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto} else mesh
+
+
+def rows() -> NamedSharding | None:
+    """Where a batch from the host goes; None where there is no mesh: to JAX's default device."""
+    return None if current() is None else NamedSharding(jax.sharding.get_mesh(), PartitionSpec(_rules.get()["batch"]))
+
+
+def multiple(count: int) -> int:
+    """The smallest multiple of the parts of a batch that is not below ``count``.
+
+    >>> multiple(3)
+    3
+    """
+    return -(-count // parts("batch")) * parts("batch")
 
 
 def parts(axis: str) -> int:

@@ -199,6 +199,27 @@ def test_parameters_are_restored_in_any_type(tmp_path):
             np.testing.assert_array_equal(leaf, ARRAYS[path].astype(leaf.dtype))
 
 
+def chunks_of(folder, path):
+    return sorted(file.name for file in (folder / "params" / path).iterdir() if not file.name.startswith("."))
+
+
+def test_a_matrix_is_cut_into_files_of_some_columns_with_the_same_digest(tmp_path, monkeypatch):
+    """A host that needs some columns reads only their files; folders of whole rows, as they were written before, still load."""
+    array = numbers(300, 64, dtype=BFLOAT16)
+    whole = written(tmp_path / "whole", {"up": tensor("up", array)})
+    monkeypatch.setattr(store, "_PART_BYTES", 2000)
+    monkeypatch.setattr(store, "_BLOCK_BYTES", 20_000)
+    cut = written(tmp_path / "cut", {"up": tensor("up", array), "turned": tensor("turned", numbers(64, 300).T)})
+    assert cut["up"] == whole["up"]
+    assert chunks_of(tmp_path / "whole", "up") == ["0.0"]
+    assert chunks_of(tmp_path / "cut", "up") == [f"{row}.{column}" for row in range(2) for column in range(8)]
+    np.testing.assert_array_equal(store.read_params(tmp_path / "cut")["up"], array)
+    np.testing.assert_array_equal(store.read_params(tmp_path / "whole")["up"], array)
+    (tmp_path / "cut" / "params" / "up" / "1.5").unlink()
+    with pytest.raises(ValueError, match="expected complete parameters"):
+        store.read_params(tmp_path / "cut")
+
+
 MESH = """
 import sys
 import jax, numpy as np

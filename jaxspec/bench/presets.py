@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.groups import Groups, acoustic_similarity_groups
+from jaxspec.models import placement as placements
 from jaxspec.models import transformer
 from jaxspec.models.transformer import Config, RopeScaling
 from jaxspec.types import Array, Params
@@ -90,17 +91,19 @@ def pair(name: str, dtype: str) -> Pair:
 
 
 def random_params(key: Array, config: Config) -> Params:
-    """Random parameters of a shape in its own dtype, made on the device: normal of deviation 0.02; norms are ones."""
+    """Random parameters of a shape in its own dtype, made where they belong: normal of deviation 0.02; norms are ones."""
     leaves, tree = jax.tree.flatten(transformer.abstract_params(config))
-    dtype = jnp.dtype(config.dtype)
+    dtype, placement = jnp.dtype(config.dtype), placements.current()
+    places = jax.tree.leaves(transformer.shardings_of(config, placement, strict=False)) if placement else [None] * len(leaves)
 
-    def fill(key: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+    def fill(key: Array, leaf: jax.ShapeDtypeStruct, place: Any) -> Array:
         if leaf.ndim < 2:
-            return jnp.ones(leaf.shape, dtype)
-        return jax.jit(lambda key: (0.02 * jax.random.normal(key, leaf.shape, dtype)).astype(dtype))(key)
+            return jnp.ones(leaf.shape, dtype, device=place)
+        make = jax.jit(lambda key: (0.02 * jax.random.normal(key, leaf.shape, dtype)).astype(dtype), out_shardings=place)
+        return make(key)
 
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(tree, [fill(*each) for each in zip(keys, leaves, places, strict=True)])
 
 
 def neighbours(vocab: int, codes: int, size: int = GROUP_SIZE) -> Groups:

@@ -21,6 +21,7 @@ from jaxspec.common.trees import flatten
 from jaxspec.draft import families, model_draft
 from jaxspec.draft.families import FAMILIES
 from jaxspec.models import card, transformer
+from jaxspec.models import placement as placements
 from jaxspec.models.card import Model
 from jaxspec.models.placement import Placement
 from jaxspec.types import Codec, Draft, LanguageModel, Params
@@ -139,12 +140,12 @@ def _check(description: Model | DraftDescription | CodecDescription, flat: Mappi
 
 
 def load(folder: str | Path, dtype: str | None = None, placement: Placement | None = None) -> Pretrained:
-    """Loads a language model; each array goes straight to its devices.
+    """Loads a language model; each array goes straight to its devices, and a process reads the parts of those it has.
 
     Args:
         folder: that ``jaxspec convert`` or ``save`` made.
         dtype: to compute in, "bfloat16" or "float32"; by default that of the checkpoint.
-        placement: the devices; by default the first.
+        placement: the devices; by default the mesh that ``jax.set_mesh`` has set, else the first device.
 
     Returns:
         The model, with its parameters on the devices.
@@ -164,9 +165,11 @@ def _load(
     dtype: str,
     placement: Placement | None,
     shared: Mapping[str, jax.Array],
+    strict: bool = True,
 ) -> Pretrained:
     """Reads the parameters that are not among ``shared``."""
-    shardings = transformer.shardings_of(model.shape, placement) if placement else None
+    placement = placement or placements.current()
+    shardings = transformer.shardings_of(model.shape, placement, strict) if placement else None
     params = store.read_params(folder, dtype, shardings, shared)
     return Pretrained(dataclasses.replace(model, shape=dataclasses.replace(model.shape, dtype=dtype)), params, tokenizer, folder)
 
@@ -179,7 +182,7 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
     Args:
         folder: a draft, or a language model, that ``jaxspec convert`` or ``save`` made.
         target: the loaded target.
-        placement: the devices, as for the target; a language model is divided like the target, other drafts are replicated.
+        placement: the devices, as for the target; see ``families.shardings``.
 
     Returns:
         The draft, for every K.
@@ -193,7 +196,7 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
         tokenizer = card.tokenizer_of(folder)
         _check_vocabulary(target, description, tokenizer, folder)
         equal = {path: path for path, digest in description.tables.items() if target.model.tables.get(path) == digest}
-        model = _load(folder, description, tokenizer, dtype, placement, _arrays_of(target, equal, folder))
+        model = _load(folder, description, tokenizer, dtype, placement, _arrays_of(target, equal, folder), strict=False)
         return PretrainedDraft(functools.cache(functools.partial(model_draft, language_model(model))), model.params, folder)
     if not isinstance(description, DraftDescription):
         raise ValueError(f"expected a draft in {folder}, got a codec: give the folder of a draft or of a smaller language model")
@@ -203,8 +206,10 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
             "give the target that the draft was trained for"
         )
     drafter = build_draft(description, None, dtype, folder)  # a wrong description is refused before the arrays are read
-    everywhere = placement.sharding() if placement else None
-    return drafter._replace(params=store.read_params(folder, dtype, everywhere, _arrays_of(target, description.shared, folder)))
+    placement = placement or placements.current()
+    config = families.from_json(description.family, description.settings, dtype)
+    of = functools.partial(families.shardings, description.family, config, placement) if placement else None
+    return drafter._replace(params=store.read_params(folder, dtype, of, _arrays_of(target, description.shared, folder)))
 
 
 def build_draft(description: DraftDescription, params: Params, dtype: str, source: Path) -> PretrainedDraft:
@@ -267,7 +272,7 @@ def with_features(target: Pretrained, feature_layers: tuple[int, ...]) -> Pretra
 
 
 def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
-    """Loads a codec.
+    """Loads a codec; every device of a mesh that ``jax.set_mesh`` has set has all of it, and decodes a part of each batch.
 
     Args:
         folder: that ``jaxspec convert`` or ``save`` made.
@@ -288,7 +293,9 @@ def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
             f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
         ) from error
     codec = codec if encoder else codec._replace(encode=None)
-    params = store.read_params(folder, without=None if encoder else "encoder")
+    placement = placements.current()
+    everywhere = placement.sharding() if placement else None
+    params = store.read_params(folder, sharding=everywhere, without=None if encoder else "encoder")
     return PretrainedCodec(description.family, codec, params, description.digest, Path(folder))
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ DESCRIPTION = "jaxspec.json"
 PARAMS = "params"
 FORMAT = 1
 
-_BLOCK_BYTES = 2**27  # larger tensors are written in blocks of rows, a file each
+_BLOCK_BYTES = 2**27  # larger tensors are written in blocks of rows
+# A block of a matrix is cut between columns into files of at least so many bytes, at most so many: a host of several then reads
+# little more than the columns that its chips need.
+_PART_BYTES, _MOST_PARTS = 2**22, 16
 _BYTES_AT_A_TIME = 2**29  # in memory at once, so that some tensors are read while others are written
 _PIECE_BYTES = 2**23  # of a block, made row-major at once
 _STRIP = 16  # columns of a transposed matrix that are copied together, about a cache line
@@ -186,15 +189,18 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
     async def write(leaf: _Leaf, info: Any) -> None:
         starts, step = _blocks(leaf.shape, leaf.dtype)
         block = (step, *leaf.shape[1:]) if leaf.shape else ()
+        parts = _parts(block, leaf.dtype)
+        block = (step, leaf.shape[1] // parts) if parts > 1 else block
         spec = handlers.get_json_tspec_write(
             info, info.is_ocdbt_checkpoint, leaf.shape, block, leaf.dtype, process_index=jax.process_index()
         )
         await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)  # writes zarr's metadata
         digest = blake3()
         for index, start in enumerate(starts):
-            file = Path(info.path, _chunk_name((index, *(0 for _ in leaf.shape[1:]))[: len(leaf.shape)]))
+            places = ((index, part, *(0 for _ in leaf.shape[2:]))[: len(leaf.shape)] for part in range(parts))
+            files = [Path(info.path, _chunk_name(place)) for place in places]
             try:
-                await asyncio.to_thread(_write, file, leaf.tensor, start, step, digest)
+                await asyncio.to_thread(_write, files, leaf.tensor, start, step, digest)
             except (ValueError, OSError) as error:
                 errors.append(_unwritten(error) if isinstance(error, OSError) else error)
                 return
@@ -230,6 +236,20 @@ def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[range, int]:
     return range(0, max(count, 1), step), step
 
 
+def _parts(block: tuple[int, ...], dtype: np.dtype) -> int:
+    """Into how many files a block of rows is cut between columns, a power of 2: those of a matrix only.
+
+    >>> _parts((4096, 14336), np.dtype(np.float16)), _parts((64, 64), np.dtype(np.float16))
+    (16, 1)
+    """
+    parts = 1
+    while len(block) == 2 and parts < _MOST_PARTS and block[1] % (2 * parts) == 0:
+        if math.prod(block) * dtype.itemsize // (2 * parts) < _PART_BYTES:
+            break
+        parts *= 2
+    return parts
+
+
 def _chunk_name(at: Sequence[int]) -> str:
     """The file in which zarr keeps a chunk."""
     return ".".join(map(str, at)) or "0"
@@ -239,32 +259,45 @@ def _unwritten(error: Exception) -> OSError:
     return OSError(f"expected to write the parameters, got {str(error).splitlines()[0]}: free some space, or choose another disk")
 
 
-def _write(file: Path, tensor: Tensor, start: int, step: int, digest: blake3) -> None:
-    """Writes a block of rows as an uncompressed zarr chunk (raw values, padded with zeros), and adds it to ``digest``.
+def _write(files: Sequence[Path], tensor: Tensor, start: int, step: int, digest: blake3) -> None:
+    """Writes a block of rows as uncompressed zarr chunks (raw values, padded with zeros), and adds it to ``digest``.
+
+    Each of the files takes as many columns. The digest is that of the values in row-major order, whatever the files.
 
     Raises:
         ValueError: a value is NaN or infinite.
         OSError: the disk is full or cannot be written.
     """
     stop = min(start + step, tensor.shape[0]) if tensor.shape else 1
-    with file.open("wb") as chunk:
+    with contextlib.ExitStack() as stack:
+        chunks = [stack.enter_context(file.open("wb")) for file in files]
         for piece in _pieces(tensor.read(start, stop)):
-            for first in range(0, len(piece), count := max(1, _WRITE_BYTES // piece.itemsize)):
-                numbers = piece[first : first + count]
+            for numbers in _runs(piece):
                 if not _finite(numbers):
                     raise ValueError(f"{tensor.name}: expected finite values, got NaN or infinity: download it again")
                 digest.update(numbers.view(np.uint8).data)
-                chunk.write(numbers.view(np.uint8).data)
-        chunk.truncate(math.prod((step, *tensor.shape[1:])) * tensor.dtype.itemsize)
-        os.fsync(chunk.fileno())
+            whole = piece.view(np.uint8).reshape(-1, len(chunks), piece.nbytes // max(1, len(piece) * len(chunks)))
+            for part, chunk in enumerate(chunks):
+                for numbers in _runs(np.ascontiguousarray(whole[:, part])):
+                    chunk.write(numbers.data)
+        for chunk in chunks:
+            chunk.truncate(math.prod((step, *tensor.shape[1:])) * tensor.dtype.itemsize // len(chunks))
+            os.fsync(chunk.fileno())
+
+
+def _runs(piece: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of a row-major array, a few at a time, each run flat."""
+    flat, count = piece.reshape(-1), max(1, _WRITE_BYTES // piece.itemsize)
+    yield from (flat[first : first + count] for first in range(0, len(flat), count))
 
 
 def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
-    """The values of a block in row-major order, a few rows at a time, each piece flat."""
+    """A block, a few rows at a time [rows columns], each piece row-major."""
     rows = np.atleast_1d(block).view(f"u{block.itemsize}")  # numpy copies ml_dtypes one element at a time
     count = max(1, _PIECE_BYTES // max(1, rows[:1].nbytes))
     for start in range(0, len(rows), count):
-        yield _row_major(rows[start : start + count]).reshape(-1).view(block.dtype)
+        piece = _row_major(rows[start : start + count])
+        yield piece.reshape(len(piece), -1).view(block.dtype)
 
 
 def _row_major(array: np.ndarray) -> np.ndarray:
@@ -299,7 +332,8 @@ def read_params(
     Args:
         folder: of a checkpoint.
         dtype: of floats; by default as written.
-        sharding: where each parameter goes: one sharding for all, or a tree of them; by default the first device.
+        sharding: where each parameter goes: one sharding for all, a tree of them, or a function that gives a dict of them by path
+            for the shapes by path; by default the first device.
         shared: arrays by path that are on the device already; they are used in place of those in the folder, if any.
         without: a branch of the tree that is not read, such as "encoder".
 
@@ -355,4 +389,4 @@ def _shardings(sharding: Any, flat: Mapping[str, Any]) -> Mapping[str, Any]:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         return dict.fromkeys(flat, sharding)
-    return flatten(sharding)
+    return sharding(flat) if isinstance(sharding, Callable) else flatten(sharding)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec import mesh
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.types import Array, Codec, Condition, Params
 
@@ -48,7 +49,7 @@ def padded_batch(rows: int) -> int:
 
 
 def encode_rows(codec: Codec, params: Params, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Encodes waves on the host, in one call.
+    """Encodes waves on the host, in one call; a mesh divides the batch.
 
     Args:
         codec: the codec.
@@ -65,11 +66,11 @@ def encode_rows(codec: Codec, params: Params, waves: Sequence[np.ndarray]) -> li
         raise ValueError("expected a codec with an encoder, got one that only decodes: convert it again, with its encoder")
     span = round((codec.encode_rate_hz or codec.sample_rate_hz) / codec.frame_rate_hz)
     length = np.array([len(wave) for wave in waves], np.int32)
-    batch = padded_batch(len(waves))
+    batch = mesh.multiple(padded_batch(len(waves)))
     padded = np.zeros((batch, padded_length(-(-int(length.max()) // span)) * span), np.float32)
     for row, wave in zip(padded, waves, strict=False):
         row[: len(wave)] = wave
-    codes = jax.device_get(codec.encode(params, *jax.device_put((padded, np.pad(length, (0, batch - len(waves)))))))
+    codes = jax.device_get(codec.encode(params, *jax.device_put((padded, np.pad(length, (0, batch - len(waves)))), mesh.rows())))
     frames = codec.encoded_frames or (lambda samples: -(-samples // span))
     return [row[: frames(len(wave))] for row, wave in zip(codes, waves, strict=False)]
 
@@ -83,7 +84,7 @@ def decode_rows(
     prefix: np.ndarray | None = None,
     watch: Stopwatch | None = None,
 ) -> list[np.ndarray]:
-    """Decodes rows of codes on the host, in one batch.
+    """Decodes rows of codes on the host, in one batch, which a mesh divides.
 
     Args:
         codec: the codec.
@@ -100,13 +101,13 @@ def decode_rows(
     skip = 0 if prefix is None else len(prefix)
     whole = [np.concatenate([prefix, row]) if prefix is not None and skip else np.asarray(row) for row in rows]
     length = np.array([len(row) for row in whole], np.int32)
-    batch = padded_batch(len(rows))
+    batch = mesh.multiple(padded_batch(len(rows)))
     codes = np.zeros((batch, padded_length(int(length.max())), *whole[0].shape[1:]), np.int32)
     for padded, row in zip(codes, whole, strict=False):
         padded[: len(row)] = row
     codes = codes.reshape(*codes.shape[:2], -1)
     condition, key = jax.tree.map(lambda x: x[np.arange(batch) % len(rows)], (condition, key))
-    waves, *arguments = jax.device_put((codes, np.pad(length, (0, batch - len(rows))), condition, key))
+    waves, *arguments = jax.device_put((codes, np.pad(length, (0, batch - len(rows))), condition, key), mesh.rows())
     for name, stage in codec.stages or (("codec", codec.decode),):
         with (watch or Stopwatch())(name):
             waves = jax.block_until_ready(stage(params, waves, *arguments))

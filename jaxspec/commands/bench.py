@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 
 from jaxspec.bench.settings import Settings
+from jaxspec.commands.mesh import OnMesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench(Settings):
+class Bench(OnMesh, Settings):
     """Times the speculative loop and its parts against the autoregressive loop, and compares them with the device's roofline."""
 
     out_dir: Path | None = None
@@ -21,6 +22,10 @@ class Bench(Settings):
     """A folder for a profile of the whole run, for xprof or Perfetto."""
     json: bool = False
     """Print the result as JSON on standard output, and the table on standard error."""
+
+    def divided(self) -> str:
+        """See ``OnMesh``."""
+        return self.preset
 
     def run(self) -> None:
         """Runs the benchmark, with its progress on standard error.

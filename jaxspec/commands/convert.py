@@ -36,6 +36,8 @@ class Convert:
     """Pad the rows of head and tables to a multiple of this, so that a mesh divides them."""
     without_encoder: bool = False
     """For a codec, or CosyVoice with its codec: leave out the encoder, which only recordings need; it is the larger part."""
+    mesh: str | None = None
+    """data=D,model=M: refuse a model that such a mesh would not divide."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
 
@@ -45,7 +47,7 @@ class Convert:
         from jaxspec.convert import drafters, pipeline
 
         layers = parse_layers(self.layers) if self.layers is not None else None
-        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to, not self.without_encoder)
+        options = pipeline.Options(self.family, self.dtype, layers, self.head, self.pad_to, not self.without_encoder, self.mesh)
         if self.target is None:
             converted = pipeline.convert(self.source, self.dest, options, self.revision)
         elif options == pipeline.Options(dtype=self.dtype):

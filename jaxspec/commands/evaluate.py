@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.outputs import check_writable, make_folder
 from jaxspec.evaluate import requirements
 from jaxspec.evaluate.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Plan):
+class Evaluate(OnMesh, Plan):
     """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, acceptance and speedup.
 
     Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]').

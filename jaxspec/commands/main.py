@@ -1,6 +1,7 @@
 """The command line: `jaxspec COMMAND`; each command is a dataclass of arguments with a `run`."""
 
 import _thread
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -54,7 +55,8 @@ def main() -> None:
         use_compilation_cache()
         show_text_warnings()
         sys.unraisablehook = interrupt_again
-        command.run()
+        with getattr(command, "on_mesh", contextlib.nullcontext)():
+            command.run()
     except KeyboardInterrupt as interrupt:
         print("jaxspec: interrupted" + "".join(f"; {part}" for part in interrupt.args), file=sys.stderr)
         sys.exit(130)

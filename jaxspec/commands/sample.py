@@ -8,6 +8,7 @@ import tyro
 
 from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import SamplingOptions, read_lines
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.outputs import make_folder
 from jaxspec.synthesis.contract import Settings
 from jaxspec.train import speech
@@ -44,7 +45,7 @@ class Deployment(SamplingOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample(Deployment):
+class Sample(OnMesh, Deployment):
     """Samples a target's own speech from texts, to train drafts on. Run it again to resume."""
 
     target: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
@@ -55,6 +56,10 @@ class Sample(Deployment):
     """The folder of the samples; shards that it holds are kept."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
+
+    def divided(self) -> str:
+        """See ``OnMesh``."""
+        return self.target
 
     def run(self) -> None:
         """Samples, with a progress bar on standard error."""

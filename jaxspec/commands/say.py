@@ -15,6 +15,7 @@ from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
 from jaxspec.commands.inputs import check_reference_file, read_lines, read_reference, read_text
 from jaxspec.commands.manifest import MANIFEST, Manifest, digest
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.picture import draw
 from jaxspec.commands.streaming import say_stream
 from jaxspec.synthesis.contract import Settings, Synthesizer, Verifier
@@ -43,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Say:
+class Say(OnMesh):
     """Speaks a text into a sound file, or each line of a file into a file of its own."""
 
     text: tyro.conf.Positional[str | None] = None
@@ -139,6 +140,10 @@ class Say:
                 f"correct them and run again with --resume{reasons}"
             )
 
+    def divided(self) -> Path | None:
+        """See ``OnMesh``."""
+        return self.model
+
     def _settings(self) -> Settings:
         names = {field.name for field in dataclasses.fields(Settings)} & set(vars(self)) - {"reference"}
         return Settings(**{name: getattr(self, name) for name in names})
@@ -188,7 +193,7 @@ class Say:
         return arguments | {"held": held, "version": jaxspec.__version__}
 
 
-_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json"}  # arguments that no file depends on
+_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json", "mesh"}  # arguments that no file depends on
 
 
 def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:

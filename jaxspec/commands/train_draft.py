@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from jaxspec.commands.console import progress_bar, report
+from jaxspec.commands.mesh import OnMesh
 from jaxspec.commands.sample import Deployment
 from jaxspec.sampling import Sampling
 from jaxspec.train import recipe as recipes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainDraft(Deployment):
+class TrainDraft(OnMesh, Deployment):
     """Trains a draft for a target, which the other commands take by --draft. Run it again to resume.
 
     Checkpoints, the log and training.png are in DRAFT.training; DRAFT appears at the end.
@@ -46,6 +47,10 @@ class TrainDraft(Deployment):
     """Optimizer steps; by default the recipe's."""
     json: bool = False
     """Print one JSON object on standard output, and the text on standard error."""
+
+    def divided(self) -> str:
+        """See ``OnMesh``."""
+        return self.target
 
     def run(self) -> None:
         """Trains; each line of progress goes to standard error."""

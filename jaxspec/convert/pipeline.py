@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
+from jaxspec import mesh
 from jaxspec.checkpoint import pretrained, store, voices
 from jaxspec.checkpoint.descriptions import CodecDescription
 from jaxspec.checkpoint.tensors import Tensor, cast, joined, padded, rows
@@ -25,6 +27,7 @@ from jaxspec.convert.core import Rule, fold_weight_norm, plan
 from jaxspec.convert.source import Source, open_source
 from jaxspec.models import card, llasa, neutts, orpheus, transformer
 from jaxspec.models import cosyvoice as cosyvoice_model
+from jaxspec.models.placement import Placement
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -91,6 +94,7 @@ class Options:
         head: "all", or "speech": codes and stop ids only, for models with text and codes in one vocabulary.
         pad_to: rows of the head and the tables are padded to a multiple of it, so that a mesh divides them.
         encoder: whether to convert the codec's encoder too; without it a codec only decodes.
+        mesh: "data=D,model=M" that must divide a language model.
 
     Raises:
         ValueError: a setting is out of range.
@@ -102,6 +106,7 @@ class Options:
     head: str = "all"
     pad_to: int = 1
     encoder: bool = True
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
         if self.family is not None and self.family not in FAMILIES:
@@ -111,6 +116,8 @@ class Options:
         if self.head not in ("all", "speech") or not 1 <= self.pad_to <= MAX_PAD:
             got = f"{self.head!r} and {self.pad_to}"
             raise ValueError(f"expected head all or speech and pad_to of 1 to {MAX_PAD}, got {got}: change --head or --pad-to")
+        if self.mesh is not None:
+            mesh.parse(self.mesh)
         if self.layers is not None and not self.layers:
             raise ValueError("expected one layer or more to keep, got none: change --layers")
 
@@ -329,6 +336,9 @@ def _language_model(
         head_bias="head_bias" in tensors,
         dtype=str(dtype),
     )
+    if options.mesh is not None:
+        chips: Any = AbstractMesh(mesh.parse(options.mesh), mesh.AXES, axis_types=(AxisType.Auto,) * 2)
+        transformer.shardings_of(shape, Placement(chips))
     abstract = transformer.abstract_params(shape)
     return _planned(tensors, llama.RULES, abstract, dtype, make(shape), dropped, notes)._replace(tokenizer=tokenizer)
 

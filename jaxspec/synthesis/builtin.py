@@ -20,10 +20,15 @@ from jaxspec.codec.padding import decode_rows
 from jaxspec.common import records
 from jaxspec.common.compilation_cache import cache_folder, keep
 from jaxspec.common.stopwatch import Stopwatch
+from jaxspec.common.trees import flatten, unflatten
+from jaxspec.draft import families
 from jaxspec.draft.family import with_shared
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import builtin as voices
+from jaxspec.models import placement as placements
+from jaxspec.models import transformer
 from jaxspec.models.builtin import MAX_CODES, MAX_SYMBOLS, STOP, VOICES, Voice
+from jaxspec.models.placement import Placement
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis.contract import Drafter, Requests, Settings, Synthesizer, drafter_of, target_of
 from jaxspec.text import symbols
@@ -33,18 +38,25 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 THRESHOLD = 0.85
 
 
-@functools.lru_cache
 def builtin() -> Synthesizer:
-    """The voice that comes with the package, its weights on the device."""
-    return synthesizer(voices.load())
+    """The voice that comes with the package, its weights on the device, or on the mesh that ``jax.set_mesh`` has set."""
+    return _builtin(placements.current())
 
 
-def synthesizer(voice: Voice) -> Synthesizer:
-    """Any voice of its kind."""
-    target_params, codec_params = jax.device_put((voice.target_params, voice.codec_params))
+@functools.lru_cache
+def _builtin(placement: Placement | None) -> Synthesizer:
+    return synthesizer(voices.load(), placement)
+
+
+def synthesizer(voice: Voice, placement: Placement | None = None) -> Synthesizer:
+    """Any voice of its kind, on the first device or on a mesh, whose chips hold all of what does not divide evenly."""
+    places = placement and (transformer.shardings_of(voice.target, placement, strict=False), placement.sharding())
+    target_params, codec_params = (
+        jax.device_put(params, places and places[i]) for i, params in enumerate((voice.target_params, voice.codec_params))
+    )
     model = codec(voice.codec)
     kept_codec = model._replace(decode=keep(model.decode, f"decode {voice.codec}"))
-    drafter = _drafter(voice, target_params)
+    drafter = _drafter(voice, target_params, placement)
 
     def decode(rows: Sequence[np.ndarray], settings: Settings, watch: Stopwatch) -> list[np.ndarray]:
         """Decodes a batch of rows, all in the voice of the settings."""
@@ -69,12 +81,15 @@ def synthesizer(voice: Voice) -> Synthesizer:
     )
 
 
-def _drafter(voice: Voice, target_params: Params) -> Drafter | None:
+def _drafter(voice: Voice, target_params: Params, placement: Placement | None) -> Drafter | None:
     """The draft that comes with the voice."""
     if voice.draft is None:
         return None
     description = records.from_json(DraftDescription, voice.draft)
-    params = with_shared(jax.device_put(voice.draft_params), description.shared, target_params)
+    own = flatten(voice.draft_params)
+    config = families.from_json(description.family, description.settings, voice.target.dtype)
+    places = placement and families.shardings(description.family, config, placement, own)
+    params = with_shared(unflatten(jax.device_put(own, places)), description.shared, target_params)
     built = pretrained.build_draft(description, params, voice.target.dtype, voices.BUILTIN)
     return drafter_of(built, dataclasses.replace(description, tuned={}))
 

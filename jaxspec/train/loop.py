@@ -137,6 +137,8 @@ def fit(
 def data_mesh() -> Mesh | None:
     """The devices of this machine along the axis "data"; None where there is one."""
     devices = jax.local_devices()
+    if not jax.sharding.get_mesh().empty:
+        return jax.sharding.get_mesh()
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices) if len(devices) > 1 else None
 
 
