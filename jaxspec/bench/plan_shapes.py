@@ -82,8 +82,7 @@ class Settings:
         Raises:
             ValueError: they are not written so.
         """
-        sizes = mesh.parse(self.mesh)
-        return sizes["data"], sizes["model"]
+        return mesh.parse(self.mesh)
 
     @property
     def capacity(self) -> int:
