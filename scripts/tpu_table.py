@@ -72,10 +72,11 @@ def versions() -> dict[str, str]:
 
 def fill(most: int | None) -> None:
     """Plans the cells that are missing, at most so many."""
+    made_with = versions()
     for cell in itertools.islice((cell for cell in cells() if not cell.path.exists()), most):
         print(*cell, flush=True)
         cell.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cell.path, plan_sweep.cell(settings_of(cell), ACCEPTANCE) | versions())
+        write_json(cell.path, plan_sweep.cell(settings_of(cell), ACCEPTANCE) | made_with)
 
 
 def table() -> str:
@@ -91,8 +92,8 @@ def table() -> str:
         "A time is the larger of the bandwidth bound and the compiler's schedule, 2 us for each collective (a guess), and its",
         "bytes on the links. The clock of a v6e is not published: its times (*) are the bound and the collectives alone. Layers",
         f"are extrapolated from plans of {' and '.join(map(str, plan_sweep.DEPTHS))}. Codes/s are those of the whole batch",
-        "by the faster loop. So few layers of a small model may stay in on-chip memory, where the schedule is too fast: the bound",
-        "then gives the time.",
+        "by the faster loop. So few layers of a small model may stay in on-chip memory, where the schedule is too fast: the",
+        "bound then gives the time.",
         "",
         *(f"jax {jax_}, libtpu {libtpu}, commit {commit}." for jax_, libtpu, commit in said),
         "",
