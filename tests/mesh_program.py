@@ -91,6 +91,14 @@ def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
+def check_blocks():
+    """A batch that is smaller than the parts of "data", as that of a stream: every token of a block is scored."""
+    lm = transformer.language_model(TARGET)
+    for batch, width in ((1, 1), (1, 3), (2, 2), (2, 4)):
+        arguments = PARAMS, np.zeros((batch, width), np.int32), lm.init_cache(batch, 8), np.zeros(batch, np.int32)
+        assert jax.eval_shape(lm.apply, *arguments)[0].shape == (batch, width, V)
+
+
 def main(meshes, cases):
     compiled, found = [], {}
     jax.monitoring.register_event_duration_secs_listener(
@@ -103,6 +111,7 @@ def main(meshes, cases):
         for name in meshes.split(","):
             chips = mesh.make(*map(int, name.split("x")))
             with jax.set_mesh(chips):
+                check_blocks()
                 decode = call(draft_name, rule, placement.current())
                 out = [decode(0)]
                 before = len(compiled)

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import checkpoints
 import jax
@@ -197,6 +198,28 @@ def test_parameters_are_restored_in_any_type(tmp_path):
         for path, leaf in flat(store.read_params(tmp_path / "a", dtype)).items():
             assert leaf.dtype == dtype
             np.testing.assert_array_equal(leaf, ARRAYS[path].astype(leaf.dtype))
+
+
+def test_a_folder_at_gs_is_read(llasa, monkeypatch):
+    """With etils' paths, here to the same folder on disk; there is no gcsfs in the tests."""
+    from etils import epath
+
+    monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: name)
+    assert str(store.located(Path("gs://bucket/llasa"))) == "gs://bucket/llasa"
+    monkeypatch.setattr(store, "located", lambda folder: epath.Path(llasa))
+    came, wanted = pretrained.load(Path("gs://bucket/llasa")), pretrained.load(llasa)
+    jax.tree.map(np.testing.assert_array_equal, came.params, wanted.params)
+    assert came.model == wanted.model
+
+
+def test_gs_without_its_package_or_credentials_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(store.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="expected the package gcsfs to read gs:/bucket/llasa, got none: pip install gcsfs"):
+        pretrained.load(Path("gs://bucket/llasa"))
+    file = mock.Mock(read_text=mock.Mock(side_effect=RuntimeError("Anonymous caller")))
+    monkeypatch.setattr(store, "located", lambda folder: mock.MagicMock(__truediv__=lambda *_: file))
+    with pytest.raises(ValueError, match=r"got RuntimeError .Anonymous caller.: log in by `gcloud auth"):
+        store.read_description("gs://bucket/llasa")
 
 
 def chunks_of(folder, path):

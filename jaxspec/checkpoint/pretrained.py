@@ -143,7 +143,7 @@ def load(folder: str | Path, dtype: str | None = None, placement: Placement | No
     """Loads a language model; each array goes straight to its devices, and a process reads the parts of those it has.
 
     Args:
-        folder: that ``jaxspec convert`` or ``save`` made.
+        folder: that ``jaxspec convert`` or ``save`` made; it may be a gs:// address.
         dtype: to compute in, "bfloat16" or "float32"; by default that of the checkpoint.
         placement: the devices; by default the mesh that ``jax.set_mesh`` has set, else the first device.
 
@@ -153,7 +153,7 @@ def load(folder: str | Path, dtype: str | None = None, placement: Placement | No
     Raises:
         ValueError: the folder is not a language model or is damaged, or the placement does not divide the model.
     """
-    folder = Path(folder)
+    folder = store.located(folder)
     model, tokenizer = descriptions.read_as(folder, Model), card.tokenizer_of(folder)
     return _load(folder, model, tokenizer, dtype or model.shape.dtype, placement, {})
 
@@ -190,7 +190,7 @@ def load_draft(folder: str | Path, target: Pretrained, placement: Placement | No
     Raises:
         ValueError: the folder is neither, is damaged, belongs to another target, or has another vocabulary.
     """
-    folder, dtype = Path(folder), target.model.shape.dtype
+    folder, dtype = store.located(folder), target.model.shape.dtype
     description = descriptions.read(folder)
     if isinstance(description, Model):
         tokenizer = card.tokenizer_of(folder)

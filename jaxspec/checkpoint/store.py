@@ -8,6 +8,7 @@ than the host's memory; they are restored in any dtype and onto any mesh.
 
 import asyncio
 import contextlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -32,6 +33,8 @@ DESCRIPTION = "jaxspec.json"
 PARAMS = "params"
 FORMAT = 1
 
+_REMOTE = "gs:/"  # a ``Path`` of gs://bucket has one slash
+
 _BLOCK_BYTES = 2**27  # larger tensors are written in blocks of rows
 # A block of a matrix is cut between columns into files of at least so many bytes, at most so many: a host of several then reads
 # little more than the columns that its chips need.
@@ -40,6 +43,22 @@ _BYTES_AT_A_TIME = 2**29  # in memory at once, so that some tensors are read whi
 _PIECE_BYTES = 2**23  # of a block, made row-major at once
 _STRIP = 16  # columns of a transposed matrix that are copied together, about a cache line
 _WRITE_BYTES = 2**16  # of one call; with 4 MB a conversion takes 1.5 times as long (Linux 6.18, ext4)
+
+
+def located(folder: str | os.PathLike) -> Path:
+    """The folder as a path to read from; for gs:// one of ``etils.epath``.
+
+    Raises:
+        ImportError: gcsfs, which reads gs://, is not installed.
+    """
+    if not (text := str(folder)).startswith(_REMOTE):
+        return Path(folder)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ImportError(f"expected the package gcsfs to read {folder}, got none: pip install gcsfs")
+    from etils import epath
+
+    path: Any = epath.Path(f"gs://{text.removeprefix(_REMOTE).lstrip('/')}")
+    return path
 
 
 def check_new(folder: str | os.PathLike) -> None:
@@ -82,11 +101,17 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: the folder is not a checkpoint of jaxspec, or has a later format.
     """
+    place = located(folder)
     try:
-        description = json.loads((Path(folder) / DESCRIPTION).read_text(encoding="utf-8"))
+        description = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
         version = description.pop("format")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        missing = "no such folder" if not Path(folder).is_dir() else f"one without {DESCRIPTION}"
+    except Exception as error:  # the packages that read gs:// raise many kinds of errors
+        if str(folder).startswith(_REMOTE):
+            raise ValueError(
+                f"expected to read {place / DESCRIPTION}, got {type(error).__name__} ({error}): log in by `gcloud auth "
+                "application-default login`, or check the path"
+            ) from error
+        missing = "no such folder" if not place.is_dir() else f"one without {DESCRIPTION}"
         got = missing if isinstance(error, FileNotFoundError) else f"{type(error).__name__} ({error}) for its {DESCRIPTION}"
         raise ValueError(
             f"expected a folder that `jaxspec convert` made at {folder}, got {got}: convert a checkpoint to it, or check the path"
@@ -346,7 +371,8 @@ def read_params(
     import orbax.checkpoint as ocp
 
     shared = dict(shared or {})
-    path = (Path(folder) / PARAMS).absolute()
+    path = located(folder) / PARAMS
+    path = path if str(folder).startswith(_REMOTE) else path.absolute()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.tree
@@ -375,7 +401,8 @@ def _check_complete(path: Path, flat: Mapping[str, Any]) -> None:
         size = math.prod(chunk) * np.dtype(leaf.dtype).itemsize
         for at in itertools.product(*(range(-(-count // step)) for count, step in zip(leaf.shape, chunk, strict=True))):
             file = folder / _chunk_name(at)
-            got = file.stat().st_size
+            found: Any = file.stat()
+            got = found.length if hasattr(found, "length") else found.st_size
             if got != size:
                 raise ValueError(f"{file.name} of {name} with {got} bytes in place of {size}")
 

@@ -120,7 +120,7 @@ def tokenizer_of(folder: Path) -> "Tokenizer":
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+        return tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare exceptions
         raise ValueError(f"expected a tokenizer at {folder / TOKENIZER}, got {error}: convert the checkpoint again") from error
 

@@ -346,7 +346,7 @@ def language_model(config: Config) -> LanguageModel:
         return logits[:, :1], None if features is None else features[:, :1], cache
 
     def apply(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
-        if tokens.size > mesh.parts("batch"):
+        if tokens.shape[1] > 1 or tokens.shape[0] > mesh.parts("batch"):
             return once(params, tokens, cache, length)
         return jax.lax.platform_dependent(params, tokens, cache, length, tpu=padded, default=once)
 
