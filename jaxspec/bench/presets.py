@@ -48,9 +48,8 @@ def _llasa_1b() -> Config:
 
 
 def _llasa_3b() -> Config:
-    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
-    shape = {"width": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "head_dim": 128, "mlp_width": 8192}
-    return _LLAMA3(*_LLASA, **shape, tied=True, rope_scaling=scaling)
+    config = _LLAMA3(*_LLASA, width=3072, layers=28, heads=24, kv_heads=8, head_dim=128, mlp_width=8192, tied=True)
+    return dataclasses.replace(config, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192))
 
 
 def _llasa_8b() -> Config:
