@@ -7,7 +7,7 @@ import commands
 import jax
 import pytest
 
-from jaxspec.bench import chips, collectives, hlo, plan, plan_report, plan_shapes, plan_sweep, presets
+from jaxspec.bench import chips, collectives, hlo, plan, plan_report, plan_shapes, plan_sweep, presets, roofline
 from jaxspec.bench.plan_shapes import Settings
 from jaxspec.models.transformer import Config
 
@@ -158,16 +158,17 @@ def test_the_real_loop_on_four_chips():
 
 
 def planned(settings, prefill=True):
-    """A plan whose figures are a line in the layers; a batch of 9 fails a check, and one of 16 rows on a device does not fit."""
+    """A plan that takes less time on more devices; a batch of 9 fails a check, and 16 rows on a device do not fit."""
     data, model = settings.axes
-    work = (1 + settings.layers) / model * 1e-3
-    counts = {"always": {"all-reduce": {"count": 2 * settings.layers, "bytes": 0}}, "trip": {}, "branch": {}}
-    rest = {"cycles_s": 0.0, "cycles": 0, "links_s": 0.0, "collectives_s": 2e-6 * settings.layers, "collectives": counts}
+    counts = {"always": {"all-reduce": {"count": 24, "bytes": 0}}, "trip": {"all-reduce": {"count": 3, "bytes": 0}}, "branch": {}}
+    rest = {"cycles_s": 0.0, "cycles": 0, "collectives": counts}
+    total = settings.batch // data * 10**9
     return {
-        "memory": {"total": settings.batch // data * settings.layers * 10**8, "room": 10**10},
+        "target_layers": 12,
+        "memory": {"total": total, "room": 10**10, "fits": total <= 10**10},
         "compile_s": 1.0,
-        "step": {"bandwidth_bound_s": work, **rest},
-        "round": {"bandwidth_bound_s": 2 * work, **rest},
+        "step": {"estimate_s": 4e-3 / model, **rest},
+        "round": {"estimate_s": 8e-3 / model, **rest},
         "checks": {"host": {"holds": settings.batch != 9}},
     }
 
@@ -176,12 +177,11 @@ def planned(settings, prefill=True):
 def fake_plans(monkeypatch):
     """Plans on four devices without a compiler."""
     monkeypatch.setattr(plan, "plan", planned)
-    monkeypatch.setattr(plan, "check_memory", lambda settings: None)
     monkeypatch.setattr(chips, "devices", lambda topology: [None] * 4)
 
 
 @pytest.mark.usefixtures("fake_plans")
-def test_a_sweep_extrapolates_the_layers_and_finds_the_best(tmp_path):
+def test_a_sweep_finds_the_best_mesh_and_batch(tmp_path):
     said = []
     result = plan_sweep.sweep(Settings("small", "v5e:2x2"), [1, 4, 16], 0.75, said.append)
     rows = result["rows"]
@@ -192,17 +192,16 @@ def test_a_sweep_extrapolates_the_layers_and_finds_the_best(tmp_path):
         ("data=2,model=2", 16),
     ]
     alone = next(row for row in rows if (row["mesh"], row["batch"]) == ("data=1,model=4", 1))
-    assert alone["step_s"] == pytest.approx(13e-3 / 4 + 24e-6)  # 12 layers
-    assert alone["all_reduces"] == 24
-    assert alone["gb"] == pytest.approx(1.2)
+    assert (alone["step_s"], alone["round_s"], alone["all_reduces"], alone["gb"]) == (1e-3, 2e-3, 27, 1.0)
+    assert alone["codes_per_s"] == pytest.approx(roofline.expected_tokens(0.75, 3) / 2e-3)
     assert rows[result["least_wait"]]["mesh"] == "data=1,model=4"
     assert (rows[result["most_codes"]]["mesh"], rows[result["most_codes"]]["batch"]) == ("data=2,model=2", 16)
-    assert "19.2 GB of 10.0 GB" in next(row["why"] for row in rows if row["mesh"] == "data=1,model=4" and row["batch"] == 16)
+    assert "16.0 GB of 10.0 GB" in next(row["why"] for row in rows if row["mesh"] == "data=1,model=4" and row["batch"] == 16)
     assert len(said) == len(rows)
     plan_sweep.save(tmp_path, result)
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     page = (tmp_path / "sweep.md").read_text()
-    assert "compiled at 2 and 4 of 12 layers and extrapolated" in page
+    assert "| does not fit |" in page
     assert page.count("most codes a second") == page.count("least time a code") == 1
 
 

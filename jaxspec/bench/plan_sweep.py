@@ -1,7 +1,7 @@
-"""Plans of a model on every mesh of a topology and of several batches, with layers extrapolated, and the best of them.
+"""Plans of a model on every mesh of a topology and of several batches, and the best of them.
 
-A plan of all layers of a large target compiles for many minutes. Layers have the same shapes, so that every figure is taken to be
-linear in their number: the target is compiled at two depths, and the line through them is followed. The draft is whole.
+All layers are compiled: the schedule is not linear in their number, as it hides the reading of weights that it fetches ahead, and
+reads those of few layers in other ways.
 """
 
 import dataclasses
@@ -17,19 +17,17 @@ from jaxspec.common.files import replacing, write_json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DEPTHS = (2, 4)
 _HEADS = ("mesh", "batch", "GB a chip", "step ms", "round ms", "all-reduces", "plain codes/s", "codes/s", "ms a code", "")
 
 Row = Mapping[str, Any]
 
 
-def cell(settings: Settings, acceptance: float, depths: Sequence[int] = DEPTHS) -> dict[str, Any]:
+def cell(settings: Settings, acceptance: float) -> dict[str, Any]:
     """The figures of one mesh and batch.
 
     Args:
         settings: what to plan for.
         acceptance: of each drafted token, assumed.
-        depths: layers of the target that are compiled; all layers are, once, where there are no more than the last.
 
     Returns:
         The settings that differ in a sweep, and for a plan that fits "gb", "step_s", "round_s", "all_reduces", "codes_per_s" and
@@ -41,57 +39,38 @@ def cell(settings: Settings, acceptance: float, depths: Sequence[int] = DEPTHS) 
         ImportError: libtpu is not installed.
     """
     settings.check()
-    layers = pair_of(settings).target.layers
-    named = {name: getattr(settings, name) for name in ("model", "topology", "mesh", "batch")}
-    named |= {"layers": layers, "acceptance": acceptance, "depths": list(depths) if layers > depths[-1] else [layers]}
+    named = {name: getattr(settings, name) for name in ("model", "topology", "mesh", "batch")} | {"acceptance": acceptance}
     try:
-        plan.check_memory(settings)
-        made = [plan.plan(dataclasses.replace(settings, layers=depth), prefill=False) for depth in named["depths"]]
+        made = plan.plan(settings, prefill=False)
     except ValueError as error:
         return named | {"why": str(error)}
-    whole = made[0] if len(made) == 1 else along(made[0], made[1], (layers - depths[0]) / (depths[1] - depths[0]))
-    failing = sorted({name for one in made for name, check in one["checks"].items() if not check["holds"]})
-    memory = whole["memory"]
-    named |= {"gb": memory["total"] / 1e9, "failing": failing, "compile_s": sum(one["compile_s"] for one in made)}
-    if memory["total"] > memory["room"]:
+    memory, step_s, round_s = made["memory"], made["step"]["estimate_s"], made["round"]["estimate_s"]
+    named |= {"layers": made["target_layers"], "gb": memory["total"] / 1e9, "compile_s": made["compile_s"]}
+    named |= {"failing": [name for name, check in made["checks"].items() if not check["holds"]]}
+    if not memory["fits"]:
         return named | {"why": f"{memory['total'] / 1e9:.1f} GB of {memory['room'] / 1e9:.1f} GB"}
-    step_s, round_s = (plan.estimate_s(whole[name]) for name in ("step", "round"))
     tokens = expected_tokens(acceptance, settings.draft_length)
-    counted = whole["round"]["collectives"]
+    counted = made["round"]["collectives"]
     return named | {
         "step_s": step_s,
         "round_s": round_s,
-        "cycles": [whole["step"]["cycles"], whole["round"]["cycles"]],
-        "all_reduces": round(sum(counted[when].get("all-reduce", {}).get("count", 0) for when in ("always", "trip"))),
+        "cycles": [made["step"]["cycles"], made["round"]["cycles"]],
+        "all_reduces": sum(counted[when].get("all-reduce", {}).get("count", 0) for when in ("always", "trip")),
         "plain_codes_per_s": settings.batch / step_s,
         "codes_per_s": settings.batch * max(1 / step_s, tokens / round_s),
         "code_s": min(step_s, round_s / tokens),
-        "clock": whole["round"]["cycles_s"] is not None,
+        "clock": made["round"]["cycles_s"] is not None,
     }
-
-
-def along(first: Any, second: Any, steps: float) -> Any:
-    """The line through two results of the same structure: ``first`` and so many times the difference to ``second``.
-
-    What is not a number, and what only one of them has, is that of ``second``.
-
-    >>> along({"a": 1, "b": "x"}, {"a": 3, "b": "x"}, 2)
-    {'a': 5, 'b': 'x'}
-    """
-    if isinstance(second, Mapping):
-        return {name: along(first[name], value, steps) if name in first else value for name, value in second.items()}
-    if isinstance(second, bool) or not isinstance(second, int | float):
-        return second
-    return first + steps * (second - first)
 
 
 def meshes(settings: Settings) -> list[str]:
     """The meshes of all devices of the topology, from one that divides only the batch to one that divides only the weights.
 
-    Key/value heads are not divided further than they are many: "data" is the better use of more devices.
+    Those that do not divide the heads and the key/value heads evenly are left out.
     """
-    count, most = len(chips.devices(settings.topology)), pair_of(settings).target.kv_heads
-    return [f"data={count // model},model={model}" for model in range(1, min(count, most) + 1) if not count % model]
+    count, target = len(chips.devices(settings.topology)), pair_of(settings).target
+    models = [m for m in range(1, count + 1) if not any(n % m for n in (count, target.heads, target.kv_heads))]
+    return [f"data={count // model},model={model}" for model in models]
 
 
 def sweep(settings: Settings, batches: Sequence[int], acceptance: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -141,12 +120,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def said_of(row: Row) -> str:
     """What the figures of a row rest on, in a sentence."""
-    if row["depths"] == [row["layers"]]:
-        depth = f"all {row['layers']} layers compiled"
-    else:
-        depth = f"compiled at {' and '.join(map(str, row['depths']))} of {row['layers']} layers and extrapolated"
-    guess = f"an acceptance of {row['acceptance']:g} is assumed, and the latency of collectives is a guess"
-    return f"Planned, not measured; {depth}; {guess}."
+    return f"Planned, not measured: an acceptance of {row['acceptance']:g} is assumed, and the latency of collectives is a guess."
 
 
 def _line(row: Row, note: str) -> str:
@@ -192,7 +166,7 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
             axes.plot(1e3 * row["code_s"], row["codes_per_s"], linestyle="", color="black", label=label, **shown)
     first = result["rows"][0]
     axes.set(xlabel="ms a code of one row", ylabel="codes a second of the batch", xscale="log", yscale="log")
-    axes.set_title(f"{first['model']} on {first['topology']}\n{said_of(first)}".replace("; an", ";\nan"), fontsize=9)
+    axes.set_title(f"{first['model']} on {first['topology']}\n{said_of(first)}", fontsize=9)
     axes.margins(0.15)
     for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         ticks = [tick for tick in (m * 10.0**e for e in range(-3, 7) for m in (1, 2, 3, 5)) if limits[0] <= tick <= limits[1]]
