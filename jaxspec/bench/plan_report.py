@@ -74,7 +74,7 @@ def _kinds(kinds: Mapping[str, Mapping[str, int]]) -> str:
 
 def _head(result: Mapping[str, Any]) -> list[str]:
     if on_mesh(result):
-        device = f"a mesh of {result['mesh']}"
+        device = f"a mesh of {result['mesh']}, of which the figures are one device's,"
     else:
         device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
     draft = f"a draft of {result['draft_layers']}" if result["draft_layers"] else "the n-gram draft"

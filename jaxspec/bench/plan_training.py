@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.bench import chips
+from jaxspec.bench.collectives import KINDS
 from jaxspec.bench.plan import compile_for_tpu, total_bytes
 from jaxspec.bench.plan_shapes import Settings, codes_of, group_size, pair_of, placed, readable
 from jaxspec.bench.presets import Pair
@@ -22,8 +23,6 @@ from jaxspec.train import drafts, loop, trainer
 from jaxspec.train import recipe as recipes
 from jaxspec.train.drafts import Frozen
 from jaxspec.train.losses import ON_GROUPS, Membership
-
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
             "room": chip.memory_bytes,
             "fits": total <= chip.memory_bytes,
         },
-        "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in _COLLECTIVES},
+        "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in KINDS},
     }
 
 
