@@ -14,7 +14,7 @@ import pytest
 from jaxspec import mesh
 
 EIGHT = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-SOME = [("block:coarse-grained", "2x4")]
+SOME = [("block:coarse-grained", "2x4"), ("plain:", "8x1")]
 ALL = [f"{draft}:exact" for draft in ("ngram", *mesh_program.CONFIGS)] + [f"model:{rule}" for rule in mesh_program.RULES]
 
 
