@@ -165,14 +165,15 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
             row, shown = result["rows"][result[name]], {"marker": marker, "markersize": 15, "markerfacecolor": "none"}
             axes.plot(1e3 * row["code_s"], row["codes_per_s"], linestyle="", color="black", label=label, **shown)
     first = result["rows"][0]
-    axes.set(xlabel="ms a code of one row", ylabel="codes a second of the batch", xscale="log", yscale="log")
+    axes.set(xlabel="ms a code of one row", ylabel="codes a second of the batch", yscale="log")
     axes.set_title(f"{first['model']} on {first['topology']}\n{said_of(first)}", fontsize=9)
     axes.margins(0.15)
-    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        ticks = [tick for tick in (m * 10.0**e for e in range(-3, 7) for m in (1, 2, 3, 5)) if limits[0] <= tick <= limits[1]]
-        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(0, 1.06 * axes.get_xlim()[1])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (m * 10.0**e for e in range(-1, 7) for m in (1, 2, 5)) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(linewidth=0.3)
     if rows:
-        axes.legend(fontsize=8, markerscale=0.6)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, markerscale=0.6, frameon=False)
     figure.savefig(path, format="png", dpi=110)
