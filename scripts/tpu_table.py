@@ -38,7 +38,6 @@ HEADS = (
     "slice",
     "mesh",
     "batch",
-    "depths",
     "GB a chip",
     "step ms",
     "round ms",
