@@ -282,7 +282,8 @@ def _gap(logits: Float32[Array, "*rows V"], temperature: Array) -> Float32[Array
     def greedy() -> Array:
         return jnp.where((temperature > 0) | (_ids(gap) == _first_zero(gap)), gap, jnp.inf)
 
-    return jax.lax.cond((temperature > 0).all(), lambda: gap, greedy)
+    # As any, not all: a mesh combines the reduction of rows with those of the other filters.
+    return jax.lax.cond((temperature <= 0).any(), greedy, lambda: gap)
 
 
 def _first_zero(gap: Array) -> Array:

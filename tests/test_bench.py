@@ -255,7 +255,7 @@ def test_a_pass_reads_the_weights_that_it_multiplies():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "nope"], "expected a preset among builtin, small, llasa-1b, llasa-8b, cosyvoice2, or a folder"),
+        (["--preset", "nope"], "expected a preset among builtin, small, llasa-1b, llasa-3b, llasa-8b, cosyvoice2, or a folder"),
         (["--preset", "nope", "--synthetic-acceptance", "0.5"], "got 'nope': choose one of these"),
         (["--preset", "small"], "expected --synthetic-acceptance from 0 to 1 for small, whose weights are random, got None"),
         (["--preset", "builtin", "--synthetic-acceptance", "0.5"], "weights are real"),

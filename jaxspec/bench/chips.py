@@ -1,8 +1,9 @@
 """The TPU chips that ``jaxspec plan`` compiles for, and devices of chips that are not attached.
 
-Bandwidth and bf16 peak are those of docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x, read in 2026). Memory is what
-the compiler (libtpu 0.0.42) lets a program use, of 32, 16, 95, 32 and 192 GiB; its error for a program that is too large has it.
-Clocks are published for v4 (Jouppi et al. 2023, arXiv 2304.01433), v5e and v5p (jax-ml.github.io/scaling-book, chapter 2) only.
+Bandwidths and bf16 peak are those of docs.cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x, read in 2026). Memory is
+what the compiler (libtpu 0.0.42) lets a program use, of 32, 16, 95, 32 and 192 GiB; its error for a program that is too large has
+it. Clocks are published for v4 (Jouppi et al. 2023, arXiv 2304.01433), v5e and v5p (jax-ml.github.io/scaling-book, chapter 2)
+only.
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ class Chip(NamedTuple):
         devices: how many JAX devices it has; each has its share of memory, bandwidth and peak.
         clock_hz: None where it is not published.
         options: of the topology; megacore makes the two cores of a v4 one device.
+        link_bytes_per_s: one way, of one of the four links to other chips (six of a v4, v5p and tpu7x).
     """
 
     memory_bytes: int
@@ -44,6 +46,7 @@ class Chip(NamedTuple):
     devices: int = 1
     clock_hz: float | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    link_bytes_per_s: float = 50e9
 
     def device(self) -> "Chip":
         """One of its JAX devices."""
@@ -59,9 +62,9 @@ class Chip(NamedTuple):
 CHIPS = {
     "v4": Chip(int(30.75 * _GIB), 1200e9, 275e12, "v4:2x2x1", clock_hz=1.05e9, options={"chip_config_name": "megacore"}),
     "v5e": Chip(int(15.75 * _GIB), 819e9, 197e12, "v5e:2x2", clock_hz=1.5e9),
-    "v5p": Chip(int(95.74 * _GIB), 2765e9, 459e12, "v5p:2x2x1", clock_hz=1.75e9),
-    "v6e": Chip(int(31.25 * _GIB), 1638e9, 918e12, "v6e:2x2"),
-    "tpu7x": Chip(int(2 * 94.75 * _GIB), 7380e9, 2307e12, "tpu7x:2x2x1", devices=2),
+    "v5p": Chip(int(95.74 * _GIB), 2765e9, 459e12, "v5p:2x2x1", clock_hz=1.75e9, link_bytes_per_s=100e9),
+    "v6e": Chip(int(31.25 * _GIB), 1638e9, 918e12, "v6e:2x2", link_bytes_per_s=100e9),
+    "tpu7x": Chip(int(2 * 94.75 * _GIB), 7380e9, 2307e12, "tpu7x:2x2x1", devices=2, link_bytes_per_s=100e9),
 }
 
 

@@ -123,6 +123,20 @@ def arrays(shape: str) -> list[Array]:
     return [Array(kind, size, layout, identity(kind, size)) for (kind, _, layout), size in zip(found, sizes, strict=True)]
 
 
+def nbytes(array: Array) -> int:
+    """The bytes of an array without padding."""
+    return math.prod(array.sizes) * _BYTES.get(array.kind, 4)
+
+
+def identity_bytes(of: tuple) -> int:
+    """The bytes of an array of an identity.
+
+    >>> identity_bytes(identity("bf16", (1, 8, 128)))
+    2048
+    """
+    return math.prod(of[1:]) * _BYTES.get(of[0], 4)
+
+
 def laid_out_bytes(array: Array) -> int:
     """The bytes of an array with the padding of its tiles; 0 where it is not in HBM.
 
@@ -155,18 +169,18 @@ def _cycles(program: Program, op: Op) -> int:
     own = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
     within = [scheduled_cycles(program, name) for name in op.calls()] if op.code in ("while", "conditional", "call") else []
     if op.code == "while":
-        within = [_trips(program, op) * sum(within)]
+        within = [(trips(program, op) or 1) * sum(within)]
     elif op.code == "conditional":
         within = [min(within)]
     return (int(own[1]) if own else 0) + sum(within)
 
 
-def _trips(program: Program, loop: Op) -> int:
-    """How often a loop that counts up to a constant runs; 1 for any other loop."""
+def trips(program: Program, loop: Op) -> int | None:
+    """How often a loop that counts up to a constant runs; None for any other loop."""
     condition = program.computations[loop.calls("condition")[0]]
     constants = [op.inside for op in condition if op.code == "constant"]
     counts = {op.code for op in condition} <= {"constant", "parameter", "get-tuple-element", "compare"}
-    return int(constants[0]) if counts and len(constants) == 1 and constants[0].isdigit() else 1
+    return int(constants[0]) if counts and len(constants) == 1 and constants[0].isdigit() else None
 
 
 def longest_loop_cycles(program: Program) -> int:
@@ -203,7 +217,7 @@ def checks(
         int8_as_floats: the ``identity`` that a copy of each int8 matrix would have as floats.
 
     Returns:
-        For each check whether it holds, what it checks, and how many instructions break it, with the first five.
+        The ``verdict`` of each check.
     """
     everything = [op for ops in _within(program, program.body, fusions=True) for op in ops]
     writes, copies = _cache_traffic(program, caches)
@@ -226,10 +240,12 @@ def checks(
         ),
         "shapes": ("no dynamic shape", [op for ops in program.computations.values() for op in ops if _dynamic(op)]),
     }
-    return {
-        name: {"holds": not ops, "what": what, "count": len(ops), "found": [str(op) for op in ops[:5]]}
-        for name, (what, ops) in found.items()
-    }
+    return {name: verdict(what, ops) for name, (what, ops) in found.items()}
+
+
+def verdict(what: str, ops: list[Op]) -> dict[str, Any]:
+    """A check: whether it holds, what it checks, and how many instructions break it, with the first five."""
+    return {"holds": not ops, "what": what, "count": len(ops), "found": [str(op) for op in ops[:5]]}
 
 
 def _target(op: Op) -> str:

@@ -1,7 +1,7 @@
 """Compiles the real prefill and the real loops for a TPU that is not attached, from shapes alone: memory, time, and checks.
 
-Three programs: ``speculate.init``, ``speculate.generate_request`` with the whole loop in it, and
-``speculate.autoregressive_request``, for the time of a plain step.
+Three programs: ``speculate.init``, and ``speculate.advance`` with a draft and without, for the time of a round and of a plain
+step. On a mesh all devices run the same program, and every figure is one device's.
 
 Limits of the figures. XLA's cost analysis counts the body of a loop once, counts traffic within the chip as HBM traffic, and
 subtracts one second for each custom call. Cycles are those of the compiler's schedule, which leaves most waiting for HBM out:
@@ -11,61 +11,72 @@ loops of known length in full, others once, and the cheapest branch of a conditi
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
-from jaxspec import speculate
-from jaxspec.bench import chips, hlo, roofline
+from jaxspec import mesh, speculate
+from jaxspec.bench import chips, collectives, hlo, plan_shapes
 from jaxspec.bench.hlo import Program
-from jaxspec.bench.plan_shapes import Arguments, Settings, arguments, check_room, group_size, memory_parts, pair_of
+from jaxspec.bench.plan_shapes import (
+    Arguments,
+    Settings,
+    abstract_placement,
+    arguments,
+    bytes_needed,
+    check_room,
+    group_size,
+    memory_parts,
+    pair_of,
+    placed,
+    resolved,
+)
 from jaxspec.bench.presets import Pair
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
-from jaxspec.models.placement import Placement, one_device
-from jaxspec.models.transformer import Config
-from jaxspec.types import Draft, Params
+from jaxspec.models.placement import Placement
+from jaxspec.request import Request
+from jaxspec.state import State
+from jaxspec.types import Array, Draft, LanguageModel, Params, Verify
 
 _NARROW = 64  # a table with so few rows may have the shape of a batch's activations
 # At default precision a TPU multiplies in bfloat16, and XLA may keep a float32 cache in that type in the loop.
 _CACHE_KINDS = {"bfloat16": ("bf16",), "float32": ("f32", "bf16")}
 
 
-def plan(settings: Settings, placement: Placement | None = None) -> dict[str, Any]:
-    """Compiles the three programs for a device of a topology.
+def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
+    """Compiles the three programs for a mesh of devices of a topology.
 
     Args:
         settings: what to plan for.
-        placement: on one device of the topology; by default the first.
+        prefill: whether to compile the prefill by itself too.
 
     Returns:
         The settings, and "memory", "prefill", "step", "round" and "checks", see ``plan_report.card``. Keys that end in _s are
-        seconds, those of "memory" are bytes.
+        seconds, those of "memory" are bytes; all are of one device. Without ``prefill`` its figures are left out.
 
     Raises:
-        ValueError: a setting is out of its range, the model or the topology is unknown, the parts do not fit in the chip, or the
-            placement is not on one of its devices.
+        ValueError: a setting is out of its range, the model or the topology is unknown, the topology has fewer devices than the
+            mesh, the mesh does not divide the model, or the parts do not fit in the chip.
         ImportError: libtpu is not installed.
     """
-    settings.check()
-    pair, chip = pair_of(settings), chips.chip_of(settings.topology)
-    shapes, device = arguments(settings, pair), chip.device()
-    parts = memory_parts(settings, pair, shapes)
-    check_room(settings, parts, device.memory_bytes)
-    devices = chips.devices(settings.topology)
-    placement = placement or one_device(devices[0])
-    if placement.mesh.size != 1 or placement.mesh.devices.flat[0] not in devices:
-        raise ValueError(f"expected a placement on one device of {settings.topology}, got {placement.mesh}: use one_device")
-    prefill, loop, plain, compile_s = _compile_all(settings, pair, _placed(shapes, pair, placement))
-    program = hlo.parse(loop.as_text())
-    read = {
-        name: roofline.model_pass(config, settings.batch, 1, settings.cells).bytes if config else 0
-        for name, config in (("target", pair.target), ("draft", pair.draft))
+    settings = resolved(settings)
+    pair, shapes, parts = check_memory(settings)
+    chip = chips.chip_of(settings.topology)
+    device, devices, abstract = chip.device(), chips.devices(settings.topology), abstract_placement(settings)
+    compiled, compile_s = _compile_all(settings, pair, _mesh(settings, devices), prefill)
+    loop, plain = (hlo.parse(compiled[name].as_text()) for name in ("loop", "plain"))
+    reads = {
+        "target": bytes_needed(pair.target, shapes.target_params, parts["target_cache"]),
+        "draft": bytes_needed(pair.draft, shapes.draft_params, parts["draft_cache"]) if pair.draft else 0,
     }
-    caches = _caches(settings, pair)
-    return {
+    steps = {"cycles_of_draft_steps": hlo.longest_loop_cycles(loop) if pair.draft else None}
+    needed = reads["target"] + settings.draft_length * reads["draft"]
+    result = {
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)},
         "weights": pair.target.weights,
         "target_layers": pair.target.layers,
@@ -74,54 +85,76 @@ def plan(settings: Settings, placement: Placement | None = None) -> dict[str, An
         "devices": len(devices),
         "devices_per_chip": chip.devices,
         "compile_s": compile_s,
-        "memory": parts | _memory(loop, program, caches, device.memory_bytes),
-        "prefill": _counts(prefill, device) | _entry(hlo.parse(prefill.as_text()), device),
-        "step": _body(hlo.parse(plain.as_text()), device, read["target"]),
-        "round": _body(program, device, read["target"] + settings.draft_length * read["draft"])
-        | _counts(loop, device, prefill)
-        | {"cycles_of_draft_steps": hlo.longest_loop_cycles(program) if pair.draft else None},
-        "checks": hlo.checks(
-            program, settings.batch, pair.target.vocab, caches, _matrices(shapes), group_size(pair), _int8_as_floats(shapes)
-        ),
+        "memory": parts | _memory(compiled["loop"], loop, _caches(settings, pair, abstract), device.memory_bytes),
+        "step": _body(settings, plain, device, reads["target"]),
+        "round": _body(settings, loop, device, needed) | _counts(compiled["loop"], device) | steps,
+        "checks": _checks(settings, pair, loop, _caches(settings, pair, abstract), shapes),
     }
+    if prefill:
+        result["prefill"] = _counts(compiled["prefill"], device) | _entry(hlo.parse(compiled["prefill"].as_text()), device)
+    return result
 
 
-def _compile_all(settings: Settings, pair: Pair, placed: Arguments) -> tuple[Any, Any, Any, float]:
-    """Prefill, speculative loop and plain loop, compiled, and the seconds that it took."""
-    start = time.perf_counter()
+def check_memory(settings: Settings) -> tuple[Pair, Arguments, dict[str, int]]:
+    """The shapes of the models, of the arguments of the loop, and the bytes of each part on one device.
+
+    Raises:
+        ValueError: as ``plan``.
+    """
+    settings.check()
+    pair, chip, placement = pair_of(settings), chips.chip_of(settings.topology), abstract_placement(settings)
+    shapes = arguments(settings, pair, placement)
+    parts = memory_parts(settings, pair, shapes, placement)
+    check_room(settings, parts, chip.device().memory_bytes)
+    return pair, shapes, parts
+
+
+def _mesh(settings: Settings, devices: list[Any]) -> Mesh:
+    """The mesh on devices of the topology."""
+    data, model = settings.axes
+    if data * model > len(devices):
+        raise ValueError(
+            f"expected a mesh of at most {len(devices)} devices, those of {settings.topology}, got {settings.mesh}: choose a "
+            "larger topology or a smaller mesh"
+        )
+    return mesh.make(data, model, devices)
+
+
+def _compile_all(settings: Settings, pair: Pair, grid: Mesh, prefill: bool) -> tuple[dict[str, Any], float]:
+    """The speculative "loop", the "plain" loop and perhaps the "prefill", compiled, and the seconds that it took."""
+    start, placement = time.perf_counter(), Placement(grid)
+    given = arguments(settings, pair, placement)
     target, draft = transformer.language_model(pair.target), _draft(settings, pair)
-    models = target, placed.target_params, draft, placed.draft_params
-    prefill = compile_for_tpu(speculate.init.lower(*models, placed.request, settings.cells))
-    loop = compile_for_tpu(speculate.generate_request.lower(target, draft, settings.capacity, *placed))
-    plain = compile_for_tpu(
-        speculate.autoregressive_request.lower(target, settings.capacity, placed.target_params, placed.request)
-    )
-    return prefill, loop, plain, time.perf_counter() - start
+    made = {}
+    with jax.set_mesh(grid):
+        if prefill:
+            models = target, given.target_params, draft, given.draft_params
+            made["prefill"] = compile_for_tpu(speculate.init.lower(*models, given.request, settings.cells))
+        made["loop"] = compile_for_tpu(_loop(target, draft, given, placement, settings.cells))
+        made["plain"] = compile_for_tpu(
+            _loop(target, None, given._replace(draft_params=(), verify=None), placement, settings.cells)
+        )
+    return made, time.perf_counter() - start
+
+
+def _loop(target: LanguageModel, draft: Draft | None, given: Arguments, placement: Placement, cells: int) -> Any:
+    """The lowered program of ``speculate.advance``, which runs rounds, or plain steps without a draft."""
+
+    def init(target_params: Params, draft_params: Params, request: Request) -> State:
+        return speculate.init(target, target_params, draft, draft_params, request, cells)
+
+    def advance(target_params: Params, draft_params: Params, verify: Verify | None, state: State, rounds: Array) -> State:
+        return speculate.advance(target, target_params, draft, draft_params, verify, state, rounds)
+
+    shapes = jax.eval_shape(init, given.target_params, given.draft_params, given.request)
+    state, rounds = placed(shapes, placement.state(shapes)), jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.sharding())
+    return jax.jit(advance, donate_argnums=3).lower(given.target_params, given.draft_params, given.verify, state, rounds)
 
 
 def _draft(settings: Settings, pair: Pair) -> Draft:
     if pair.draft is None:
         return ngram_draft(settings.draft_length, pair.target.vocab)
     return model_draft(transformer.language_model(pair.draft), settings.draft_length)
-
-
-def _placed(shapes: Arguments, pair: Pair, placement: Placement) -> Arguments:
-    """The shapes with the shardings of a placement."""
-
-    def params(config: Config | None, leaves: Params) -> Params:
-        return () if config is None else placed(leaves, transformer.shardings_of(config, placement))
-
-    return Arguments(
-        params(pair.target, shapes.target_params),
-        params(pair.draft, shapes.draft_params),
-        placed(shapes.verify, jax.tree.map(lambda leaf: placement.sharding(), shapes.verify)),
-        placed(shapes.request, placement.state(shapes.request)),
-    )
-
-
-def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes with shardings, trees of the same structure."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
 
 
 @contextlib.contextmanager
@@ -157,31 +190,42 @@ def compile_for_tpu(lowered: Any, smaller: str = "a smaller batch or a shorter c
         raise ValueError(f"expected {smaller}, got a program that does not fit, as the compiler finds ({said})") from error
 
 
-def _caches(settings: Settings, pair: Pair) -> set[tuple]:
-    """The identities of the KV caches."""
+def _caches(settings: Settings, pair: Pair, placement: Placement) -> set[tuple]:
+    """The identities of the KV caches as one device has them."""
+    shapes = [plan_shapes.caches(config, settings, placement) for config in (pair.target, pair.draft) if config is not None]
     return {
-        hlo.identity(kind, (settings.batch, settings.cells, config.kv_heads, config.head_dim))
-        for config in (pair.target, pair.draft)
-        if config is not None
+        hlo.identity(kind, plan_shapes.local_shape(leaf))
+        for leaf in jax.tree.leaves(shapes)
         for kind in _CACHE_KINDS[settings.dtype]
     }
 
 
 def _matrices(shapes: Arguments) -> set[tuple]:
-    """The identities of the float32 products of the matrices of parameters."""
+    """The identities of the float32 products of the matrices of parameters as one device has them."""
     leaves = jax.tree.leaves((shapes.target_params, shapes.draft_params))
-    return {hlo.identity("f32", leaf.shape) for leaf in leaves if leaf.ndim == 2 and min(leaf.shape) > _NARROW}
+    sizes = [plan_shapes.local_shape(leaf) for leaf in leaves if leaf.ndim == 2]
+    return {hlo.identity("f32", size) for size in sizes if min(size) > _NARROW}
+
+
+def _checks(settings: Settings, pair: Pair, program: Program, identities: set[tuple], shapes: Arguments) -> dict[str, Any]:
+    """The checks of the loop, and on a mesh those of its collectives."""
+    data, model = settings.axes
+    sizes = settings.batch // data, pair.target.vocab // model
+    found = hlo.checks(program, *sizes, identities, _matrices(shapes), group_size(pair), _int8_as_floats(shapes))
+    if data * model == 1:
+        return found
+    return found | collectives.checks(program, min(4 * pair.target.vocab, *(hlo.identity_bytes(cache) for cache in identities)))
 
 
 def _int8_as_floats(shapes: Arguments) -> set[tuple]:
     """The identities that copies of int8 matrices would have as floats."""
     leaves = jax.tree.leaves((shapes.target_params, shapes.draft_params))
-    matrices = [leaf.shape for leaf in leaves if leaf.dtype == "int8" and min(leaf.shape) > _NARROW]
-    return {hlo.identity(kind, shape) for shape in matrices for kind in ("bf16", "f32")}
+    matrices = [plan_shapes.local_shape(leaf) for leaf in leaves if leaf.dtype == "int8"]
+    return {hlo.identity(kind, shape) for shape in matrices if min(shape) > _NARROW for kind in ("bf16", "f32")}
 
 
 def _memory(loop: Any, program: Program, caches: set[tuple], room: int) -> dict[str, Any]:
-    """What the compiler says of the loop's program; its temporaries hold the caches."""
+    """What the compiler says of the loop's program; its arguments hold the caches."""
     said = loop.memory_analysis()
     carried = hlo.arrays(program.loop.shape) if program.loop else []
     total = total_bytes(said)
@@ -209,10 +253,24 @@ def _entry(program: Program, chip: chips.Chip) -> dict[str, Any]:
     return _schedule(program, program.entry, chip)
 
 
-def _body(program: Program, chip: chips.Chip, needed: float) -> dict[str, Any]:
-    """One iteration of a loop: what it must read, and its schedule."""
-    bound = {"bytes_needed": needed, "bandwidth_bound_s": needed / chip.bytes_per_s}
-    return bound | _schedule(program, program.body, chip)
+def _body(settings: Settings, program: Program, chip: chips.Chip, needed: float) -> dict[str, Any]:
+    """One iteration of a loop: what it must read, its schedule, its collectives, and the estimate that follows from these."""
+    counted = collectives.summary(program, program.body)
+    total = collectives.total(counted)
+    figures = {
+        "bytes_needed": needed,
+        "bandwidth_bound_s": needed / chip.bytes_per_s,
+        **_schedule(program, program.body, chip),
+        "collectives": counted,
+        "collectives_s": total["count"] * settings.collective_us * 1e-6,
+        "links_s": total["bytes"] / chip.link_bytes_per_s,
+    }
+    return figures | {"estimate_s": estimate_s(figures)}
+
+
+def estimate_s(figures: Mapping[str, Any]) -> float:
+    """The time of an iteration: the larger of the least time to read and the schedule, and after it the collectives."""
+    return max(figures["bandwidth_bound_s"], figures["cycles_s"] or 0.0) + figures["collectives_s"] + figures["links_s"]
 
 
 def _schedule(program: Program, name: str, chip: chips.Chip) -> dict[str, Any]:
@@ -220,12 +278,9 @@ def _schedule(program: Program, name: str, chip: chips.Chip) -> dict[str, Any]:
     return {"cycles": cycles, "cycles_s": cycles / chip.clock_hz if chip.clock_hz else None}
 
 
-def _counts(compiled: Any, chip: chips.Chip, without: Any = None) -> dict[str, Any]:
-    """What XLA counts in a program, less what it counts in another."""
-    operations, moved, optimal_s = (
-        of_program - of_other
-        for of_program, of_other in zip(_cost(compiled, chip), _cost(without, chip) if without else (0, 0, 0), strict=True)
-    )
+def _counts(compiled: Any, chip: chips.Chip) -> dict[str, Any]:
+    """What XLA counts in a program."""
+    operations, moved, optimal_s = _cost(compiled, chip)
     return {
         "operations": operations,
         "compute_bound_s": operations / chip.bf16_per_s,

@@ -1,5 +1,7 @@
 """A plan for people."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +32,10 @@ def card(result: Mapping[str, Any]) -> str:
         "one step of the plain loop, for one token of each row",
         _bound(result["step"]),
         _scheduled(result["step"]),
+        *_collectives(result, "step"),
         "one round, for 1 to K + 1 tokens of each row",
         *_round(result["round"], result["step"]),
+        *_collectives(result, "round"),
         "checks of the compiled program",
     ]
     for check in result["checks"].values():
@@ -41,8 +45,38 @@ def card(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def on_mesh(result: Mapping[str, Any]) -> bool:
+    """Whether the plan is for several devices."""
+    return math.prod(int(size) for size in re.findall(r"\d+", result["mesh"])) > 1
+
+
+def _collectives(result: Mapping[str, Any], name: str) -> list[str]:
+    """The collectives of a step or a round, and the estimate with them; nothing for one device."""
+    if not on_mesh(result):
+        return []
+    figures, wait = result[name], result["collective_us"]
+    counted = [f"  collectives {_WHEN[when]}: {_kinds(kinds)}" for when, kinds in figures["collectives"].items() if kinds]
+    scheduled = "no published clock" if figures["cycles_s"] is None else f"{figures['cycles_s'] * 1e3:.3g} ms scheduled"
+    count = round(figures["collectives_s"] * 1e6 / wait) if wait else 0
+    return [
+        *counted,
+        f"  estimate {figures['estimate_s'] * 1e3:.3g} ms: the larger of bandwidth and schedule ({scheduled}), {count} x {wait:g}"
+        f" us, which is a guess, and {figures['links_s'] * 1e3:.2g} ms on the links",
+    ]
+
+
+_WHEN = {"always": "in each one", "trip": "in each trip of an inner loop", "branch": "in branches that are not the cheapest"}
+
+
+def _kinds(kinds: Mapping[str, Mapping[str, int]]) -> str:
+    return ", ".join(f"{entry['count']} {kind} of {readable(entry['bytes'])}" for kind, entry in kinds.items())
+
+
 def _head(result: Mapping[str, Any]) -> list[str]:
-    device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
+    if on_mesh(result):
+        device = f"a mesh of {result['mesh']}, of which the figures are one device's,"
+    else:
+        device = "one chip" if result["devices_per_chip"] == 1 else f"one of the {result['devices_per_chip']} devices of a chip"
     kind = result["dtype"] + (" with int8 weights" if result["weights"] == "int8" else "")
     draft = f"a draft of {result['draft_layers']}" if result["draft_layers"] else "the n-gram draft"
     return [
@@ -60,7 +94,7 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
         f"  groups {size['groups']}, caches {size['target_cache']} + {size['draft_cache']}",
         "memory as compiled",
         f"  arguments {size['arguments']}, outputs {size['outputs']}, program {size['code']}, temporaries {size['temporaries']}",
-        f"  of the temporaries: caches as laid out in HBM {size['caches_as_laid_out']}, parameters in another layout "
+        f"  of these: caches as laid out in HBM {size['caches_as_laid_out']}, parameters in another layout "
         f"{size['parameters_laid_out_anew']}",
         f"  total {size['total']} of {size['room']}: {'fits' if memory['fits'] else 'DOES NOT FIT'}",
     ]

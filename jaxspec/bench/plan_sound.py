@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxspec.acoustic import cosyvoice, flow, hift, noise
 from jaxspec.bench import chips, hlo
-from jaxspec.bench.plan import compile_for_tpu, placed, total_bytes
-from jaxspec.bench.plan_shapes import readable
+from jaxspec.bench.plan import compile_for_tpu, total_bytes
+from jaxspec.bench.plan_shapes import placed, readable
 from jaxspec.codec import s3
 from jaxspec.models.placement import one_device
 

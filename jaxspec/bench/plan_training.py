@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.bench import chips
-from jaxspec.bench.plan import compile_for_tpu, placed, total_bytes
-from jaxspec.bench.plan_shapes import Settings, group_size, pair_of, readable
+from jaxspec.bench.collectives import KINDS
+from jaxspec.bench.plan import compile_for_tpu, total_bytes
+from jaxspec.bench.plan_shapes import Settings, codes_of, group_size, pair_of, placed, readable
 from jaxspec.bench.presets import Pair
 from jaxspec.draft.family import Packed
 from jaxspec.models import transformer
@@ -22,8 +23,6 @@ from jaxspec.train import drafts, loop, trainer
 from jaxspec.train import recipe as recipes
 from jaxspec.train.drafts import Frozen
 from jaxspec.train.losses import ON_GROUPS, Membership
-
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +95,13 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
             "room": chip.memory_bytes,
             "fits": total <= chip.memory_bytes,
         },
-        "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in _COLLECTIVES},
+        "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in KINDS},
     }
 
 
 def _membership(pair: Pair) -> Membership:
     """The shapes of groups as large as PCG's of LLaSA."""
-    codes = pair.target.vocab - pair.stops
+    codes = codes_of(pair)
     size = codes * group_size(pair)
     fields = (size, jnp.int32), (size, jnp.int32), (size, jnp.float32), (codes, jnp.int32)
     return jax.eval_shape(lambda: Membership(*(jnp.zeros(*field) for field in fields)))

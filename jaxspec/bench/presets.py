@@ -50,6 +50,11 @@ def _llasa_1b() -> Config:
     return _LLAMA3(*_LLASA, width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp_width=8192, tied=True)
 
 
+def _llasa_3b() -> Config:
+    config = _LLAMA3(*_LLASA, width=3072, layers=28, heads=24, kv_heads=8, head_dim=128, mlp_width=8192, tied=True)
+    return dataclasses.replace(config, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192))
+
+
 def _llasa_8b() -> Config:
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
     return _LLAMA3(*_LLASA, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp_width=14_336, rope_scaling=scaling)
@@ -64,6 +69,7 @@ def _cosyvoice2() -> Config:
 PAIRS: dict[str, Callable[[], Pair]] = {
     "small": lambda: Pair(_small(), _cut(_small(), 2), 1),
     "llasa-1b": lambda: Pair(_llasa_1b(), _cut(_llasa_1b(), 3), 1),
+    "llasa-3b": lambda: Pair(_llasa_3b(), _cut(_llasa_3b(), 3), 1),
     "llasa-8b": lambda: Pair(_llasa_8b(), _cut(_llasa_8b(), 3), 1),  # PCG's pair
     "cosyvoice2": lambda: Pair(_cosyvoice2(), _cut(_cosyvoice2(), 8), 3),  # SSD's pair
 }

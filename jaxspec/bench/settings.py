@@ -17,7 +17,7 @@ class Settings:
     """What to benchmark."""
 
     preset: str = "builtin"
-    """builtin (the voice), small, llasa-1b, llasa-8b, cosyvoice2 (random weights), or a folder that `jaxspec convert` made."""
+    """builtin (the voice), small, llasa-1b, llasa-3b, llasa-8b, cosyvoice2 (random weights), or a folder of `jaxspec convert`."""
     draft: tuple[str, ...] = ()
     """What drafts, several side by side: builtin (the preset's own draft, the default), ngram, or for real weights folders."""
     verify: tuple[Rule, ...] = ("exact", "coarse-grained")

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.cache import KVCache
 from jaxspec.mesh import AXES, RULES
@@ -18,13 +18,13 @@ class Placement:
     """The devices that a model runs on.
 
     Attributes:
-        mesh: with axes among "data" and "model", of type Auto.
+        mesh: with axes among "data" and "model", of type Auto; an abstract one serves for shapes.
 
     Raises:
         ValueError: the mesh has another axis, or one of type Explicit.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def __post_init__(self) -> None:
         if not set(self.mesh.axis_names) <= set(AXES) or set(self.mesh.axis_types) != {AxisType.Auto}:
