@@ -38,7 +38,8 @@ def server(tmp_path, monkeypatch):
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=no_room
     )
     said = []
-    threading.Thread(target=lambda: said.extend(process.stdout), daemon=True).start()
+    reader = threading.Thread(target=lambda: said.extend(process.stdout))
+    reader.start()
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         assert process.poll() is None, "".join(said)
@@ -50,6 +51,9 @@ def server(tmp_path, monkeypatch):
         time.sleep(1)
     yield process, url, said
     process.kill()
+    process.wait()
+    reader.join()
+    process.stdout.close()
 
 
 def ask(url, text, began=None):
