@@ -177,7 +177,12 @@ def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     assert rate == 16_000
     assert len(wave) % 320 == 0
     assert spoken["tokens"] == 50
-    speak_in_a_recordings_voice(model, tmp_path, 200)
+
+
+def test_llasa_1b_speaks_in_a_recordings_voice(llasa, xcodec2, tmp_path):
+    for source, dest in ((llasa, tmp_path / "model"), (xcodec2, tmp_path / "model" / "codec")):
+        run(CONVERT, source, dest, "", "")
+    speak_in_a_recordings_voice(tmp_path / "model", tmp_path, 200)
 
 
 def test_xcodec2_encodes_four_seconds(xcodec2, tmp_path):
