@@ -5,6 +5,8 @@ from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
+from jaxspec.common import hosts
+
 T = TypeVar("T", bound=Hashable)
 
 _KEPT = 5  # rates of each candidate; their median counts, so that one slow moment does not decide
@@ -26,10 +28,11 @@ class Autotuner(Generic[T]):
         self._rates: dict[tuple[int, T], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def choose(self, batch: int) -> T:
-        """The first candidate not yet tried with a batch of this size, else the fastest."""
+        """The first candidate not yet tried with a batch of this size, else the fastest; of several hosts the first one chooses."""
         rates = {candidate: self._rates[batch, candidate] for candidate in self.candidates}
         untried = [candidate for candidate, some in rates.items() if not some]
-        return untried[0] if untried else max(self.candidates, key=lambda candidate: statistics.median(rates[candidate]))
+        best = untried[0] if untried else max(self.candidates, key=lambda candidate: statistics.median(rates[candidate]))
+        return self.candidates[hosts.from_first(lambda: self.candidates.index(best))]
 
     def record(self, batch: int, candidate: T, tokens: int, seconds: float) -> None:
         """Records what a candidate took, compilation excluded."""
