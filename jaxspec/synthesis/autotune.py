@@ -28,7 +28,7 @@ class Autotuner(Generic[T]):
         self._rates: dict[tuple[int, T], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def choose(self, batch: int) -> T:
-        """The first candidate not yet tried with a batch of this size, else the fastest; of several hosts the first one chooses."""
+        """The first candidate not yet tried with a batch of this size, else the fastest; of several hosts the first chooses."""
         rates = {candidate: self._rates[batch, candidate] for candidate in self.candidates}
         untried = [candidate for candidate, some in rates.items() if not some]
         best = untried[0] if untried else max(self.candidates, key=lambda candidate: statistics.median(rates[candidate]))
