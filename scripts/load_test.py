@@ -3,7 +3,7 @@
     python scripts/load_test.py --url http://127.0.0.1:8000 --concurrency 1 4 16 32 --json load.json
 
 Run it a second time against a server with --slots 1 for the figures of one request at a time. With --minutes it is a soak: the
-resident memory of --pid is printed at its begin and end.
+resident memory of --pid is printed for each minute.
 """
 
 import argparse
@@ -70,6 +70,13 @@ def resident_mb(pid):
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
 
 
+async def watch(pid, found):
+    """Adds the resident memory of a process to ``found``, once a minute."""
+    while True:
+        found.append(resident_mb(pid))
+        await asyncio.sleep(60)
+
+
 async def main(options):
     """Runs each level."""
     texts = [text for text in held_out() if len(text) < 90]
@@ -78,9 +85,11 @@ async def main(options):
     async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600, limits=limits) as client:
         await level(client, texts, 1, 2, 0, options.verify)
         for concurrency in options.concurrency:
-            memory = [resident_mb(options.pid)] if options.pid else []
+            memory: list[int] = []
+            watching = asyncio.create_task(watch(options.pid, memory)) if options.pid else None
             figures = await level(client, texts, concurrency, options.requests, options.minutes * 60, options.verify)
-            if options.pid:
+            if watching:
+                watching.cancel()
                 figures["resident_mb"] = [*memory, resident_mb(options.pid)]
             figures["health"] = (await client.get("/health")).json()
             print(json.dumps(figures), flush=True)
