@@ -31,6 +31,7 @@ _JOIN_S = 300  # for all hosts to start
 _HEARTBEAT_S = 40  # after which a silent host counts as dead
 _POLL_S = 1.0
 _GRACE_S = 10.0  # for a host to end in order
+_REASON_MS = 3000  # for a host that has failed to say why
 _LONG_MS = 2**31 - 1  # for the first host, which may wait for a person
 _FAILED = "jaxspec/failed"
 _FAULT, _INTERRUPTED = 2, 130  # exit codes
@@ -160,8 +161,9 @@ def reason(error: BaseException) -> str:
     """What to say of an error. One of JAX's is mostly another host's: it is waited for, to hear why."""
     if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
         return str(error)
-    if _hosts.over.wait(3 * _POLL_S):
-        return _hosts.failure or _DEAD
+    _hosts.over.set()  # ``_watch`` would interrupt the wait
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return _client().blocking_key_value_get(_FAILED, _REASON_MS)
     return f"{_DEAD} ({str(error).splitlines()[0]})"
 
 
