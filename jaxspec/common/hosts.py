@@ -20,7 +20,6 @@ from typing import IO, Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed  # its client, which JAX does not export, holds what hosts tell each other; Orbax uses it too
-from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
@@ -111,16 +110,6 @@ def from_first(make: Callable[[], T]) -> T:
         _client().key_value_set(name, json.dumps(value))
         return value
     return json.loads(_client().blocking_key_value_get(name, _LONG_MS))
-
-
-def fetch(tree: T) -> T:
-    """The arrays of a tree as numpy arrays, whole on every host. Call it at the same place on all hosts."""
-
-    def whole(leaf: Any) -> Any:
-        here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
-        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def wait(name: str) -> None:
