@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.types import Array
@@ -161,6 +162,16 @@ def on_each(function: Callable[..., T], axes: Sequence[Sequence[str | None]], *a
         for names, argument in zip(axes, arguments, strict=True)
     )
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
+
+
+def fetch(tree: T) -> T:
+    """The arrays of a tree as numpy arrays, whole on every host. Call it at the same place on all hosts."""
+
+    def gathered(leaf: Any) -> Any:
+        here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(gathered, tree))
 
 
 def whole(function: F) -> F:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import multihost_utils
 
+from jaxspec import mesh
 from jaxspec import sampling as sampling_lib
 from jaxspec.keys import threefry_key
 from jaxspec.state import PAD
@@ -65,7 +65,7 @@ def check(
     batch, width = prompt.shape
     prompt_length = _per_row(prompt_length, "prompt_length", batch, 1, width)
     if _known(prompt, prompt_length):
-        _check_ids(_on_host(prompt), _on_host(prompt_length), num_ids)
+        _check_ids(*mesh.fetch((prompt, prompt_length)), num_ids)
     limit = _limit(limit, batch, max_new_tokens)
     stops = _stop_ids(stop_ids, batch, vocab)
     return Request(
@@ -149,7 +149,7 @@ def _per_row(value: Any, name: str, batch: int, low: int, high: int) -> Any:
     if value.shape != (batch,):
         raise ValueError(f"expected {name} of shape ({batch},), one for each row of the prompt, got {value.shape}")
     if _known(value):
-        numbers = _on_host(value)
+        numbers = mesh.fetch(value)
         if ((numbers < low) | (numbers > high)).any():
             raise ValueError(f"expected {name} from {low} to {high}, got {numbers.tolist()}")
     return value
@@ -169,13 +169,6 @@ def _whole(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"expected {name} to be a whole number, got {value!r}") from None
-
-
-def _on_host(value: Any) -> np.ndarray:
-    """The values of an array, gathered from all processes where this one does not hold them."""
-    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
-        return multihost_utils.process_allgather(value, tiled=True)
-    return jax.device_get(value)
 
 
 def _known(*values: Any) -> bool:

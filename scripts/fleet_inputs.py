@@ -1,6 +1,6 @@
 """Makes the inputs of simulate_fleet.py: what plans say of steps and rounds by batch, and how long sentences are.
 
-    python scripts/fleet_inputs.py costs --model llasa-1b --topology v5e:2x2 --batches 1 4 8 16 32 64 --out results/fleet/a.json
+    python scripts/fleet_inputs.py costs --model llasa-1b --topology v5e:2x2 --batches 1 4 8 16 32 --out results/fleet/a.json
     python scripts/fleet_inputs.py durations --out results/fleet/durations.json
 
 Each batch size is one run of `jaxspec plan --json`, one after another, so that memory stays that of one compilation. Durations

@@ -70,6 +70,13 @@ def raises(folder):
     collect(folder)
 
 
+def raises_through_a_call(folder):
+    """The second host fails, which the first one sees as an error of a call."""
+    if hosts.is_first():
+        raise jax.errors.JaxRuntimeError("connection closed by peer")
+    raise ValueError("expected a good host, got a bad one: repair it")
+
+
 def waits(folder):
     """All hosts wait for one that never comes."""
     (folder / f"alive-{jax.process_index()}").touch()

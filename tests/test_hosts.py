@@ -131,8 +131,9 @@ def test_the_memory_of_loading_a_large_model(tmp_path):
         assert of_host["peak"] < 2.1 * of_host["shards"]
 
 
-def test_an_error_on_one_host_ends_all_with_one_message(tmp_path):
-    hosts = program("raises", tmp_path)
+@pytest.mark.parametrize("name", ["raises", "raises_through_a_call"])
+def test_an_error_on_one_host_ends_all_with_one_message(tmp_path, name):
+    hosts = program(name, tmp_path)
     results = hosts.results(timeout=120)
     assert [code for code, *_ in results] == [2, 2]
     assert [err for *_, err in results] == ["jaxspec: host 1: expected a good host, got a bad one: repair it\n", ""]

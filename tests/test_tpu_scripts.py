@@ -85,7 +85,7 @@ def shell_words(text):
 
 def test_the_bench_runs_on_every_worker_with_its_own_arguments(script):
     done, _ = script("bench.sh --zone z --preset 'a b' --batches 1 8")
-    command = "mkdir -p results; jaxspec/bin/jaxspec bench --preset 'a b' --batches 1 8 --out-dir results/bench"
+    command = "mkdir -p results; jaxspec/bin/jaxspec bench --distributed --preset 'a b' --batches 1 8 --out-dir results/bench"
     assert shell_words(done.stdout) == [[*TPU_VM, "ssh", "jaxspec", "--zone", "z", "--worker", "all", "--command", command]]
 
 

@@ -1,6 +1,5 @@
 """Times the real loops against the autoregressive one, interleaved: prefill, a round and its parts, tokens per second."""
 
-import functools
 import resource
 import statistics
 import sys
@@ -18,7 +17,7 @@ from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.state import Generation, State
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Requests
-from jaxspec.types import Array, Draft, Params, Proposal, Verify
+from jaxspec.types import Array, Draft, LanguageModel, Params, Proposal, Verify
 
 PARTS = ("draft", "target", "verify_and_commit")
 _PART_ROUNDS = 5  # of each part, in each repeat
@@ -94,6 +93,7 @@ class _Timed:
             self.method = _Method(drafter.make(case.draft_length), drafter.params, rule)
         self._propose = jax.jit(_propose, static_argnums=0, donate_argnums=2)
         self._score = jax.jit(rounds.score, static_argnums=0, donate_argnums=3)
+        self._steps = jax.jit(_steps, static_argnums=0, donate_argnums=2)
         self._verify_and_commit = jax.jit(rounds.verify_and_commit, donate_argnums=1)
         self.clear()
 
@@ -141,8 +141,7 @@ class _Timed:
         state = speculate.init(self.lm, target_params, draft, draft_params, request, cells)
         stepped = speculate.init(plain, target_params, None, (), request, cells)
         for _ in range(_PART_ROUNDS):
-            steps = functools.partial(speculate.advance, plain, target_params, None, (), None, stepped, _REPEATED)
-            stepped = self._time("step", steps, _REPEATED)
+            stepped = self._time("step", lambda s=stepped: self._steps(plain, target_params, s), _REPEATED)
             proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s), _REPEATED)
             probs, features, state = self._time("target", lambda s=state, p=proposal: self._score(self.lm, target_params, p, s))
             parts = proposal, probs, features
@@ -153,6 +152,11 @@ class _Timed:
         result = jax.block_until_ready(call())
         self.seconds[name].append((time.perf_counter() - start) / repeated)
         return result
+
+
+def _steps(target: LanguageModel, params: Params, state: State) -> State:
+    """``_REPEATED`` plain steps, also where every row has finished, unlike ``speculate.advance``."""
+    return jax.lax.fori_loop(0, _REPEATED, lambda _, state: rounds.plain_step(target, params, state), state)
 
 
 def _propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State]:

@@ -67,7 +67,7 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
     settings = resolved(settings)
     pair, shapes, parts = check_memory(settings)
     chip = chips.chip_of(settings.topology)
-    device, devices, abstract = chip.device(), chips.devices(settings.topology), abstract_placement(settings)
+    device, devices = chip.device(), chips.devices(settings.topology)
     compiled, compile_s = _compile_all(settings, pair, _mesh(settings, devices), prefill)
     loop, plain = (hlo.parse(compiled[name].as_text()) for name in ("loop", "plain"))
     reads = {
@@ -75,7 +75,7 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
         "draft": bytes_needed(pair.draft, shapes.draft_params, parts["draft_cache"]) if pair.draft else 0,
     }
     steps = {"cycles_of_draft_steps": hlo.longest_loop_cycles(loop) if pair.draft else None}
-    needed = reads["target"] + settings.draft_length * reads["draft"]
+    needed, caches = reads["target"] + settings.draft_length * reads["draft"], _caches(settings, pair)
     result = {
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)},
         "weights": pair.target.weights,
@@ -85,10 +85,10 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
         "devices": len(devices),
         "devices_per_chip": chip.devices,
         "compile_s": compile_s,
-        "memory": parts | _memory(compiled["loop"], loop, _caches(settings, pair, abstract), device.memory_bytes),
+        "memory": parts | _memory(compiled["loop"], loop, caches, device.memory_bytes),
         "step": _body(settings, plain, device, reads["target"]),
         "round": _body(settings, loop, device, needed) | _counts(compiled["loop"], device) | steps,
-        "checks": _checks(settings, pair, loop, _caches(settings, pair, abstract), shapes),
+        "checks": _checks(settings, pair, loop, caches, shapes),
     }
     if prefill:
         result["prefill"] = _counts(compiled["prefill"], device) | _entry(hlo.parse(compiled["prefill"].as_text()), device)
@@ -190,8 +190,9 @@ def compile_for_tpu(lowered: Any, smaller: str = "a smaller batch or a shorter c
         raise ValueError(f"expected {smaller}, got a program that does not fit, as the compiler finds ({said})") from error
 
 
-def _caches(settings: Settings, pair: Pair, placement: Placement) -> set[tuple]:
+def _caches(settings: Settings, pair: Pair) -> set[tuple]:
     """The identities of the KV caches as one device has them."""
+    placement = abstract_placement(settings)
     shapes = [plan_shapes.caches(config, settings, placement) for config in (pair.target, pair.draft) if config is not None]
     return {
         hlo.identity(kind, plan_shapes.local_shape(leaf))

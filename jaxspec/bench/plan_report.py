@@ -1,10 +1,9 @@
 """A plan for people."""
 
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxspec import mesh
 from jaxspec.bench.plan_shapes import readable
 
 
@@ -47,7 +46,7 @@ def card(result: Mapping[str, Any]) -> str:
 
 def on_mesh(result: Mapping[str, Any]) -> bool:
     """Whether the plan is for several devices."""
-    return math.prod(int(size) for size in re.findall(r"\d+", result["mesh"])) > 1
+    return mesh.parse(result["mesh"]) != (1, 1)
 
 
 def _collectives(result: Mapping[str, Any], name: str) -> list[str]:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import AbstractMesh, AxisType
 
 from jaxspec import mesh, request
 from jaxspec.bench import chips, presets
 from jaxspec.bench.presets import Pair
 from jaxspec.checkpoint import descriptions
 from jaxspec.groups import Groups
+from jaxspec.models import placement as placements
 from jaxspec.models import transformer
 from jaxspec.models.card import Model
 from jaxspec.models.placement import Placement
@@ -110,7 +110,7 @@ def resolved(settings: Settings) -> Settings:
 
 def abstract_placement(settings: Settings) -> Placement:
     """The placement on the mesh without its devices, for shapes."""
-    return Placement(AbstractMesh(settings.axes, mesh.AXES, axis_types=(AxisType.Auto, AxisType.Auto)))
+    return placements.abstract(*settings.axes)
 
 
 def pair_of(settings: Settings) -> Pair:

@@ -30,8 +30,10 @@ def cell(settings: Settings, acceptance: float) -> dict[str, Any]:
         acceptance: of each drafted token, assumed.
 
     Returns:
-        The settings that differ in a sweep, and for a plan that fits "gb", "step_s", "round_s", "all_reduces", "codes_per_s" and
-        "plain_codes_per_s" of the whole batch, and "code_s", the least time of a code of one row, by the better loop; where it
+        The settings that differ in a sweep, and of a plan that fits: "layers" of the target, "gb" of a device, "compile_s",
+        "failing", the names of the checks that do not hold, "step_s" and "round_s", the estimates, "cycles" of both, whether
+        there is a "clock" to make seconds of them, "all_reduces" of a round, "plain_codes_per_s" and "codes_per_s" of the whole
+        batch, by plain steps and by the better loop, and "code_s", the time of a code of one row by the latter. Where the plan
         does not fit, "why" says so.
 
     Raises:

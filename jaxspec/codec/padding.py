@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import mesh
-from jaxspec.common import hosts
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.types import Array, Codec, Condition, Params
 
@@ -71,7 +70,7 @@ def encode_rows(codec: Codec, params: Params, waves: Sequence[np.ndarray]) -> li
     padded = np.zeros((batch, padded_length(-(-int(length.max()) // span)) * span), np.float32)
     for row, wave in zip(padded, waves, strict=False):
         row[: len(wave)] = wave
-    codes = hosts.fetch(codec.encode(params, *jax.device_put((padded, np.pad(length, (0, batch - len(waves)))), mesh.rows())))
+    codes = mesh.fetch(codec.encode(params, *jax.device_put((padded, np.pad(length, (0, batch - len(waves)))), mesh.rows())))
     frames = codec.encoded_frames or (lambda samples: -(-samples // span))
     return [row[: frames(len(wave))] for row, wave in zip(codes, waves, strict=False)]
 
@@ -112,6 +111,6 @@ def decode_rows(
     for name, stage in codec.stages or (("codec", codec.decode),):
         with (watch or Stopwatch())(name):
             waves = jax.block_until_ready(stage(params, waves, *arguments))
-    waves = hosts.fetch(waves)
+    waves = mesh.fetch(waves)
     span = round(codec.sample_rate_hz / codec.frame_rate_hz)
     return [wave[skip * span : count * span] for wave, count in zip(waves, length, strict=False)]

@@ -194,17 +194,8 @@ class Say(OnMesh):
         return arguments | {"held": held, "version": jaxspec.__version__}
 
 
-_NOT_HEARD = {
-    "text",
-    "out",
-    "file",
-    "out_dir",
-    "resume",
-    "plot",
-    "json",
-    "mesh",
-    "distributed",
-}  # arguments that no file depends on
+# Arguments that no file depends on.
+_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json", "mesh", "distributed"}
 
 
 def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:

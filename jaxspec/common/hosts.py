@@ -20,7 +20,6 @@ from typing import IO, Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed  # its client, which JAX does not export, holds what hosts tell each other; Orbax uses it too
-from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
@@ -31,6 +30,7 @@ _JOIN_S = 300  # for all hosts to start
 _HEARTBEAT_S = 40  # after which a silent host counts as dead
 _POLL_S = 1.0
 _GRACE_S = 10.0  # for a host to end in order
+_REASON_MS = 3000  # for a host that has failed to say why
 _LONG_MS = 2**31 - 1  # for the first host, which may wait for a person
 _FAILED = "jaxspec/failed"
 _FAULT, _INTERRUPTED = 2, 130  # exit codes
@@ -112,16 +112,6 @@ def from_first(make: Callable[[], T]) -> T:
     return json.loads(_client().blocking_key_value_get(name, _LONG_MS))
 
 
-def fetch(tree: T) -> T:
-    """The arrays of a tree as numpy arrays, whole on every host. Call it at the same place on all hosts."""
-
-    def whole(leaf: Any) -> Any:
-        here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
-        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.device_get(jax.tree.map(whole, tree))
-
-
 def wait(name: str) -> None:
     """Waits until every host is at the place of this name."""
     if several():
@@ -160,8 +150,9 @@ def reason(error: BaseException) -> str:
     """What to say of an error. One of JAX's is mostly another host's: it is waited for, to hear why."""
     if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
         return str(error)
-    if _hosts.over.wait(3 * _POLL_S):
-        return _hosts.failure or _DEAD
+    _hosts.over.set()  # ``_watch`` would interrupt the wait
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return _client().blocking_key_value_get(_FAILED, _REASON_MS)
     return f"{_DEAD} ({str(error).splitlines()[0]})"
 
 

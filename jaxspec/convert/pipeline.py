@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
 
 from jaxspec import mesh
 from jaxspec.checkpoint import pretrained, store, voices
@@ -27,7 +26,7 @@ from jaxspec.convert.core import Rule, fold_weight_norm, plan
 from jaxspec.convert.source import Source, open_source
 from jaxspec.models import card, llasa, neutts, orpheus, transformer
 from jaxspec.models import cosyvoice as cosyvoice_model
-from jaxspec.models.placement import Placement
+from jaxspec.models import placement as placements
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -348,8 +347,7 @@ def _language_model(
         weights=options.weights,
     )
     if options.mesh is not None:
-        chips: Any = AbstractMesh(mesh.parse(options.mesh), mesh.AXES, axis_types=(AxisType.Auto,) * 2)
-        transformer.shardings_of(shape, Placement(chips))
+        transformer.shardings_of(shape, placements.abstract(*mesh.parse(options.mesh)))
     if shape.int8:
         tensors = llama.quantized(tensors)
     abstract = transformer.stored_params(shape)

@@ -17,7 +17,7 @@ from jaxspec.common.trees import flatten, unflatten
 from jaxspec.types import Array, Params
 
 SUFFIX = "_scale"  # of the path of a scale, after the path of its values
-UNIFORM_INT8 = 73.3  # the deviation of ``random_int8``
+UNIFORM_INT8 = 73.6  # the deviation of ``random_int8``
 _LARGEST = 127
 _TABLE = re.compile(r"table_\d+|head")
 

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.cache import KVCache
-from jaxspec.mesh import AXES, RULES
+from jaxspec.mesh import AXES, RULES, make
 from jaxspec.sampling import BLOCK
 
 
@@ -86,7 +85,11 @@ def current() -> Placement | None:
     return None if mesh.empty else Placement(mesh)
 
 
-def one_device(device: Any = None) -> Placement:
-    """Everything on one device, by default the first."""
-    devices = np.array([[device or jax.devices()[0]]])
-    return Placement(Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)))
+def abstract(data: int, model: int) -> Placement:
+    """The placement on a mesh of these sizes without its devices, for shapes."""
+    return Placement(AbstractMesh((data, model), AXES, axis_types=(AxisType.Auto, AxisType.Auto)))
+
+
+def one_device(device: Any) -> Placement:
+    """Everything on one device."""
+    return Placement(make(devices=[device]))

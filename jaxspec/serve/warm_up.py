@@ -42,7 +42,7 @@ def loop_steps(
 
 
 def codec_rows(synthesizer: Synthesizer) -> int:
-    """How many windows are decoded together: whole pieces are decoded one by one."""
+    """How many windows are decoded together: one where a window has all the codes of a piece, or all so far."""
     return 1 if None in synthesizer.context_frames else CODEC_ROWS
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from blake3 import blake3
 
+from jaxspec import mesh
 from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.descriptions import DraftDescription
 from jaxspec.common import hosts, records
@@ -132,7 +133,7 @@ def train(
         licence=model.licence,
         source=f"trained by jaxspec for {model.family}: {recipe.loss}, {recipe.steps} steps",
     )
-    seen = hosts.fetch(seen)
+    seen = mesh.fetch(seen)
     saved, last = hosts.from_first(lambda: (dataclasses.asdict(pretrained.save(out, description, seen)), logs.read(work)[-1]))
     return Trained(records.from_json(DraftDescription, saved), last)
 
@@ -229,7 +230,7 @@ def _evaluation(
     def evaluate(own: Params) -> Metrics:
         places = zip(batches, anchors, strict=True)
         parts = [acceptance.measure(task, frozen, own, batch, measured_length(task), *at) for batch, at in places]
-        parts = hosts.fetch(parts)
+        parts = mesh.fetch(parts)
         rates, tokens = acceptance.by_position(parts), acceptance.tokens_per_round(parts)
         found: dict[str, Any] = {}
         for rule in rates:

@@ -6,4 +6,4 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 ((${#rest[@]})) || rest=(--preset llasa-1b --synthetic-acceptance 0.61 --dtypes bfloat16 --batches 1 8 64 --new-tokens 48)
-on_workers "mkdir -p results; jaxspec/bin/jaxspec bench $(quoted "${rest[@]}")--out-dir results/bench"
+on_workers "mkdir -p results; jaxspec/bin/jaxspec bench --distributed $(quoted "${rest[@]}")--out-dir results/bench"
