@@ -1,19 +1,19 @@
 """The loop with the draft on devices of its own, which drafts while the target still verifies (Mirror-SD, arXiv 2510.13161).
 
-The target's pass is cut in two around an early exit. Its lower layers guess, at each of the K + 1 places where a proposal may end,
-which ``candidates`` tokens may follow; while its upper layers verify, the draft rolls a next proposal out from each of these
+The target's pass is cut in two around an early exit. Its lower layers guess, at each of the K + 1 places where a proposal may
+end, which ``candidates`` tokens may follow; while its upper layers verify, the draft rolls a next proposal out from each of these
 (K + 1) x candidates branches. If the token that the target then emits is among the candidates of the place where the proposal
-ended, the branch is the next proposal; otherwise the draft proposes anew. A round takes
+ended, that branch is the next proposal; otherwise the draft proposes anew. A round takes
 
     T_lower + max(T_upper, T_branches) + (1 - reused) T_propose + the transfers
 
 instead of T_lower + T_upper + T_propose. The host only dispatches; programs on two meshes run at the same time.
 
-Invariant. Branches change no token: the loop emits what ``speculate.generate`` does. The draft draws with a key of the row's key and
-of the position where the proposal begins (``rounds.propose``), in a branch as anew, so a branch is the very proposal that the draft
-would make after the same tokens, and its distributions are those that its tokens were drawn from. Which branches there are follows
-from the exit, which branch is taken from the verdict; neither enters a branch's draws, whose stream is not the verifier's. So what
-holds of a rule without branches holds with them. (Up to rounding, which may depend on the number of rows of a batch.)
+Invariant. Branches change no token: the loop emits what ``speculate.generate`` does. The draft draws with a key that is made of
+the row's key and the position where the proposal begins (``rounds.propose``), in a branch as anew; so a branch is the very
+proposal that the draft would make after the same tokens, and its probs are what its tokens were drawn from. Which branches there
+are depends on the exit, and which one is taken on the verdict; neither enters a branch's draws, whose stream is not the
+verifier's. So what holds of a rule without branches holds with them (up to rounding, which may depend on the rows of a batch).
 """
 
 import functools
@@ -33,7 +33,7 @@ from jaxspec.state import RUNNING, Generation, State
 from jaxspec.types import Array, Draft, DraftState, LanguageModel, Params, Proposal, Split, Verify
 
 CANDIDATES = 4  # kappa, where none is given
-_NO_MODEL = "expected a draft that is a model of its own, got {}: make one with `jaxspec convert --layers`"
+NO_MODEL = "expected a draft that is a model of its own for --mirror, got {}: make one with `jaxspec convert --layers`"
 _DEFAULT = Sampling()
 
 
@@ -167,20 +167,20 @@ def generate_request(
     verify, asked = place(speculate.as_pytree(verify), there), request.prompt.shape[0]
     cells = request.prompt.shape[1] + capacity + draft.length + 1
     with jax.set_mesh(there):
-        state = _start(split.model, draft.length, cells, target_params, _send(request, there))
-    side = _send(state._replace(cache=()), here)
+        state = start(split.model, draft.length, cells, target_params, send(request, there))
+    side = send(state._replace(cache=()), here)
     with jax.set_mesh(here):
-        proposal, side = _begin(draft, request.prompt.shape[1], draft_params, side)
+        proposal, side = begin(draft, request.prompt.shape[1], draft_params, side)
     total, reused, running = 0, [], bool((request.limit > 0).any())
     while running:
-        sent = _send(proposal, there)
+        sent = send(proposal, there)
         with jax.set_mesh(there):
-            hidden, guesses, state = _score_lower(split, candidates, target_params, sent, state)
-            received = _send(guesses, here)
-            outcome, state = _score_upper(split, target_params, verify, hidden, sent, state)
+            hidden, guesses, state = score_lower(split, candidates, target_params, sent, state)
+            received = send(guesses, here)
+            outcome, state = score_upper(split, target_params, verify, hidden, sent, state)
         with jax.set_mesh(here):
-            branches = _roll_out(draft, draft_params, side, proposal.tokens, received)
-            again, proposal, side = _next(draft, draft_params, side, proposal.tokens, received, branches, _send(outcome, here))
+            branches = roll_out(draft, draft_params, side, proposal.tokens, received)
+            again, proposal, side = follow(draft, draft_params, side, proposal.tokens, received, branches, send(outcome, here))
         total, reused = total + 1, [*reused, again]
         running = bool(jax.device_get(outcome)[_GOES_ON].any())  # while the draft's devices go on
     generation = speculate.finish(state, capacity)
@@ -196,12 +196,12 @@ def _check(mirror: Mirror, draft_params: Params) -> None:
     if set(mirror.target_mesh.devices.flat) & set(mirror.draft_mesh.devices.flat):
         raise ValueError("expected a draft on devices of its own, got devices of the target: choose others, see mirror.meshes")
     if mirror.draft.length < 1 or not jax.tree.leaves(draft_params):
-        raise ValueError(_NO_MODEL.format("one without weights or with a draft length of 0"))
+        raise ValueError(NO_MODEL.format("one without weights or with a draft length of 0"))
     if mirror.candidates < 1 or (vocab is not None and mirror.candidates > vocab):
         raise ValueError(f"expected 1 to {vocab} candidates, got {mirror.candidates}: choose a few, such as {CANDIDATES}")
 
 
-def _send(tree: Any, where: Mesh) -> Any:
+def send(tree: Any, where: Mesh) -> Any:
     """An asynchronous copy, whole on every device of a mesh."""
     return jax.device_put(tree, NamedSharding(where, PartitionSpec()))
 
@@ -210,17 +210,17 @@ def _send(tree: Any, where: Mesh) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(target: LanguageModel, draft_length: int, cells: int, params: Params, request: Request) -> State:
+def start(target: LanguageModel, draft_length: int, cells: int, params: Params, request: Request) -> State:
     """The target's state before the first round."""
     request = requests.filled_up(request, mesh.parts("batch"))
     state, features = speculate.prefill(target, params, requests.complete(request), cells, draft_length)
     if features is not None:
-        raise ValueError(_NO_MODEL.format("one that reads the target's features"))
+        raise ValueError(NO_MODEL.format("one that reads the target's features"))
     return speculate.with_own_arrays(state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _score_lower(split: Split, candidates: int, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array, State]:
+def score_lower(split: Split, candidates: int, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array, State]:
     """The target's lower layers: what the upper ones continue from, and the candidates at each place, int32 [B K+1 kappa].
 
     The token after a place is a correction, which is another token than the drafted one, but for the bonus token after the last.
@@ -234,7 +234,7 @@ def _score_lower(split: Split, candidates: int, params: Params, proposal: Propos
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _score_upper(
+def score_upper(
     split: Split, params: Params, verify: Verify, hidden: Array, proposal: Proposal, state: State
 ) -> tuple[Array, State]:
     """The upper layers, verification and commit: the outcome of the round, int32 [3 B], and the state.
@@ -256,7 +256,7 @@ def _score_upper(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(draft: Draft, width: int, params: Params, side: State) -> tuple[Proposal, State]:
+def begin(draft: Draft, width: int, params: Params, side: State) -> tuple[Proposal, State]:
     """The first proposal after prompts of ``width`` tokens.
 
     ``side`` is the state as the draft's devices know it: without the target's cache, and of rows that finished, out of date.
@@ -268,7 +268,7 @@ def _begin(draft: Draft, width: int, params: Params, side: State) -> tuple[Propo
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _roll_out(draft: Draft, params: Params, side: State, drafted: Array, guesses: Array) -> tuple[Proposal, DraftState]:
+def roll_out(draft: Draft, params: Params, side: State, drafted: Array, guesses: Array) -> tuple[Proposal, DraftState]:
     """A proposal after each guess, [B * K+1 * kappa K], and the draft's states after them.
 
     Branches past the end of a row write to the last cells of their own copies: such a row does not go on.
@@ -285,7 +285,7 @@ def _roll_out(draft: Draft, params: Params, side: State, drafted: Array, guesses
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _next(
+def follow(
     draft: Draft,
     params: Params,
     side: State,
