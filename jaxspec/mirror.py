@@ -229,7 +229,7 @@ def score_lower(split: Split, candidates: int, params: Params, proposal: Proposa
     hidden, logits, cache = split.lower(params, block, state.cache, state.length - 1)
     drafted = jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=-1)
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    logits = jnp.where(ids[None, None] == drafted[:, :, None], -jnp.inf, logits)
+    logits = jnp.where(ids[None, None] == drafted[:, :, None], -jnp.inf, mesh.constrain(logits, "batch"))
     return hidden, jax.lax.top_k(logits, candidates)[1].astype(jnp.int32), state._replace(cache=cache)
 
 

@@ -98,6 +98,7 @@ def loops(pairs, target_params, draft_params, rule, request, repeats):
                 "round_without_ms": 1e3 * statistics.median(row[0] for row in some),
                 "round_with_ms": 1e3 * statistics.median(row[1] for row in some),
                 "ratio": statistics.median(row[1] / row[0] for row in some),
+                "ratio_spread": [pick(row[1] / row[0] for row in some) for pick in (min, max)],
                 "same_tokens": all(row[4] for row in some),
             }
         )
