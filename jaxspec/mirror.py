@@ -183,8 +183,9 @@ def generate_request(
             again, proposal, side = follow(draft, draft_params, side, proposal.tokens, received, branches, send(outcome, here))
         total, reused = total + 1, [*reused, again]
         running = bool(jax.device_get(outcome)[_GOES_ON].any())  # while the draft's devices go on
-    generation = speculate.finish(state, capacity)
-    return Mirrored(speculate.first_rows(generation, asked), total, sum(map(bool, jax.device_get(reused))))
+    with jax.set_mesh(there):
+        generation = speculate.first_rows(speculate.finish(state, capacity), asked)
+    return Mirrored(generation, total, sum(map(bool, jax.device_get(reused))))
 
 
 _GOES_ON = 2  # the row of an outcome

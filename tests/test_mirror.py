@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import checkpoints
 import chi_square
 import commands
 import fakes
@@ -82,6 +83,32 @@ def test_a_transformer_in_two_parts_emits_the_plain_loops_tokens():
     ran = found()["real"]
     assert ran["same"]
     assert ran["greedy"]
+
+
+@pytest.mark.slow
+def test_say_and_bench_take_a_mirror(tmp_path):
+    """The same codes as without it; the bench has its row beside that of the loop without branches."""
+
+    def jaxspec(*arguments):
+        command = [sys.executable, "-m", "jaxspec.commands.main", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | TWO)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    target = checkpoints.converted(tmp_path, "llasa", head="speech")
+    draft = checkpoints.converted(tmp_path, "llasa", head="speech", layers=(1, 2))
+    pair = "--model", target, "--draft", draft, "--max-codes", 20
+    for name, options in (("with.npy", ("--mirror", "draft=1,candidates=2")), ("without.npy", ())):
+        jaxspec("say", "The rain has stopped.", *pair, "--out", tmp_path / name, *options)
+    np.testing.assert_array_equal(np.load(tmp_path / "with.npy"), np.load(tmp_path / "without.npy"))
+    bench = "bench", "--preset", target, "--draft", draft, "--new-tokens", 16, "--repeats", 2, "--verify", "exact"
+    printed = jaxspec(*bench, "--mirror", "draft=1,candidates=8", "--json", "--out-dir", tmp_path / "bench")
+    plain, without, mirrored = json.loads(printed)["rows"]
+    assert (plain["rule"], without["mirror"], mirrored["mirror"]) == ("autoregressive", "", "draft=1,candidates=8")
+    assert 0 <= mirrored["reused"] <= 1
+    assert mirrored["tokens_per_round"] == without["tokens_per_round"]
+    assert mirrored["compilations_after_warm_up"] == 0
+    assert "mirror draft=1,candidates=8" in (tmp_path / "bench" / "bench.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "draft", "draft=0", "candidates=4", "draft=1,draft=2", "draft=1,kappa=2", "auto"])
