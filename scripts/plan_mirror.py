@@ -121,7 +121,16 @@ def main():
         _, following = figures(here, mirror.follow, draft, *arguments)
         parts = {"lower": lower, "upper": upper, "branches": rolling, "follow": following, "propose": anew}
         print(
-            json.dumps({"model": options.model, "candidates": candidates, "weights_gb": nbytes(target_params) / 1e9, **parts}),
+            json.dumps(
+                {
+                    "model": options.model,
+                    "candidates": candidates,
+                    "weights_gb": nbytes(target_params) / 1e9,
+                    "target_layers": target.layers,
+                    "draft_layers": shape.layers,
+                    **parts,
+                }
+            ),
             flush=True,
         )
 
