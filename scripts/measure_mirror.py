@@ -151,7 +151,7 @@ def main():
     parser.add_argument("--preset", choices=["builtin", "small", "small, hits"], default="builtin")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--exit", type=int, nargs="+", default=[])
-    parser.add_argument("--draft-layers", type=int, nargs="+", default=[0, 1, 5])
+    parser.add_argument("--draft-layers", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--draft-length", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
