@@ -34,7 +34,7 @@ def step(target: LanguageModel, target_params: Params, draft: Draft, draft_param
 
 def plain_step(target: LanguageModel, target_params: Params, state: State) -> State:
     """One token for every row without a draft, for a state whose draft length is 0."""
-    logits, features, cache = target.apply(target_params, _last(state)[:, None], state.cache, state.length - 1)
+    logits, features, cache = target.apply(target_params, last_token(state)[:, None], state.cache, state.length - 1)
     probs = sampling_lib.probabilities(logits, state.sampling, History(state.tokens, state.start, state.length))
     token = jax.vmap(sampling_lib.sample)(_fold(state.keys, state.length), probs[:, 0])
     nothing = Proposal(jnp.zeros((token.shape[0], 0), jnp.int32), probs[:, :0])
@@ -45,7 +45,7 @@ def plain_step(target: LanguageModel, target_params: Params, state: State) -> St
 def propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, State]:
     """The draft's K tokens and their distributions."""
     keys = _fold(_fold(state.keys, jnp.full_like(state.length, _DRAFT_STREAM)), state.length)
-    context = Context(state.tokens, state.start, state.length, _last(state), state.features, state.num_fresh, state.sampling)
+    context = Context(state.tokens, state.start, state.length, last_token(state), state.features, state.num_fresh, state.sampling)
     proposal, draft_state = draft.propose(params, keys, context, state.draft)
     return proposal, state._replace(draft=draft_state)
 
@@ -57,9 +57,9 @@ def score(
 
     Each distribution has the tokens drafted before it in its history, as if they had been emitted.
     """
-    block = jnp.concatenate([_last(state)[:, None], proposal.tokens], axis=1)
+    block = block_of(state, proposal)
     logits, features, cache = target.apply(params, block, state.cache, state.length - 1)
-    tokens = _write(state.tokens, proposal.tokens, state.length, jnp.full_like(state.length, proposal.tokens.shape[1]))
+    tokens = write(state.tokens, proposal.tokens, state.length, jnp.full_like(state.length, proposal.tokens.shape[1]))
     lengths = state.length[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)[None]
     probs = sampling_lib.probabilities(logits, state.sampling, History(tokens, state.start, lengths))
     return probs, features, state._replace(cache=cache)
@@ -117,8 +117,8 @@ def commit(
     reason = jnp.where(running, reason, state.stop_reason)
     drafted = jnp.minimum(jnp.where(reason == RUNNING, room, count), K)
     return state._replace(
-        tokens=_write(state.tokens, block, state.length, count),
-        origin=_write(state.origin, origin, state.length, count),
+        tokens=write(state.tokens, block, state.length, count),
+        origin=write(state.origin, origin, state.length, count),
         length=state.length + count,
         stop_reason=reason,
         features=_newer(count > 0, features, state.features),
@@ -167,12 +167,17 @@ def _fold(keys: KeyArray[Array, " B"], data: Int32[Array, " B"]) -> KeyArray[Arr
     return jax.vmap(jax.random.fold_in)(keys, data)
 
 
-def _last(state: State) -> Int32[Array, " B"]:
+def block_of(state: State, proposal: Proposal) -> Int32[Array, "B T"]:
+    """What the target scores: the last token of each row and the drafted ones, int32 [B K+1]."""
+    return jnp.concatenate([last_token(state)[:, None], proposal.tokens], axis=1)
+
+
+def last_token(state: State) -> Int32[Array, " B"]:
     """The last token of each row, int32 [B]."""
     return jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
 
 
-def _write(
+def write(
     buffer: Int[Array, "B S"], block: Int[Array, "B T"], start: Int32[Array, " B"], count: Int32[Array, " B"]
 ) -> Int[Array, "B S"]:
     """Writes the first ``count`` [B] of each row of ``block`` [B T] to ``buffer`` [B S] from ``start`` [B].

@@ -112,7 +112,7 @@ def generate_request(
     cells = request.prompt.shape[1] + capacity + draft.length + 1
     state = _init(target, target_params, draft, draft_params, request, cells)
     round_ = functools.partial(rounds.step, target, target_params, draft, draft_params, verify)
-    return _first(finish(jax.lax.while_loop(is_running, round_, state), capacity), asked)
+    return first_rows(finish(jax.lax.while_loop(is_running, round_, state), capacity), asked)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -121,12 +121,12 @@ def autoregressive_request(target: LanguageModel, capacity: int, target_params: 
     asked = request.prompt.shape[0]
     request = requests.filled_up(request, mesh.parts("batch"))
     cells = request.prompt.shape[1] + capacity + 1
-    state, _ = _prefill(target, target_params, requests.complete(request), cells, draft_length=0)
+    state, _ = prefill(target, target_params, requests.complete(request), cells, draft_length=0)
     round_ = functools.partial(rounds.plain_step, target, target_params)
-    return _first(finish(jax.lax.while_loop(is_running, round_, state), capacity), asked)
+    return first_rows(finish(jax.lax.while_loop(is_running, round_, state), capacity), asked)
 
 
-def _first(generation: Generation, count: int) -> Generation:
+def first_rows(generation: Generation, count: int) -> Generation:
     """Without the rows that filled up the batch."""
     return generation if count == len(generation.length) else jax.tree.map(lambda rows: rows[:count], generation)
 
@@ -151,8 +151,11 @@ def init(
     Raises:
         ValueError: the prompts do not fit, or target or draft do not keep their contracts.
     """
-    state = _init(target, target_params, draft, draft_params, request, cells)
-    # Arrays of their own, as ``advance`` donates the state: an array that came in, or that came out twice, cannot be donated.
+    return with_own_arrays(_init(target, target_params, draft, draft_params, request, cells))
+
+
+def with_own_arrays(state: State) -> State:
+    """A state that can be donated: an array that came into a program, or that comes out of it twice, cannot be."""
     small = state._replace(cache=None, draft=None, tokens=None, origin=None, features=None)
     return jax.tree.map(jnp.copy, small)._replace(
         cache=state.cache, draft=state.draft, tokens=state.tokens, origin=state.origin, features=state.features
@@ -163,7 +166,7 @@ def _init(
     target: LanguageModel, target_params: Params, draft: Draft | None, draft_params: Params, request: Request, cells: int
 ) -> State:
     request = requests.complete(request)
-    state, features = _prefill(target, target_params, request, cells, _length(draft))
+    state, features = prefill(target, target_params, request, cells, _length(draft))
     if draft is None:
         return state
     return state._replace(draft=draft.init(draft_params, request.prompt, request.prompt_length, cells, features))
@@ -328,9 +331,7 @@ def as_pytree(verify: Verify) -> Verify:
     return jax.tree_util.Partial(verify) if jax.tree_util.all_leaves([verify]) else verify
 
 
-def _prefill(
-    target: LanguageModel, params: Params, request: Request, cells: int, draft_length: int
-) -> tuple[State, Array | None]:
+def prefill(target: LanguageModel, params: Params, request: Request, cells: int, draft_length: int) -> tuple[State, Array | None]:
     """The state with the target prefilled, and the target's features of the prompts [B P F]."""
     batch, width = request.prompt.shape
     if cells < width + draft_length + 1:  # the slack keeps the last block of a row inside

@@ -67,6 +67,20 @@ class LanguageModel(NamedTuple):
     num_ids: int | None = None
 
 
+class Split(NamedTuple):
+    """A language model whose pass can stop halfway, at an early exit, and go on from there.
+
+    Attributes:
+        model: the whole of it; both parts take its parameters and its cache.
+        lower: (params, tokens int32 [B T], cache, length int32 [B]) -> (hidden [B T D], the logits of the exit [B T V], cache).
+        upper: (params, hidden [B T D], cache, length) -> (logits [B T V], cache), both as ``model.apply`` gives them.
+    """
+
+    model: LanguageModel
+    lower: Callable[[Params, Array, Cache, Array], tuple[Array, Array, Cache]]
+    upper: Callable[[Params, Array, Cache, Array], tuple[Array, Cache]]
+
+
 class SamplingRows(NamedTuple):
     """The sampling settings of each row of a batch, each field [B] (or [] for one row); see ``jaxspec.Sampling``."""
 

@@ -69,7 +69,7 @@ def test_the_features_of_every_committed_position_are_those_of_one_forward_pass(
 def test_the_plain_loop_feeds_one_position_a_step():
     lm = language_model(CONFIG)
     checked = request.complete(request.check(jax.random.key(3), PROMPT, LENGTH, N, None, (), Sampling()))
-    state, _ = speculate._prefill(lm, PARAMS, checked, PROMPT.shape[1] + N + 1, 0)
+    state, _ = speculate.prefill(lm, PARAMS, checked, PROMPT.shape[1] + N + 1, 0)
     step = jax.jit(lambda state: rounds.plain_step(lm, PARAMS, state))
     for _ in range(4):
         state = step(state)

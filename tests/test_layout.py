@@ -13,7 +13,7 @@ ROOT = pathlib.Path(jaxspec.__file__).parent
 
 # A module imports only from those before it, and from its own folder. This is the order to read the code in.
 ORDER = """
-types keys mesh sampling cache groups state request checks verify rounds speculate
+types keys mesh sampling cache groups state request checks verify rounds speculate mirror
 common audio text codec acoustic models draft checkpoint convert synthesis train evaluate bench serve commands
 """.split()
 
@@ -77,6 +77,7 @@ def test_the_loop_knows_no_verifier_draft_model_or_codec():
     allowed = {
         "speculate": core,
         "rounds": core,
+        "mirror": core | {"speculate"},
         "verify": {"types", "keys", "sampling", "groups"},
         "draft": {"types", "mesh", "sampling", "cache", "common", "models"},
     }

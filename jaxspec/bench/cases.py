@@ -30,6 +30,7 @@ class Case(NamedTuple):
         prompt: tokens of each prompt; 0 where texts determine the prompts.
         draft: the name of what drafts; "" without a draft.
         threshold: of the groups; None is the model's own.
+        mirror: the devices of the draft, see ``mirror.parse``; "" where they are the target's.
     """
 
     rule: str
@@ -38,11 +39,13 @@ class Case(NamedTuple):
     prompt: int
     draft: str = ""
     threshold: float | None = None
+    mirror: str = ""
 
     @property
     def method(self) -> str:
         """The rule with its threshold where one is given, the draft length and the draft."""
         rule = self.rule if self.threshold is None else f"{self.rule} {self.threshold:g}"
+        rule = f"{rule} mirror {self.mirror}" if self.mirror else rule
         return f"{rule} K={self.draft_length}" + (f" {self.draft}" if self.draft else "") if self.draft_length else rule
 
     def __str__(self) -> str:

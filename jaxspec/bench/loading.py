@@ -1,6 +1,5 @@
 """The models of a benchmark: the built-in voice, a converted folder, or random weights of a preset's shapes; with any draft."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,20 +7,21 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxspec import mirror
 from jaxspec.bench import presets
 from jaxspec.bench.cases import Case, DraftModel, Models, groups_of, random_requests
 from jaxspec.bench.settings import OWN, Settings
-from jaxspec.checkpoint import descriptions, pretrained
+from jaxspec.checkpoint import pretrained
 from jaxspec.checkpoint.pretrained import Pretrained
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
-from jaxspec.models.card import Model
 from jaxspec.sampling import Sampling
 from jaxspec.synthesis import converted
 from jaxspec.synthesis.builtin import builtin
 from jaxspec.synthesis.contract import Drafter, Requests, Synthesizer
 from jaxspec.synthesis.contract import Settings as SynthesisSettings
 from jaxspec.synthesis.load import NGRAM, builtin_target, load_drafter
+from jaxspec.synthesis.mirrored import draft_shape
 from jaxspec.text.held_out import held_out
 
 
@@ -36,8 +36,13 @@ def load(settings: Settings, dtype: str) -> Models:
         ValueError: a draft that does not go with the preset, or a batch that does not fit in the device's memory.
     """
     if settings.preset == "builtin":
-        return _builtin(settings)
-    return _converted(settings, dtype) if settings.real else _random(settings, dtype)
+        models = _builtin(settings)
+    else:
+        models = _converted(settings, dtype) if settings.real else _random(settings, dtype)
+    for name, draft in models.drafts.items():
+        if settings.mirror and draft.shape is None:
+            raise ValueError(mirror.NO_MODEL.format(name))
+    return models
 
 
 def _builtin(settings: Settings) -> Models:
@@ -74,8 +79,7 @@ def _draft_model(name: str, target: Pretrained, own: DraftModel | None) -> Draft
         if own is None:
             raise ValueError(f"expected a draft for {target.folder}, got none: give ngram or a folder as --draft")
         return own
-    description = None if name == NGRAM else descriptions.read(name)
-    shape = dataclasses.replace(description.shape, dtype=target.model.shape.dtype) if isinstance(description, Model) else None
+    shape = None if name == NGRAM else draft_shape(name, target.model.shape.dtype)
     return DraftModel(load_drafter(name, target), shape)
 
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from jaxspec import mirror, rounds, speculate
 from jaxspec import request as requests
-from jaxspec import rounds, speculate
 from jaxspec.bench.cases import Case, Models
 from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.state import Generation, State
 from jaxspec.synthesis.autotune import Autotuner
 from jaxspec.synthesis.contract import Requests
+from jaxspec.synthesis.mirrored import mirrored
 from jaxspec.types import Array, Draft, LanguageModel, Params, Proposal, Verify
 
 PARTS = ("draft", "target", "verify_and_commit")
@@ -85,12 +86,17 @@ class _Timed:
     """The programs of one case, and what they took in each repeat."""
 
     def __init__(self, models: Models, case: Case, parts: bool = True):
-        self.models, self.case, self.lm, self.parts = models, case, models.lm(case.draft), parts
+        self.models, self.case, self.lm, self.parts = models, case, models.lm(case.draft), parts and not case.mirror
         self.method: _Method | None = None
+        self.mirror: mirror.Mirror | None = None
         if case.rule != "autoregressive":
             drafter = models.drafts[case.draft].drafter
             rule = models.verifier(case.rule, case.threshold)
             self.method = _Method(drafter.make(case.draft_length), drafter.params, rule)
+            if case.mirror:
+                shape, options = models.drafts[case.draft].shape, mirror.parse(case.mirror)
+                make, params = mirrored(options, models.target, shape, drafter.params)
+                self.mirror, self.method = make(self.method.draft), self.method._replace(params=params)
         self._propose = jax.jit(_propose, static_argnums=0, donate_argnums=2)
         self._score = jax.jit(rounds.score, static_argnums=0, donate_argnums=3)
         self._steps = jax.jit(_steps, static_argnums=0, donate_argnums=2)
@@ -105,6 +111,7 @@ class _Timed:
         self.context: list[float] = []  # mean number of tokens that a row attends to
         self.counts = np.zeros(4, np.int64)  # accepted, drafted, rounds and exact matches of all rows
         self.positions = np.zeros(self.case.draft_length, np.int64)  # rounds that accepted each position
+        self.followed = np.zeros(2, np.int64)  # of a mirror, rounds after another one, and those of them that began with a branch
 
     def repeat(self, number: int) -> None:
         """Runs the prefill, the whole loop, and the parts of a round."""
@@ -129,6 +136,11 @@ class _Timed:
         target = jax.random.key(number), self.lm, self.models.target_params
         if self.method is None:
             return speculate.autoregressive(*target, **asked._asdict())
+        if self.mirror is not None:
+            models = target[0], self.mirror, self.models.target_params, self.method.params
+            out = mirror.generate(*models, self.method.verify, **asked._asdict())
+            self.followed += max(out.rounds - 1, 0), out.reused
+            return out.generation
         return speculate.generate(*target, *self.method, **asked._asdict())
 
     def _time_parts(self, number: int, method: "_Method") -> None:
@@ -230,6 +242,8 @@ def _row(case: Case, timed: _Timed | _Autotuned) -> dict[str, Any]:
         return row | {"chosen": statistics.mode(timed.chosen)}
     if timed.method is None:
         return row
+    if timed.mirror is not None:
+        row["reused"] = float(timed.followed[1] / max(timed.followed[0], 1))
     row["accepted_per_position"] = (timed.positions / max(rounds, 1)).tolist()
     if not timed.parts:
         return row

@@ -29,19 +29,20 @@ def draw(result: Mapping[str, Any], title: str) -> "Figure":
     rows = result["rows"]
     names = _Names(rows)
     drafted = [row for row in rows if row["draft_length"]]
+    in_parts = [row for row in drafted if "draft_s" in row]  # not of a mirror, whose parts overlap
     compared = len({(row["draft"], row["draft_length"]) for row in drafted}) > 1
     figure = Figure(figsize=(14, max(8.0, 0.42 * len(rows) + 5) + 5 * compared), layout="constrained")
     axes = figure.subplots(2 + compared, 2)
     _speedups(axes[0, 0], rows, drafted, names)
-    _parts(axes[0, 1], drafted, names)
+    _parts(axes[0, 1], in_parts, names)
     if len({row["batch"] for row in rows}) > 1:
         _throughput_by_batch(axes[1, 0], rows, names)
     else:
         _throughput(axes[1, 0], rows, names)
     _roofline(axes[1, 1], rows, names)
     if compared:
-        _by_length(axes[2, 0], drafted, names, "tokens_per_round", "codes a round")
-        _by_length(axes[2, 1], drafted, names, "draft_over_step", "the draft's part of a round, in plain steps")
+        _by_length(axes[2, 0], in_parts, names, "tokens_per_round", "codes a round")
+        _by_length(axes[2, 1], in_parts, names, "draft_over_step", "the draft's part of a round, in plain steps")
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -56,6 +57,7 @@ class _Names:
     def method(self, row: Row) -> str:
         """The draft where it differs, the rule with K, and the dtype where it differs."""
         name = f"{self._draft(row)}{row['rule']} K={row['draft_length']}" if row["draft_length"] else row["rule"]
+        name += f" mirror {row['mirror']}" if row.get("mirror") else ""
         name += f" P={row['prompt']}" if "prompt" in self.differing else ""
         return name + (f" {row['dtype']}" if "dtype" in self.differing else "")
 

@@ -26,7 +26,9 @@ def _rate(value: float) -> str:
 
 
 def _method(row: Row) -> str:
-    return f"auto ({row['chosen']})" if "chosen" in row else row["rule"]
+    if "chosen" in row:
+        return f"auto ({row['chosen']})"
+    return f"{row['rule']} mirror {row['mirror']}" if row.get("mirror") else row["rule"]
 
 
 def _ratio(name: str) -> Callable[[Row], str]:
@@ -58,6 +60,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "codes/s": lambda row: _rate(row["codes_per_s"]),
     "spread": lambda row: "-".join(map(_rate, row["codes_per_s_spread"])),
     "accepted": _percent("acceptance_rate"),
+    "reused": _percent("reused"),
     "codes/round": lambda row: f"{row['tokens_per_round']:.2f}",
     "speedup": lambda row: f"{row['speed_up']:.2f}x",
     "at roofline": lambda row: f"{row['ideal_speed_up']:.2f}x" if "ideal_speed_up" in row else "",

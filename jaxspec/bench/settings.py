@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 from typing import Literal
 
+from jaxspec import mirror
 from jaxspec.bench import presets
 from jaxspec.bench.cases import Case
 from jaxspec.verify.rules import RULES, Rule
@@ -38,6 +39,8 @@ class Settings:
     """Codes that each row emits, at most."""
     repeats: int = 5
     """How often each case is timed; the cases are interleaved."""
+    mirror: tuple[str, ...] = ()
+    """Time each draft, if it is a model of its own, also on devices of its own: draft=1, or draft=1,candidates=4,exit=6."""
     auto: bool = False
     """Add a row for each batch that uses the fastest of the other cases."""
     peer: Literal["transformers"] | None = None
@@ -75,6 +78,8 @@ class Settings:
             )
         if len(set(self.drafts)) < len(self.drafts):
             raise ValueError(f"expected different drafts, got {', '.join(self.drafts)}: name each once")
+        for option in self.mirror:
+            mirror.meshes(mirror.parse(option).devices)
         counts = (*self.draft_lengths, *self.batches, *self.prompts, self.new_tokens, self.repeats)
         if min(counts) < 1:
             raise ValueError(f"expected draft lengths, batches, prompts, new tokens and repeats of 1 or more, got {min(counts)}")
@@ -97,6 +102,6 @@ class Settings:
         """Every case of one dtype, the autoregressive ones first."""
         shapes = list(itertools.product(self.batches, (0,) if self.real else self.prompts))
         plain = [Case("autoregressive", 0, *shape) for shape in shapes]
-        methods = list(itertools.product(self.drafts, self.verify, self.draft_lengths))
-        drafted = [Case(rule, k, *shape, draft) for shape in shapes for draft, rule, k in methods]
+        methods = list(itertools.product(self.drafts, self.verify, self.draft_lengths, ("", *self.mirror)))
+        drafted = [Case(rule, k, *shape, draft, mirror=where) for shape in shapes for draft, rule, k, where in methods]
         return plain + drafted + [Case("auto", 0, *shape) for shape in shapes if self.auto]

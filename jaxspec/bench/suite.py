@@ -103,6 +103,8 @@ def _with_roofline(row: dict[str, Any], models: Models, best: dict[str, float]) 
     one = roofline.model_pass(models.target, batch, 1, cells).bound_s(rates)
     if not k:
         return row | {"roofline_step": one / row["round_s"]}
+    if "target_s" not in row:
+        return row
     scoring = roofline.model_pass(models.target, batch, k + 1, cells).bound_s(rates)
     row = row | {"roofline_target": scoring / row["target_s"]}
     shape = models.drafts[row["draft"]].shape

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 import jaxspec
+from jaxspec import mirror
 from jaxspec.checkpoint.store import DESCRIPTION
 from jaxspec.commands import outputs
 from jaxspec.commands.console import progress_bar, report
@@ -103,6 +104,9 @@ class Say(OnMesh):
     """Sample from codes with at least this share of the best one's probability; 0 is off; by default the model's own."""
     seed: int = Settings.seed
     """The same seed gives the same samples; any whole number from 0 up."""
+    mirror: str | None = None
+    """Draft on devices of their own, the last ones, while the target verifies: draft=1, or draft=1,candidates=4,exit=6. The draft
+    is a model of its own."""
     plot: Path | None = None
     """A PNG of the waveform, the mel spectrogram and the origin of each code, of the first text."""
     json: bool = False
@@ -112,6 +116,7 @@ class Say(OnMesh):
     def run(self) -> None:
         """Speaks."""
         settings, texts = self._settings(), self._texts()
+        options = None if self.mirror is None else mirror.parse(self.mirror)
         check_reference_file(self.reference, self.reference_text)
         if self.out is not None:
             outputs.check_output(self.out)
@@ -120,7 +125,7 @@ class Say(OnMesh):
             outputs.check_writable(self.out_dir / MANIFEST)
         if self.plot:
             outputs.check_picture(self.plot)
-        synthesizer = load(self.model, self.draft, self.codec)
+        synthesizer = load(self.model, self.draft, self.codec, options)
         if self.reference is not None:
             reference = read_reference(self.reference, self.reference_text, synthesizer)
             settings = dataclasses.replace(settings, reference=reference)
@@ -161,7 +166,14 @@ class Say(OnMesh):
     def _texts(self) -> dict[int, str]:
         """The texts by their lines."""
         if self.stream:
-            others = (self.file, self.out_dir, self.plot, self.resume or None, None if self.format in (None, "wav", "pcm") else 1)
+            others = (
+                self.file,
+                self.out_dir,
+                self.plot,
+                self.mirror,
+                self.resume or None,
+                None if self.format in (None, "wav", "pcm") else 1,
+            )
             if any(other is not None for other in others) or (self.out and self.out.suffix.lower() != ".wav"):
                 raise ValueError(
                     "expected --stream with a text, and --out FILE.wav or --format pcm at most, got more: leave it out"
@@ -195,7 +207,7 @@ class Say(OnMesh):
 
 
 # Arguments that no file depends on.
-_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json", "mesh", "distributed"}
+_NOT_HEARD = {"text", "out", "file", "out_dir", "resume", "plot", "json", "mesh", "distributed", "mirror"}
 
 
 def check_codec(synthesizer: Synthesizer, out: Path, plot: Path | None) -> None:

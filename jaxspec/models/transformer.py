@@ -18,7 +18,7 @@ from jaxspec import mesh
 from jaxspec.common.trees import flatten, unflatten
 from jaxspec.models.int8 import SUFFIX, UNIFORM_INT8, random_int8, scaled
 from jaxspec.models.placement import Placement
-from jaxspec.types import Array, Cache, LanguageModel, Params
+from jaxspec.types import Array, Cache, LanguageModel, Params, Split
 
 WEIGHTS = ("float", "int8")
 _STEP = 16  # tokens of a block of a decoding step, as opposed to those of a prefill or a training batch
@@ -370,6 +370,23 @@ class Transformer(nn.Module):
         features = jnp.concatenate(wanted, axis=-1) if wanted else None
         return self.logits(x), features, None if cache is None else tuple(new_cache)
 
+    def lower(self, tokens: Array, cache: Cache, length: Array, layers: int) -> tuple[Array, Array, Cache]:
+        """The first ``layers`` layers: the residual stream after them, and what norm and head make of it, an early exit."""
+        x, cache = self._through(self.embed(tokens), cache, length, 0, layers)
+        return x, self.logits(self.norm(x)), cache
+
+    def upper(self, x: Array, cache: Cache, length: Array, layers: int) -> tuple[Array, Cache]:
+        """The layers after the first ``layers``, norm and head."""
+        x, cache = self._through(x, cache, length, layers, self.config.layers)
+        return self.logits(self.norm(x)), cache
+
+    def _through(self, x: Array, cache: Cache, length: Array, first: int, end: int) -> tuple[Array, Cache]:
+        """The residual stream [B T D] after the layers first .. end - 1, and the cache with their cells written."""
+        position, mask, cells = kv.span(length, x.shape[1]), kv.visible(length, x.shape[1], cache[0].cells), list(cache)
+        for i in range(first, end):
+            x, cells[i] = self.stack[i](x, position, mask, cells[i])
+        return x, tuple(cells)
+
 
 @functools.lru_cache
 def language_model(config: Config) -> LanguageModel:
@@ -399,6 +416,28 @@ def language_model(config: Config) -> LanguageModel:
         return tuple(cell() for _ in range(config.layers))
 
     return LanguageModel(apply, init_cache, config.vocab, sum(config.input_tables))
+
+
+@functools.lru_cache
+def split(config: Config, layers: int) -> Split:
+    """The transformer in two parts, with an early exit after its first ``layers`` layers; the same object for the same arguments.
+
+    Raises:
+        ValueError: a part would have no layer.
+    """
+    if not 0 < layers < config.layers:
+        raise ValueError(f"expected an exit after 1 to {config.layers - 1} of {config.layers} layers, got {layers}: choose one")
+    model = Transformer(config)
+
+    def lower(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array, Cache]:
+        out: Any = model.apply({"params": params}, tokens, cache, length, layers, method="lower")
+        return out
+
+    def upper(params: Params, hidden: Array, cache: Cache, length: Array) -> tuple[Array, Cache]:
+        out: Any = model.apply({"params": params}, hidden, cache, length, layers, method="upper")
+        return out
+
+    return Split(language_model(config), lower, upper)
 
 
 def init_params(key: Array, config: Config, placement: Placement | None = None) -> Params:

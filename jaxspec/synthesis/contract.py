@@ -17,6 +17,7 @@ from jaxspec.checkpoint.pretrained import PretrainedDraft
 from jaxspec.common.compilation_cache import describe
 from jaxspec.common.stopwatch import Stopwatch
 from jaxspec.groups import Groups
+from jaxspec.mirror import Mirror
 from jaxspec.models import transformer
 from jaxspec.sampling import Sampling
 from jaxspec.types import Draft, LanguageModel, Params
@@ -186,6 +187,7 @@ class Synthesizer(NamedTuple):
     voices: names that the settings may give, the default first.
     decode_growing: likewise for the codes so far of pieces that are still growing; None where ``decode`` does it.
     settled(number of codes so far, settings) -> of how many of them ``decode_growing`` gives the final sound.
+    mirror(draft) -> the target and the draft on devices of their own; None where they share them.
     reference(wave float32 [N], sample rate in Hz, text) -> the recording as a reference; ValueError where that cannot be.
     """
 
@@ -205,6 +207,7 @@ class Synthesizer(NamedTuple):
     voices: tuple[str, ...] = ()
     decode_growing: Callable[[Sequence[np.ndarray], Settings, Stopwatch], list[np.ndarray]] | None = None
     settled: Callable[[int, Settings], int] | None = None
+    mirror: Callable[[Draft], Mirror] | None = None
 
     @property
     def default_voice(self) -> str | None:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import speculate
+from jaxspec import mirror, speculate
 from jaxspec.codec.padding import padded_batch
 from jaxspec.common.compilation_cache import call, describe, description_of
+from jaxspec.mirror import Mirror
 from jaxspec.state import NON_FINITE, Generation, Info
 from jaxspec.synthesis.contract import Requests, Settings, Synthesizer
 from jaxspec.types import Draft, Verify
@@ -31,6 +32,7 @@ class Decoding(NamedTuple):
     name: str  # one of VERIFIERS
     draft: Draft | None = None  # None: one token a step
     verify: Verify | None = None  # None where there is no draft
+    mirror: Mirror | None = None  # None where the draft is on the target's devices
 
     @property
     def draft_length(self) -> int:
@@ -75,7 +77,8 @@ def resolve(synthesizer: Synthesizer, settings: Settings) -> Decoding:
     draft = drafter.make(length)
     if description := description_of(drafter.make):
         describe(draft, f"{description}, K = {length}")
-    return Decoding(name, draft, _verifier(name, synthesizer, settings))
+    rule = _verifier(name, synthesizer, settings)
+    return Decoding(name, draft, rule, None if synthesizer.mirror is None else synthesizer.mirror(draft))
 
 
 def _verifier(name: str, synthesizer: Synthesizer, settings: Settings) -> Verify:
@@ -130,6 +133,9 @@ def generation_of(requests: Requests, count: int, keys: jax.Array, synthesizer: 
     checked = speculate.check_request(keys, target, params, *requests)
     if decoding.draft is None or decoding.verify is None or synthesizer.drafter is None:
         generation = call(speculate.autoregressive_request, (target, most), params, checked)
+    elif decoding.mirror is not None:
+        rule, draft_params = decoding.verify, synthesizer.drafter.params
+        generation = mirror.generate_request(decoding.mirror, most, params, draft_params, rule, checked).generation
     else:
         rule, static = speculate.as_pytree(decoding.verify), (target, decoding.draft, most)
         generation = call(speculate.generate_request, static, params, synthesizer.drafter.params, rule, checked)

@@ -9,34 +9,51 @@ from jaxspec.checkpoint import pretrained, store
 from jaxspec.checkpoint.pretrained import Pretrained, PretrainedCodec
 from jaxspec.common.compilation_cache import describe, keep
 from jaxspec.draft import ngram_draft
+from jaxspec.mirror import Options
 from jaxspec.models import builtin as voices
 from jaxspec.models.card import Model
+from jaxspec.models.transformer import Config
 from jaxspec.synthesis import converted
 from jaxspec.synthesis.builtin import SAMPLING, builtin
 from jaxspec.synthesis.contract import Drafter, Synthesizer, drafter_of, target_of
+from jaxspec.synthesis.mirrored import draft_shape, mirrored
 from jaxspec.types import Params
 
 NGRAM = "ngram"
 
 
-def load(model: str | Path | None = None, draft: str | Path | None = None, codec: str | Path | None = None) -> Synthesizer:
+def load(
+    model: str | Path | None = None,
+    draft: str | Path | None = None,
+    codec: str | Path | None = None,
+    mirror: Options | None = None,
+) -> Synthesizer:
     """The built-in voice or a converted model, with a drafter and a codec.
 
     Args:
         model: a folder that ``jaxspec convert`` made; None is the built-in voice.
         draft: "ngram", or the folder of a draft; None is the built-in voice's own draft, and no draft for a model.
         codec: the folder of a codec; by default the folder ``codec`` within that of the model, where there is one.
+        mirror: the devices of the draft, which is a model of its own then; None: the target's.
 
     Raises:
-        ValueError: a folder holds nothing of the kind, or they do not fit each other.
+        ValueError: a folder holds nothing of the kind, they do not fit each other, or there are too few devices.
     """
-    if model is None:
-        return _builtin(draft, codec)
+    synthesizer, shape = _builtin(draft, codec) if model is None else _converted(Path(model), draft, codec)
+    if mirror is None:
+        return synthesizer
+    own = None if draft in (None, NGRAM) else draft_shape(draft, shape.dtype)
+    make, params = mirrored(mirror, shape, own, synthesizer.drafter and synthesizer.drafter.params)
+    return synthesizer._replace(mirror=make, drafter=synthesizer.drafter and synthesizer.drafter._replace(params=params))
+
+
+def _converted(model: Path, draft: str | Path | None, codec: str | Path | None) -> tuple[Synthesizer, Config]:
+    """The synthesizer of a folder, and the shape of its target."""
     dtype = "float32" if jax.default_backend() == "cpu" else None  # XLA turns bfloat16 into float32 there, in every step
     target = pretrained.load(model, dtype)
-    codec = codec_folder(Path(model), codec)
+    codec = codec_folder(model, codec)
     drafter = load_drafter(draft, target) if draft is not None else None
-    return converted.synthesizer(target, drafter, load_codec(codec) if codec else None)
+    return converted.synthesizer(target, drafter, load_codec(codec) if codec else None), target.model.shape
 
 
 def codec_folder(model: Path, codec: str | Path | None) -> Path | None:
@@ -55,17 +72,17 @@ def load_codec(folder: str | Path) -> PretrainedCodec:
     return loaded._replace(codec=loaded.codec._replace(decode=kept, stages=stages))
 
 
-def _builtin(draft: str | Path | None, codec: str | Path | None) -> Synthesizer:
+def _builtin(draft: str | Path | None, codec: str | Path | None) -> tuple[Synthesizer, Config]:
+    """The built-in voice, and the shape of its target."""
     if codec is not None:
         raise ValueError(f"expected --model with --codec, got none: leave {codec} out or give --model")
-    voice = builtin()
+    voice, shape = builtin(), voices.load().target
     if draft is None:
-        return voice
+        return voice, shape
     if str(draft) == NGRAM:  # which needs no description of the target
-        return voice._replace(drafter=_ngram(voices.VOCAB))
-    target = builtin_target(voice.target_params)
-    drafter = load_drafter(draft, target)
-    return voice._replace(drafter=drafter, target=target_of(target.model.shape, drafter))
+        return voice._replace(drafter=_ngram(voices.VOCAB)), shape
+    drafter = load_drafter(draft, builtin_target(voice.target_params))
+    return voice._replace(drafter=drafter, target=target_of(shape, drafter)), shape
 
 
 def builtin_target(params: Params) -> Pretrained:
