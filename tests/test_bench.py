@@ -154,6 +154,12 @@ def test_synthetic_acceptance_is_of_each_position(drafter):
     assert row["tokens_per_round"] == pytest.approx(roofline.expected_tokens(0.7, 3), abs=0.15)
 
 
+def test_auto_chooses_among_all_cases_of_its_batch(monkeypatch):
+    monkeypatch.setattr(measure, "_Timed", lambda models, case: case)
+    cases = [Case("autoregressive", 0, 2, 4), Case("exact", 3, 2, 4, "own"), Case("exact", 3, 8, 4, "own"), Case("auto", 0, 8, 4)]
+    assert list(measure._autotuned(None, Case("auto", 0, 2, 4), dict.fromkeys(cases)).candidates) == cases[:2]
+
+
 def result_of(batches, auto=True):
     """A result with made-up figures: one row for each case of the given batches."""
     rows = []

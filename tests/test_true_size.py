@@ -51,8 +51,8 @@ def timed(make, *arguments):  # with no pages or writes of the previous run pend
     start = time.perf_counter()
     made = make(*arguments)
     return time.perf_counter() - start, made
-source, dest, other, layers = sys.argv[1:]
-options = Options(layers=tuple(map(int, layers.split(","))) if layers else None)
+source, dest, other, layers, head = sys.argv[1:]
+options = Options(layers=tuple(map(int, layers.split(","))) if layers else None, head=head)
 before, seconds, copy_seconds = peak(), [], []
 for repeat in range(5 if other else 1):  # interleaved, as the speed of a disk varies
     if other:
@@ -158,7 +158,7 @@ def xcodec2(tmp_path_factory):
 
 def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     model, draft, codec = tmp_path / "model", tmp_path / "draft", tmp_path / "model" / "codec"
-    (figures,) = run(CONVERT, llasa, model, tmp_path / "copy", "")
+    (figures,) = run(CONVERT, llasa, model, tmp_path / "copy", "", "all")
     converted, copied = (statistics.median(figures[name]) for name in ("seconds", "copy_seconds"))
     above = (figures["peak"] - figures["before"]) / 1e9
     print(f"\nLLaSA-1B, {figures['bytes'] / 1e9:.2f} GB: converted in {converted:.1f} s, {converted / copied:.2f} times a copy")
@@ -166,7 +166,7 @@ def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     assert above < 2
     assert converted < 3 * copied
     for source, dest, layers in ((llasa, draft, "0,8,15"), (xcodec2, codec, "")):
-        (figures,) = run(CONVERT, source, dest, "", layers)
+        (figures,) = run(CONVERT, source, dest, "", layers, "all")
         print(f"{dest.name}, {figures['bytes'] / 1e9:.2f} GB: converted in {figures['seconds'][0]:.1f} s")
     out = tmp_path / "hello.wav"
     arguments = ["say", "The rain has stopped.", "--model", model, "--draft", draft, "--out", out, "--max-codes", "50", "--json"]
@@ -180,13 +180,13 @@ def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
 
 
 def test_llasa_1b_speaks_in_a_recordings_voice(llasa, xcodec2, tmp_path):
-    for source, dest in ((llasa, tmp_path / "model"), (xcodec2, tmp_path / "model" / "codec")):
-        run(CONVERT, source, dest, "", "")
+    run(CONVERT, llasa, tmp_path / "model", "", "", "speech")  # each token is a code
+    run(CONVERT, xcodec2, tmp_path / "model" / "codec", "", "", "all")
     speak_in_a_recordings_voice(tmp_path / "model", tmp_path, 200)
 
 
 def test_xcodec2_encodes_four_seconds(xcodec2, tmp_path):
-    (figures,) = run(CONVERT, xcodec2, tmp_path / "codec", "", "")
+    (figures,) = run(CONVERT, xcodec2, tmp_path / "codec", "", "", "all")
     above = (figures["peak"] - figures["before"]) / 1e9
     print(
         f"\nX-codec2, {figures['bytes'] / 1e9:.2f} GB: converted in {figures['seconds'][0]:.1f} s, {above:.2f} GB above the start"
@@ -206,7 +206,7 @@ def test_cosyvoice_from_its_files_to_four_seconds_of_speech(version, tmp_path):
     source, model = tmp_path / f"CosyVoice{version}", tmp_path / "model"
     cosyvoice_folders.make(source, version, small=False)
     cosyvoice_folders.models.cache_clear()
-    (figures,) = run(CONVERT, source, model, "", "")
+    (figures,) = run(CONVERT, source, model, "", "", "all")
     above = (figures["peak"] - figures["before"]) / 1e9
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) / 1e9
     print(f"\nCosyVoice {version}, {size:.2f} GB: converted in {figures['seconds'][0]:.1f} s, {above:.2f} GB above the start")

@@ -182,7 +182,8 @@ def _propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, Stat
 
 def _autotuned(models: Models, case: Case, timed: dict[Case, Any]) -> "_Autotuned":
     """The "auto" case that chooses among the timed cases of its batch and prompt length."""
-    return _Autotuned(case.batch, {other: _Timed(models, other) for other in timed if other[2:] == case[2:]})
+    others = [other for other in timed if (other.batch, other.prompt) == (case.batch, case.prompt) and other.rule != "auto"]
+    return _Autotuned(case.batch, {other: _Timed(models, other) for other in others})
 
 
 class _Autotuned:
