@@ -25,14 +25,26 @@ CHECKED = ("sampling", "cache", "groups", "rounds", "speculate", "verify", "draf
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook([f"jaxspec.{name}" for name in CHECKED], "typecheck.checked")
 
-_MOST_MAPS = 25_000  # memory maps of a process, of which Linux allows 65,530; each compiled program takes some
+# Memory maps of a process, of which Linux allows 65,530; each compiled program takes some.
+_MANY_MAPS, _MOST_MAPS = 25_000, 45_000  # after a module, and after any test
+
+
+def _forget_programs_above(limit):
+    """Drops compiled programs before there are too many for the process: XLA crashes then."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > limit:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
-def _forget_programs():
-    """Drops compiled programs before there are too many for the process: XLA crashes then."""
+def _not_too_many_programs():
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    _forget_programs_above(_MOST_MAPS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs_between_modules():
+    """Not within a module, as some count compilations."""
+    yield
+    _forget_programs_above(_MANY_MAPS)

@@ -1,6 +1,7 @@
 """Decodes with the draft on a device of its own, of two on the CPU, and prints what test_mirror.py checks, as JSON."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -23,7 +24,12 @@ RULES = {
     "exact": verify.exact(),
     "coarse-grained": verify.coarse_grained(groups.acoustic_similarity_groups(np.eye(V)[[0, 0, 2, 3]], 0.5)),
 }
-MESHES = mirror.meshes(1)
+
+
+@functools.cache
+def meshes():
+    """The devices of the target and of the draft; not at the import, as there may be one device."""
+    return mirror.meshes(1)
 
 
 def blind(params, tokens, cache, length):
@@ -45,10 +51,10 @@ TOY = Split(LM, lower, lambda params, hidden, cache, length: (hidden, cache))
 
 def decode(rule, candidates, rows, key=11, **settings):
     """Sequences with branches, int [rows], and the share of rounds that began with a branch."""
-    pair = mirror.Mirror(TOY, model_draft(LM, K), candidates, *MESHES)
+    pair = mirror.Mirror(TOY, model_draft(LM, K), candidates, *meshes())
     prompt, length = np.tile(np.int32(PROMPT), (rows, 1)), np.full(rows, 2)
     settings = {"max_new_tokens": N} | settings
-    params = TARGET, mirror.place(DRAFT, MESHES[1])
+    params = TARGET, mirror.place(DRAFT, meshes()[1])
     out = mirror.generate(jax.random.key(key), pair, *params, RULES[rule], prompt, length, **settings)
     plain = speculate.generate(jax.random.key(key), LM, TARGET, pair.draft, DRAFT, RULES[rule], prompt, length, **settings)
     return out, all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(out.generation), jax.device_get(plain))))
@@ -73,10 +79,10 @@ def alone():
 
 def branches():
     """The drafted tokens of many rows, and the branches after a guess at each place: tokens, and probs of the first row."""
-    draft, here = model_draft(LM, K), MESHES[1]
+    draft, here = model_draft(LM, K), meshes()[1]
     params = mirror.place(DRAFT, here)
     request = requests.check(jax.random.key(5), np.tile(np.int32(PROMPT), (EACH, 1)), np.full(EACH, 2), N)
-    state = mirror.start(LM, K, 2 + N + K + 1, TARGET, mirror.send(request, MESHES[0]))
+    state = mirror.start(LM, K, 2 + N + K + 1, TARGET, mirror.send(request, meshes()[0]))
     drafted, side = mirror.begin(draft, 2, params, mirror.send(state._replace(cache=()), here))
     guesses = mirror.send(np.tile(np.int32([[0], [2], [1]]), (EACH, 1, 1)), here)
     proposal, _ = mirror.roll_out(draft, params, side, drafted.tokens, guesses)
@@ -93,7 +99,7 @@ def real():
         model_draft(transformer.language_model(small), 3),
         {k: v for k, v in params.items() if k not in ("layer_1", "layer_2")},
     )
-    pair = mirror.Mirror(transformer.split(shape, 2), draft, 3, *MESHES)
+    pair = mirror.Mirror(transformer.split(shape, 2), draft, 3, *meshes())
     prompt, length = np.random.default_rng(0).integers(0, 28, (3, 5)).astype(np.int32), np.array([5, 1, 3])
     settings = {
         "max_new_tokens": 12,
@@ -103,10 +109,10 @@ def real():
     }
     asked = verify.exact(), prompt, length
     plain = speculate.generate(jax.random.key(1), pair.split.model, params, draft, own, *asked, **settings)
-    out = mirror.generate(jax.random.key(1), pair, params, mirror.place(own, MESHES[1]), *asked, **settings)
+    out = mirror.generate(jax.random.key(1), pair, params, mirror.place(own, meshes()[1]), *asked, **settings)
     greedy = {**settings, "sampling": Sampling(temperature=0)}
     oracle = speculate.autoregressive(jax.random.key(1), pair.split.model, params, prompt, length, **greedy)
-    best = mirror.generate(jax.random.key(1), pair, params, mirror.place(own, MESHES[1]), *asked, **greedy)
+    best = mirror.generate(jax.random.key(1), pair, params, mirror.place(own, meshes()[1]), *asked, **greedy)
     return {
         "same": all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(out.generation), jax.device_get(plain)))),
         "greedy": np.array_equal(best.generation.tokens, oracle.tokens),
