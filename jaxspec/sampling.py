@@ -7,9 +7,10 @@ values, and a threshold is found by bisection on 31 bits, exactly and without a 
 """
 
 import dataclasses
+import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jaxspec.types import Array, History, KeyLike, SamplingRows
 MAX_WINDOW = 64  # bounds the gather of the repetition window; CosyVoice's window is 10
 _MAX_PENALTY = 1e6  # keeps penalized logits finite in float32
 _INFINITY_BITS = 0x7F800000
-_ROUGH_RANGE, _ROUGH_HALVINGS = 32.0, 12  # temperatures below the best logit; to 0.008 of them
+_ROUGH_STEPS, _ROUGH_STEP = 2**12, 2**-7  # of a limit that is found roughly: up to 32 temperatures below the best logit
 BLOCK = 256  # of the two-level inverse of the distribution function; on a mesh a chip should hold whole ones
 _FEW_ROWS = 4  # of a chip: gathering their distributions costs less than the all-reduces of a bisection
 _FLOAT32 = np.finfo(np.float32)
@@ -318,32 +319,29 @@ def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bo
 
     So the token that reaches the bound is kept, with all its equals. The best token is always kept.
     """
+    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    return bits(_bisect(gap, weight, bound, _INFINITY_BITS, bits))
+
+
+def _rough_limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bound: Array) -> Float32[Array, "*rows 1"]:
+    """``_limit``, or up to a step more; inf where it is beyond the last step."""
+    low = _bisect(gap, weight, bound, _ROUGH_STEPS - 1, lambda steps: steps * _ROUGH_STEP)
+    return jnp.where(low < _ROUGH_STEPS - 1, (low + 1) * _ROUGH_STEP, jnp.inf)
+
+
+def _bisect(gap: Array, weight: Array, bound: Array, most: int, limit: Callable[[Array], Array]) -> Int32[Array, "*rows 1"]:
+    """The largest of 0 .. ``most`` such that the weight of the gaps strictly below ``limit`` of it is less than ``bound``."""
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low + 1) // 2
-        below = jnp.where(gap < jax.lax.bitcast_convert_type(middle, jnp.float32), weight, 0.0).sum(-1, keepdims=True)
+        below = jnp.where(gap < limit(middle), weight, 0.0).sum(-1, keepdims=True)
         return jnp.where(below < bound, middle, low), jnp.where(below < bound, high, middle - 1)
 
     gap, weight = _gathered(gap), _gathered(weight)
-    ends = jnp.zeros((*gap.shape[:-1], 1), jnp.int32), jnp.full((*gap.shape[:-1], 1), _INFINITY_BITS, jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, ends)
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
-
-
-def _rough_limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bound: Array) -> Float32[Array, "*rows 1"]:
-    """``_limit``, or up to 0.01 more; inf where it is beyond ``_ROUGH_RANGE``."""
-
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        below = jnp.where(gap < middle, weight, 0.0).sum(-1, keepdims=True) < bound
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
-    gap, weight = _gathered(gap), _gathered(weight)
-    ends = jnp.zeros((*gap.shape[:-1], 1), jnp.float32), jnp.full((*gap.shape[:-1], 1), _ROUGH_RANGE, jnp.float32)
-    _, high = jax.lax.fori_loop(0, _ROUGH_HALVINGS, halve, ends)
-    return jnp.where(high < _ROUGH_RANGE, high, jnp.inf)
+    ends = jnp.zeros((*gap.shape[:-1], 1), jnp.int32), jnp.full((*gap.shape[:-1], 1), most, jnp.int32)
+    low, _ = jax.lax.fori_loop(0, most.bit_length(), halve, ends)
+    return low
 
 
 def _gathered(values: Float32[Array, "*rows V"]) -> Float32[Array, "*rows V"]:

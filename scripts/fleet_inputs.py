@@ -19,6 +19,7 @@ from typing import Any
 
 import soundfile
 
+from jaxspec.bench import suite
 from jaxspec.common.files import write_json
 from jaxspec.text.held_out import held_out
 
@@ -40,9 +41,7 @@ def jaxspec(*arguments: str) -> str:
 
 def about(command: str) -> dict[str, str]:
     """How a result was made: the command, the versions and the commit."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    return {"command": command, "commit": commit} | {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {"command": command, "commit": suite.commit()} | {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
 def costs(model: str, topology: str, batches: Sequence[int]) -> dict[str, Any]:

@@ -9,14 +9,13 @@ import importlib.metadata
 import itertools
 import json
 import math
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxspec.bench import plan_sweep
+from jaxspec.bench import plan_sweep, suite
 from jaxspec.bench.plan_shapes import Settings, pair_of
 from jaxspec.common.files import replacing, write_json
 
@@ -77,8 +76,7 @@ def settings_of(cell: Cell) -> Settings:
 
 def versions() -> dict[str, str]:
     """Of jax, its TPU compiler, and this repository."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")} | {"commit": commit.stdout.strip()}
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")} | {"commit": suite.commit()}
 
 
 def fill(most: int | None) -> None:

@@ -76,10 +76,15 @@ def _read(meters: dict[str, Callable[[], float]]) -> dict[str, float]:
 
 def _environment() -> dict[str, str]:
     """Processor, versions and commit."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     versions = {"jax": jax.__version__, "python": platform.python_version(), "processor": _processor()}
-    return {**versions, "commit": commit.stdout.strip() or "unknown"}
+    return {**versions, "commit": commit()}
+
+
+def commit() -> str:
+    """That of the repository which this file is in; "unknown" outside of one."""
+    here = Path(__file__).parent
+    said = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

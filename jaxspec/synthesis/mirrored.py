@@ -45,9 +45,7 @@ def mirrored(
     """
     if shape is None:
         raise ValueError(mirror.NO_MODEL.format("none"))
-    current = jax.sharding.get_mesh()
-    data, model = (1 if current.empty else current.shape.get(axis, 1) for axis in mesh.AXES)
-    there, here = mirror.meshes(options.devices, (data, model))
+    there, here = mirror.meshes(options.devices, (mesh.parts("batch"), mesh.parts("vocab")))
     split = transformer.split(target, options.exit_layer or target.layers // 2)
     placed = jax.device_put(params, transformer.shardings_of(shape, Placement(here), strict=False))
     return functools.partial(_mirror, split, options.candidates, (there, here)), placed
