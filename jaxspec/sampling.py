@@ -325,8 +325,12 @@ def _limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bo
 
 def _rough_limit(gap: Float32[Array, "*rows V"], weight: Float32[Array, "*rows V"], bound: Array) -> Float32[Array, "*rows 1"]:
     """``_limit``, or up to a step more; inf where it is beyond the last step."""
-    low = _bisect(gap, weight, bound, _ROUGH_STEPS - 1, lambda steps: steps * _ROUGH_STEP)
-    return jnp.where(low < _ROUGH_STEPS - 1, (low + 1) * _ROUGH_STEP, jnp.inf)
+
+    def limit(steps: Array) -> Array:
+        return steps.astype(jnp.float32) * _ROUGH_STEP
+
+    low = _bisect(gap, weight, bound, _ROUGH_STEPS - 1, limit)
+    return jnp.where(low < _ROUGH_STEPS - 1, limit(low + 1), jnp.inf)
 
 
 def _bisect(gap: Array, weight: Array, bound: Array, most: int, limit: Callable[[Array], Array]) -> Int32[Array, "*rows 1"]:
