@@ -1,5 +1,6 @@
 """The engine: requests in slots get what they get alone, leave nothing behind, and compile nothing."""
 
+import dataclasses
 import threading
 import time
 
@@ -16,7 +17,7 @@ from jaxspec.synthesis.pipeline import speak
 TEXTS = ["One day we met. The rain has stopped.", "Hi.", "We can go.", "Good morning, all of you.", "No.", "It was late."]
 
 
-LEFT = ("queue", "requests", "slots", "leaked_slots")
+LEFT = ("queue", "requests", "slots", "leaked_slots", "stalled")
 
 
 class Listener:
@@ -175,6 +176,57 @@ def test_a_failure_of_the_device_ends_its_requests_and_no_others(engine, monkeyp
     assert listener.events == [Failed(listener.events[-1].error)]
     assert listener.events[-1].error.status == 500
     check(submit(engine, "Hi.")[1], "Hi.", Settings())
+
+
+def hung(monkeypatch, where, name):
+    """Makes the calls of a method hang, until the event that is returned is set."""
+    call, go_on = getattr(where, name), threading.Event()
+
+    def hangs(*args, **kwargs):
+        assert go_on.wait(60)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, hangs)
+    return go_on
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("call", ["advance", "codec"])
+def test_a_call_that_hangs_is_told_and_requests_end_at_their_deadlines(engine, monkeypatch, caplog, call):
+    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, stall_s=0.3, request_s=1.5))
+    go_on = hung(monkeypatch, *((engine._lanes["exact"].slots, "advance") if call == "advance" else (engine, "_decode")))
+    _, late = submit(engine, "Hi.")
+    wait_until(lambda: engine.stalled)
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert f"has not answered for 0.3 s ({'rounds' if call == 'advance' else 'codec'})" in line.getMessage()
+    with pytest.raises(Refused, match="has not answered") as refused:
+        submit(engine, "Hi.")
+    assert (refused.value.status, refused.value.retry_after_s) == (503, 60)
+    assert late.ended.wait(30)  # though the call still hangs
+    assert [event.error.status for event in late.events] == [504]
+    assert engine.stalled
+    with caplog.at_level("INFO"):
+        go_on.set()
+        wait_until(lambda: not engine.stalled)
+    assert caplog.records[-1].getMessage() == "the device answers again"
+    check(submit(engine, "Hi.")[1], "Hi.", Settings())
+    assert idle(engine) == engine.gauges() | dict.fromkeys(LEFT, 0)
+
+
+def test_an_engine_whose_codec_hangs_can_be_closed():
+    engine = Engine(builtin.builtin(), ("autoregressive",), Limits(slots=1))
+    while not engine._codec.full():
+        engine._codec.put(None)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
 
 
 def test_weights_that_are_not_finite_end_their_own_request():

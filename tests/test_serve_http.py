@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import concurrent.futures
+import dataclasses
 import io
 import json
 import re
@@ -249,6 +250,35 @@ def test_many_at_once_are_served_or_refused_and_none_is_changed(served):
         if answer.status_code != 200:
             assert answer.status_code == 429
             assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_call_of_the_device_that_hangs_is_seen_from_outside(served, monkeypatch):
+    monkeypatch.setattr(served.engine, "limits", dataclasses.replace(served.engine.limits, stall_s=0.3))
+    slots, go_on = served.engine._lanes["autoregressive"].slots, threading.Event()
+    advance = slots.advance
+    monkeypatch.setattr(slots, "advance", lambda *args: go_on.wait(60) and advance(*args))
+    get = lambda path: httpx.get(served.url + path, headers={"Authorization": f"Bearer {KEY}"})  # noqa: E731
+
+    def until(status):
+        deadline = time.monotonic() + 30
+        while (answer := get("/health")).status_code != status:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return answer.json()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(post, served, {"input": "Hi.", "response_format": "wav"})
+        health = until(503)
+        assert (health["status"], health["stalled"], health["requests"]) == ("stalled", 1, 1)
+        assert "jaxspec_stalled_now 1.0" in get("/metrics").text
+        refused = post(served, {"input": "Hi."})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+        assert "has not answered for 0.3 s" in refused.json()["error"]["message"]
+        go_on.set()
+        assert waiting.result().status_code == 200
+    assert until(200)["status"] == "ok"
+    assert "jaxspec_stalled_now 0.0" in get("/metrics").text
+    assert post(served, {"input": "Hi.", "response_format": "wav"}).content == waiting.result().content
 
 
 def test_wyomings_client_is_spoken_to(served):

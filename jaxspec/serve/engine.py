@@ -6,6 +6,7 @@
 The loop is one call ahead of what the host reads, so that the device does not wait for it. A job gets the tokens it would get
 alone, up to the rounding of the logits, which the size of a batch can change; one that asks for "auto" gets the rule that was
 faster at the load of its moment. An error in one job ends that job; a failure of the device ends all that are in the same slots.
+While a call of the device hangs, new jobs are refused and those that were taken on end at their deadlines.
 """
 
 import collections
@@ -32,6 +33,7 @@ from jaxspec.synthesis.pipeline import count
 from jaxspec.synthesis.windows import FIRST_CODES, Window
 
 AUTO = "auto"
+_WATCH_S = 0.5  # between two looks of the watchdog, at most
 _ADMITTED = 2  # between two calls of the loop, so that those who listen do not wait for all who came at once
 log = logging.getLogger("jaxspec.serve")
 
@@ -138,6 +140,8 @@ class Engine:
             raise Refused(503, "the server is about to end: try another one")
         if not self.ready:
             raise Refused(503, "the server is warming up: try again soon", 5)
+        if self.stalled:
+            raise Refused(503, f"the device has not answered for {self.limits.stall_s:g} s: try again later", 60)
         return self._submit(text, settings, rule, listen)
 
     def cancel(self, job: Job) -> None:
@@ -160,12 +164,15 @@ class Engine:
         self._closing.set()
         with self._changed:
             self._changed.notify_all()
-        self._codec.put(None)
+        with contextlib.suppress(queue.Full):  # then the codec's thread need not be woken, or its device hangs
+            self._codec.put_nowait(None)
         for thread in self._threads:
             thread.join(timeout=5)
 
     def gauges(self) -> dict[str, int]:
-        """Requests in the queue and in all, slots in use, slots leaked (it should be 0), and compilations since the warm-up."""
+        """Requests in the queue and in all, slots in use, slots leaked (it should be 0), compilations since the warm-up, and 1
+        while a call of the device hangs.
+        """
         lanes = self._lanes.values()
         return {
             "queue": len(self._waiting),
@@ -173,6 +180,7 @@ class Engine:
             "slots": sum(lane.used for lane in lanes),
             "leaked_slots": sum(lane.leaked for lane in lanes),
             "compilations": compilations() - self.warm_compilations if self.ready else 0,
+            "stalled": int(self.stalled),
         }
 
     # --- Admission --------------------------------------------------------------------------------------------------------------
@@ -245,9 +253,6 @@ class Engine:
         while not self._closing.is_set():
             with self._changed:
                 self._changed.wait_for(self._has_work)
-            for job in [job for job in list(self._live) if time.monotonic() > job.deadline_s]:
-                took = f"{self.limits.request_s:g} s"
-                self._end(job, "failed", Failed(Refused(504, f"expected the request to end within {took}: shorten the text")))
             for lane in self._lanes.values():
                 lane.drop_ended()
             self._admit_waiting()
@@ -331,12 +336,19 @@ class Engine:
             del self._calls[name]
 
     def _run_watchdog(self) -> None:
-        """Says so when a call of the device takes longer than it may; during the warm-up calls compile."""
-        while not self._closing.wait(min(self.limits.stall_s / 4, 5)):
-            late = [name for name, began in list(self._calls.items()) if time.monotonic() - began > self.limits.stall_s]
-            if late and self.ready and not self.stalled:
-                log.error("the device has not answered for %g s (%s)", self.limits.stall_s, ", ".join(late))
-            self.stalled = bool(late) and self.ready
+        """Ends requests at their deadlines, and says when a call of the device hangs, and when it is over."""
+        while not self._closing.wait(min(self.limits.stall_s / 4, _WATCH_S)):
+            now, allowed_s = time.monotonic(), self.limits.stall_s
+            late = [name for name, began in list(self._calls.items()) if now - began > allowed_s]
+            stalled = bool(late) and self.ready  # during the warm-up calls compile
+            if stalled and not self.stalled:
+                log.error("the device has not answered for %g s (%s): requests are refused", allowed_s, ", ".join(late))
+            elif self.stalled and not stalled:
+                log.info("the device answers again")
+            self.stalled = stalled
+            for job in [job for job in self._live.copy() if now > job.deadline_s]:
+                took = f"{self.limits.request_s:g} s"
+                self._end(job, "failed", Failed(Refused(504, f"expected the request to end within {took}: shorten the text")))
 
     # --- The warm-up ------------------------------------------------------------------------------------------------------------
 
