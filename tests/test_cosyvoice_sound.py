@@ -14,11 +14,14 @@ import soundfile
 import torch
 from cosyvoice_folders import SPEAKERS, speech
 
-from jaxspec.acoustic import hift
+from jaxspec.acoustic import cosyvoice, hift
 from jaxspec.audio import fbank, mel
 from jaxspec.audio.resample import resample
 from jaxspec.checkpoint import pretrained, voices
 from jaxspec.codec import padding
+from jaxspec.common.stopwatch import Stopwatch, compilations
+from jaxspec.serve import warm_up
+from jaxspec.serve.lane import Shapes
 from jaxspec.synthesis.contract import Reference, Settings
 from jaxspec.synthesis.load import load
 from jaxspec.synthesis.pipeline import speak
@@ -137,6 +140,30 @@ def test_a_stream_is_the_sound_of_the_chunks_that_the_flow_sees(folder, version,
     (spoken,) = speak(TEXT, settings, synthesizer).utterances
     np.testing.assert_array_equal(spoken.codes, codes)
     np.testing.assert_allclose(spoken.wave, np.clip(full, -1, 1), atol=1e-4)
+
+
+def test_the_warm_up_runs_voices_of_equal_sizes_once(folder_2, tmp_path):
+    """Two named voices without a prompt, two whose prompts are padded to 80 codes, and one of 120: three sizes."""
+    shutil.copytree(folder_2, tmp_path / "model")
+    anna, rng = voices.read(voices.path_of(folder_2, "anna")), np.random.default_rng(0)
+    for name, count in (("bob", 50), ("eve", 80), ("ian", 81)):
+        codes, spectrum = rng.integers(0, 6561, count), rng.normal(size=(2 * count, 80)).astype(np.float32)
+        condition = cosyvoice.condition(anna.condition["speaker"], codes, spectrum)
+        voices.save(voices.path_of(tmp_path / "model", name), anna._replace(codes=codes.astype(np.int32), condition=condition))
+    made, decoded = load(tmp_path / "model"), []
+    assert made.voices == ("anna", "bob", "eve", "ian", "中文女")
+
+    def decode(rows, settings, watch):
+        decoded.append((settings.voice, len(rows[0])))
+        return made.decode_growing(rows, settings, watch)
+
+    sizes = Shapes(slots=1, prompt_widths=(64,), max_codes=41, num_stops=1)
+    warm_up.codec(sizes, made._replace(decode_growing=decode), np.zeros(1, np.int32))
+    assert sorted(decoded) == [(voice, length) for voice in ("eve", "ian", "中文女") for length in (40, 80)]
+    before = compilations()
+    for voice in made.voices:
+        made.decode_growing([np.zeros(41, np.int32)], Settings(voice=voice), Stopwatch())
+    assert compilations() == before
 
 
 def test_it_speaks_with_named_voices_recordings_and_instructions(root, folder, version, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -47,10 +47,12 @@ def codec_rows(synthesizer: Synthesizer) -> int:
 
 
 def codec(sizes: Shapes, synthesizer: Synthesizer, code: np.ndarray) -> None:
-    """Compiles the codec for windows of every length; ``code`` is one, int32 [1] or [1 Q]."""
+    """Compiles the codec for windows of every length and voices of every size; ``code`` is one, int32 [1] or [1 Q]."""
     assert synthesizer.decode_windows is not None
     left, right = synthesizer.context_frames
-    voices = synthesizer.voices if synthesizer.decode_growing else (synthesizer.default_voice,)  # recordings differ in length
+    voices: Collection[str | None] = (synthesizer.default_voice,)
+    if synthesizer.sizes:
+        voices = {synthesizer.sizes(voice): voice for voice in synthesizer.voices}.values()  # recordings differ in length
     most = sizes.max_codes // code.size if left is None or right is None else left + -(-MOST_CODES // code.size) + right
     for batch in (2**power for power in range(codec_rows(synthesizer).bit_length())):
         for length in sorted({padded_length(length) for length in range(1, most + 1)}):

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -187,6 +187,7 @@ class Synthesizer(NamedTuple):
     voices: names that the settings may give, the default first.
     decode_growing: likewise for the codes so far of pieces that are still growing; None where ``decode`` does it.
     settled(number of codes so far, settings) -> of how many of them ``decode_growing`` gives the final sound.
+    sizes(voice) -> what the programs of ``decode_growing`` are compiled for: voices of equal sizes share them.
     mirror(draft) -> the target and the draft on devices of their own; None where they share them.
     reference(wave float32 [N], sample rate in Hz, text) -> the recording as a reference; ValueError where that cannot be.
     """
@@ -207,6 +208,7 @@ class Synthesizer(NamedTuple):
     voices: tuple[str, ...] = ()
     decode_growing: Callable[[Sequence[np.ndarray], Settings, Stopwatch], list[np.ndarray]] | None = None
     settled: Callable[[int, Settings], int] | None = None
+    sizes: Callable[[str], Hashable] | None = None
     mirror: Callable[[Draft], Mirror] | None = None
 
     @property

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,11 @@ def _growing(target: Pretrained, codec: PretrainedCodec | None) -> dict[str, Any
         reference = recording.of_settings(target, codec, settings)
         return settled(count, reference and reference.condition)
 
-    return {"decode_growing": functools.partial(_decode, target, changed), "settled": final}
+    def sizes(voice: str) -> Hashable:
+        reference = recording.of_settings(target, codec, Settings(voice=voice))
+        return tuple((array.shape, array.dtype) for array in jax.tree.leaves(reference and reference.condition))
+
+    return {"decode_growing": functools.partial(_decode, target, changed), "settled": final, "sizes": sizes}
 
 
 def pieces(target: Pretrained, text: str) -> list[str]:
