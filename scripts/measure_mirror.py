@@ -50,7 +50,7 @@ def models(preset, new_tokens, draft_layers, exit_layer):
     if preset == "small, hits":
         for i in range(exit_layer, pair.target.layers):
             params[f"layer_{i}"] = jax.tree.map(lambda leaf: 0 * leaf, params[f"layer_{i}"])
-    asked = random_requests(pair.target, pair.stops, new_tokens, Sampling(temperature=0))
+    asked = random_requests(pair.num_codes, new_tokens, Sampling(temperature=0))
     return pair.target, params, pair.draft, presets.random_params(keys[1], pair.draft), lambda n: asked(case, n)
 
 

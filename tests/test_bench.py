@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import types
 
 import checkpoints
 import commands
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec import mesh, speculate, verify
 from jaxspec import request as requests
-from jaxspec import speculate, verify
-from jaxspec.bench import cases, loading, measure, picture, presets, roofline, suite
+from jaxspec.bench import cases, chips, loading, measure, picture, plan_shapes, presets, roofline, suite
 from jaxspec.bench.cases import Case
 from jaxspec.bench.settings import Settings as BenchSettings
+from jaxspec.commands.bench import Bench
 from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.draft import model_draft, ngram_draft
 from jaxspec.models import transformer
@@ -134,10 +136,37 @@ def models(drafter, acceptance):
     """The tiny target with a draft."""
     keys = jax.random.split(jax.random.key(0), 2)
     params = [presets.random_params(key, TINY) for key in keys]
-    requests = cases.random_requests(TINY, 1, 400, Sampling())
+    requests = cases.random_requests(TINY.vocab - 1, 400, Sampling())
     drafts = {"builtin": cases.DraftModel(Drafter(drafter, params[1]), TINY)}
     groups = presets.neighbours(64, 63, 5)
     return cases.Models("tiny", TINY, params[0], drafts, lambda threshold: groups, requests, acceptance=acceptance)
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("preset", ["llasa-1b", "llasa-3b", "llasa-8b", "cosyvoice2"])
+def test_bench_and_plan_choose_the_same_mesh(monkeypatch, preset, weights):
+    devices = [types.SimpleNamespace(process_index=0)] * 4
+    shown = lambda data, model, devices: types.SimpleNamespace(shape={"data": data, "model": model})  # noqa: E731
+    monkeypatch.setattr(mesh, "make", shown)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "set_mesh", lambda made: made)
+    monkeypatch.setattr(chips, "devices", lambda topology: devices)
+    timed = Bench(preset=preset, dtypes=("bfloat16",), weights=weights, mesh="auto").on_mesh()
+    settings = plan_shapes.Settings(preset, "v5e:2x2", "auto", batch=4, weights=weights)
+    planned = plan_shapes.resolved(settings).mesh
+    assert "data={data},model={model}".format(**timed.shape) == planned
+    assert planned == ("data=2,model=2" if preset == "cosyvoice2" else "data=1,model=4")
+
+
+def test_a_mesh_divides_the_padded_tables_of_a_preset(monkeypatch):
+    """Without the mesh, what it divides: 64 ids in 1024 rows."""
+    monkeypatch.setattr(mesh, "parts", lambda axis: 4 if axis == "vocab" else 1)
+    settings = BenchSettings(preset="small", synthetic_acceptance=0.5, new_tokens=16)
+    made = loading.load(settings, "float32")
+    assert (made.target.vocab, made.target.padding) == (1024, 960)
+    ids = made.requests(Case("autoregressive", 0, 8, 400), 0).prompt
+    assert (ids.min(), ids.max()) == (0, 62)
+    assert made.groups(0.4).token_start.shape == (1024,)
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,11 @@ def groups_of(synthesizer: Synthesizer) -> Callable[[float | None], Groups]:
     return lambda threshold: synthesizer.groups(synthesizer.threshold if threshold is None else threshold, "target")
 
 
-def random_requests(target: Config, stops: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:
+def random_requests(num_codes: int, new_tokens: int, sampling: Sampling) -> Callable[[Case, int], Requests]:
     """Prompts of random codes, each row emitting ``new_tokens``; no id stops it.
 
     Args:
-        target: the shape of the target.
-        stops: how many ids at the end of its head's vocabulary are stop ids.
+        num_codes: the first so many ids are codes.
         new_tokens: of each row.
         sampling: of every row.
 
@@ -122,7 +121,7 @@ def random_requests(target: Config, stops: int, new_tokens: int, sampling: Sampl
     """
 
     def requests(case: Case, repeat: int) -> Requests:
-        ids = np.random.default_rng(repeat).integers(0, target.vocab - stops, (case.batch, case.prompt)).astype(np.int32)
+        ids = np.random.default_rng(repeat).integers(0, num_codes, (case.batch, case.prompt)).astype(np.int32)
         length, limit = np.full(case.batch, case.prompt, np.int32), np.full(case.batch, new_tokens, np.int32)
         return Requests(ids, length, new_tokens, limit, (), sampling)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxspec import mirror
+from jaxspec import mesh, mirror
 from jaxspec.bench import presets
 from jaxspec.bench.cases import Case, DraftModel, Models, groups_of, random_requests
 from jaxspec.bench.settings import OWN, Settings
@@ -89,7 +89,7 @@ def _random(settings: Settings, dtype: str) -> Models:
             f"expected --draft {OWN} or {NGRAM} with the preset {settings.preset}, whose weights are random, got "
             f"{min(unknown)!r}: give the folder of its target as --preset"
         )
-    pair = presets.pair(settings.preset, dtype, settings.weights)
+    pair = presets.pair(settings.preset, dtype, settings.weights, mesh.parts("vocab"))
     pair = pair if OWN in settings.drafts else pair._replace(draft=None)
     _check_fits(settings, pair)
     target_key, draft_key = jax.random.split(jax.random.key(0))
@@ -97,14 +97,14 @@ def _random(settings: Settings, dtype: str) -> Models:
     if pair.draft is not None:
         make = functools.partial(model_draft, transformer.language_model(pair.draft))
         drafts[OWN] = DraftModel(Drafter(make, presets.random_params(draft_key, pair.draft)), pair.draft)
-    groups = presets.neighbours(pair.target.vocab, pair.target.vocab - pair.stops)
+    groups = presets.neighbours(pair.target.vocab, pair.num_codes)
     return Models(
         name=settings.preset,
         target=pair.target,
         target_params=presets.random_params(target_key, pair.target),
         drafts={name: drafts[name] for name in settings.drafts},
         groups=lambda threshold: groups,
-        requests=random_requests(pair.target, pair.stops, settings.new_tokens, Sampling(temperature=0.8, top_p=0.95)),
+        requests=random_requests(pair.num_codes, settings.new_tokens, Sampling(temperature=0.8, top_p=0.95)),
         acceptance=settings.synthetic_acceptance,
     )
 

@@ -20,7 +20,7 @@ from jaxspec.models import transformer
 from jaxspec.models.card import Model
 from jaxspec.models.placement import Placement
 from jaxspec.models.transformer import Config
-from jaxspec.sampling import BLOCK, Sampling
+from jaxspec.sampling import Sampling
 from jaxspec.synthesis.load import NGRAM
 from jaxspec.types import Params, Verify
 from jaxspec.verify import coarse_grained
@@ -102,9 +102,7 @@ def resolved(settings: Settings) -> Settings:
     if settings.mesh != mesh.AUTO:
         return settings
     target = pair_of(dataclasses.replace(settings, mesh="model=1")).target
-    heads = target.kv_heads, target.heads
-    divided = heads if settings.model in presets.PAIRS else (*heads, target.vocab)  # the tables of presets are padded
-    made = mesh.automatic(presets.parameter_bytes(target), divided, chips.devices(settings.topology)).shape
+    made = presets.automatic_mesh(target, settings.model in presets.PAIRS, chips.devices(settings.topology)).shape
     return dataclasses.replace(settings, mesh=f"data={math.gcd(made['data'], settings.batch)},model={made['model']}")
 
 
@@ -120,7 +118,7 @@ def pair_of(settings: Settings) -> Pair:
         ValueError: the model is neither a preset nor a folder, or the draft does not fit it.
     """
     if settings.model in presets.PAIRS:
-        pair = _padded(presets.pair(settings.model, settings.dtype), settings.axes[1])
+        pair = presets.pair(settings.model, settings.dtype, parts=settings.axes[1])
     elif Path(settings.model).is_dir():
         model = descriptions.read_as(settings.model, Model)
         if settings.draft is None:
@@ -144,17 +142,6 @@ def _cut(target: Config, layers: int | None) -> Config:
     if layers is not None and not 1 <= layers <= target.layers:
         raise ValueError(f"expected 1 to {target.layers} layers, those of the target, got {layers}: change --layers")
     return dataclasses.replace(target, layers=layers or target.layers)
-
-
-def _padded(pair: Pair, parts: int) -> Pair:
-    """The pair with the tables that ``jaxspec convert --pad-to`` makes for a mesh with so many parts on its model axis."""
-    unit = BLOCK * parts
-
-    def padded(config: Config) -> Config:
-        first, *others = (-(-rows // unit) * unit for rows in (config.vocab, *config.input_tables[1:]))
-        return dataclasses.replace(config, vocab=first, padding=first - config.vocab, input_tables=(first, *others))
-
-    return pair if parts == 1 else Pair(padded(pair.target), pair.draft and padded(pair.draft), pair.stops)
 
 
 def _draft_of(settings: Settings, pair: Pair) -> Config | None:
@@ -200,7 +187,7 @@ def arguments(settings: Settings, pair: Pair, placement: Placement) -> Arguments
     def params(config: Config | None) -> Params:
         return () if config is None else placed(transformer.stored_params(config), transformer.shardings_of(config, placement))
 
-    vocab, codes, size = pair.target.vocab, codes_of(pair), group_size(pair)
+    vocab, codes, size = pair.target.vocab, pair.num_codes, group_size(pair)
     sizes = (vocab, size), vocab, codes * size + vocab - codes, vocab, vocab
     groups = jax.eval_shape(lambda: Groups(*(jnp.zeros(shape, jnp.int32) for shape in sizes)))
     verify = coarse_grained(placed(groups, jax.tree.map(lambda leaf: placement.sharding(), groups)))
@@ -227,14 +214,9 @@ def caches(config: Config, settings: Settings, placement: Placement) -> Any:
     return placed(made, placement.state(made))
 
 
-def codes_of(pair: Pair) -> int:
-    """The ids of the head's vocabulary before the stop ids."""
-    return pair.target.vocab - pair.target.padding - pair.stops
-
-
 def group_size(pair: Pair) -> int:
     """The most tokens of a group, G: as PCG's groups of LLaSA."""
-    return min(presets.GROUP_SIZE, codes_of(pair))
+    return min(presets.GROUP_SIZE, pair.num_codes)
 
 
 def memory_parts(settings: Settings, pair: Pair, shapes: Arguments, placement: Placement) -> dict[str, int]:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxspec.bench import chips
 from jaxspec.bench.collectives import KINDS
 from jaxspec.bench.plan import compile_for_tpu, total_bytes
-from jaxspec.bench.plan_shapes import Settings, codes_of, group_size, pair_of, placed, readable
+from jaxspec.bench.plan_shapes import Settings, group_size, pair_of, placed, readable
 from jaxspec.bench.presets import Pair
 from jaxspec.draft.family import Packed
 from jaxspec.models import transformer
@@ -101,7 +101,7 @@ def plan(settings: TrainingSettings) -> dict[str, Any]:
 
 def _membership(pair: Pair) -> Membership:
     """The shapes of groups as large as PCG's of LLaSA."""
-    codes = codes_of(pair)
+    codes = pair.num_codes
     size = codes * group_size(pair)
     fields = (size, jnp.int32), (size, jnp.int32), (size, jnp.float32), (codes, jnp.int32)
     return jax.eval_shape(lambda: Membership(*(jnp.zeros(*field) for field in fields)))

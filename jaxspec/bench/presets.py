@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxspec import mesh
 from jaxspec.common.trees import flatten, unflatten
 from jaxspec.groups import Groups, acoustic_similarity_groups
 from jaxspec.models import placement as placements
 from jaxspec.models import transformer
 from jaxspec.models.int8 import SUFFIX, UNIFORM_INT8, random_int8
 from jaxspec.models.transformer import Config, RopeScaling
+from jaxspec.sampling import BLOCK
 from jaxspec.types import Array, Params
 
 GROUP_SIZE = 140  # the mean of PCG's groups of LLaSA at a cosine of 0.4, arXiv 2511.13732
@@ -36,6 +39,11 @@ class Pair(NamedTuple):
     target: Config
     draft: Config | None
     stops: int
+
+    @property
+    def num_codes(self) -> int:
+        """How many ids of the head's vocabulary come before the stop ids."""
+        return self.target.vocab - self.target.padding - self.stops
 
 
 def _cut(target: Config, layers: int) -> Config:
@@ -75,13 +83,14 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 }
 
 
-def pair(name: str, dtype: str, weights: str = "float") -> Pair:
+def pair(name: str, dtype: str, weights: str = "float", parts: int = 1) -> Pair:
     """The shapes of a preset.
 
     Args:
         name: a key of ``PAIRS``.
         dtype: of weights and caches.
         weights: of target and draft, see ``transformer.Config.weights``.
+        parts: of the model axis of a mesh; head and tables are padded to a multiple of it, as ``jaxspec convert --pad-to`` does.
 
     Raises:
         ValueError: there is no such preset.
@@ -89,8 +98,28 @@ def pair(name: str, dtype: str, weights: str = "float") -> Pair:
     if name not in PAIRS:
         raise ValueError(f"expected a preset among {', '.join(PAIRS)}, got {name!r}: choose one of these")
     shapes = PAIRS[name]()
-    draft = shapes.draft and dataclasses.replace(shapes.draft, dtype=dtype, weights=weights)
-    return Pair(dataclasses.replace(shapes.target, dtype=dtype, weights=weights), draft, shapes.stops)
+
+    def made(config: Config) -> Config:
+        return dataclasses.replace(_padded(config, BLOCK * parts) if parts > 1 else config, dtype=dtype, weights=weights)
+
+    return Pair(made(shapes.target), shapes.draft and made(shapes.draft), shapes.stops)
+
+
+def _padded(config: Config, unit: int) -> Config:
+    first, *others = (-(-rows // unit) * unit for rows in (config.vocab, *config.input_tables[1:]))
+    return dataclasses.replace(config, vocab=first, padding=first - config.vocab, input_tables=(first, *others))
+
+
+def automatic_mesh(config: Config, is_preset: bool, devices: Sequence[Any] | None = None) -> Mesh:
+    """``mesh.automatic`` for a model.
+
+    Args:
+        config: its shape; the tables of a preset are padded to fit the mesh.
+        is_preset: whether it is that of a preset.
+        devices: by default all of JAX's.
+    """
+    heads = config.kv_heads, config.heads
+    return mesh.automatic(parameter_bytes(config), heads if is_preset else (*heads, config.vocab), devices)
 
 
 def random_params(key: Array, config: Config) -> Params:

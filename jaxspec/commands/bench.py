@@ -8,9 +8,11 @@ from pathlib import Path
 
 import jax
 
+from jaxspec.bench import presets
 from jaxspec.bench.settings import Settings
 from jaxspec.commands.mesh import OnMesh
 from jaxspec.common import hosts
+from jaxspec.models.transformer import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +26,11 @@ class Bench(OnMesh, Settings):
     json: bool = False
     """Print the result as JSON on standard output, and the table on standard error."""
 
-    def divided(self) -> str:
+    def divided(self) -> str | Config:
         """See ``OnMesh``."""
-        return self.preset
+        if self.preset not in presets.PAIRS:
+            return self.preset
+        return presets.pair(self.preset, min(self.dtypes), self.weights).target
 
     def run(self) -> None:
         """Runs the benchmark, with its progress on standard error.

@@ -26,8 +26,8 @@ class OnMesh:
     distributed: bool = dataclasses.field(default=False, kw_only=True)
     """Join the other hosts of a TPU slice or a cluster, which run the same command; the first one reads, prints and writes."""
 
-    def divided(self) -> str | Path | None:
-        """The target: a folder, a preset of the benchmark, or the built-in voice."""
+    def divided(self) -> str | Path | Config | None:
+        """The target: a folder, the shape of a preset of the benchmark, or the built-in voice."""
         return None
 
     def on_mesh(self) -> AbstractContextManager[object]:
@@ -40,17 +40,14 @@ class OnMesh:
             return contextlib.nullcontext()
         if self.mesh not in (None, mesh.AUTO):
             return jax.set_mesh(mesh.make(*mesh.parse(self.mesh)))
-        shape = _shape(self.divided())
-        if shape is None:
+        target = self.divided()
+        if target is None or target == "builtin":  # the built-in voice is small
             return jax.set_mesh(mesh.make(data=jax.device_count()))
-        return jax.set_mesh(mesh.automatic(presets.parameter_bytes(shape), (shape.kv_heads, shape.heads, shape.vocab)))
+        shape = target if isinstance(target, Config) else _shape(target)
+        return jax.set_mesh(presets.automatic_mesh(shape, target is shape))
 
 
-def _shape(model: str | Path | None) -> Config | None:
-    """The shape of a model; None for the built-in voice, which is small."""
-    if model is None or str(model) == "builtin":
-        return None
-    if str(model) in presets.PAIRS:
-        return presets.pair(str(model), "bfloat16").target
-    shape = descriptions.read_as(model, Model).shape
+def _shape(folder: str | Path) -> Config:
+    """The shape of a model in the type that it is run in."""
+    shape = descriptions.read_as(folder, Model).shape
     return dataclasses.replace(shape, dtype="float32" if jax.default_backend() == "cpu" else str(jnp.dtype(shape.dtype)))
