@@ -115,7 +115,7 @@ def table() -> str:
 def _line(cell: Cell, row: Mapping[str, Any]) -> str:
     start = MODELS[cell.model], cell.slice, row["mesh"], str(cell.batch)
     if "why" in row:
-        return "| " + " | ".join([*start, "does not fit", "", "", "", "", ""]) + " |"
+        return "| " + " | ".join([*start, plan_sweep.refusal(row), "", "", "", "", ""]) + " |"
     mark = "" if row["clock"] else "*"
     times = f"{row['gb']:.2f}", f"{1e3 * row['step_s']:.2f}{mark}", f"{1e3 * row['round_s']:.2f}{mark}"
     rates = f"{row['plain_codes_per_s']:,.0f}{mark}", f"{row['codes_per_s']:,.0f}{mark}", f"{1e3 * row['code_s']:.2f}{mark}"

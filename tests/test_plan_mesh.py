@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import commands
 import jax
@@ -203,6 +204,34 @@ def test_a_sweep_finds_the_best_mesh_and_batch(tmp_path):
     page = (tmp_path / "sweep.md").read_text()
     assert "| does not fit |" in page
     assert page.count("most codes a second") == page.count("least time a code") == 1
+
+
+def test_a_sweep_tells_what_does_not_fit_from_what_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "compile_for_tpu", lambda lowered: pytest.fail("compiled"))
+    monkeypatch.setattr(chips, "devices", lambda topology: [object()] * 4)
+    monkeypatch.setattr(plan_sweep, "meshes", lambda settings: ["data=4,model=1", "data=1,model=8"])
+    result = plan_sweep.sweep(Settings("small", "v5e:2x2"), [8000], 0.75, lambda line: None)
+    large, undivided = result["rows"]
+    assert (large["fits"], undivided["fits"]) == (False, True)
+    assert (result["most_codes"], result["least_wait"]) == (None, None)
+    plan_sweep.save(tmp_path, result)
+    page = (tmp_path / "sweep.md").read_text()
+    assert "| data=4,model=1 | 8000 |  |  |  |  |  |  |  | does not fit |" in page
+    assert "| refused: expected heads to be a multiple of 8, the model axis, got 12" in page
+    assert page.count("does not fit") == page.count("refused") == 1
+
+
+def test_what_the_compiler_finds_too_large_does_not_fit():
+    def lowered(said):
+        def compiled():
+            raise jax.errors.JaxRuntimeError(said)
+
+        return types.SimpleNamespace(compile=compiled)
+
+    with pytest.raises(plan_shapes.DoesNotFitError, match="a program that does not fit, as the compiler finds"):
+        plan.compile_for_tpu(lowered("RESOURCE_EXHAUSTED: Ran out of memory"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        plan.compile_for_tpu(lowered("INTERNAL: a fault"))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from jaxspec.bench import chips, collectives, hlo, plan_shapes
 from jaxspec.bench.hlo import Program
 from jaxspec.bench.plan_shapes import (
     Arguments,
+    DoesNotFitError,
     Settings,
     abstract_placement,
     arguments,
@@ -61,7 +62,8 @@ def plan(settings: Settings, prefill: bool = True) -> dict[str, Any]:
 
     Raises:
         ValueError: a setting is out of its range, the model or the topology is unknown, the topology has fewer devices than the
-            mesh, the mesh does not divide the model, or the parts do not fit in the chip.
+            mesh, or the mesh does not divide the model.
+        DoesNotFitError: the parts do not fit in the chip, or the program does not, as the compiler finds.
         ImportError: libtpu is not installed.
     """
     settings = resolved(settings)
@@ -178,7 +180,7 @@ def compile_for_tpu(lowered: Any, smaller: str = "a smaller batch or a shorter c
         smaller: what would fit, for the error.
 
     Raises:
-        ValueError: it does not fit, as the compiler finds.
+        DoesNotFitError: it does not fit, as the compiler finds.
     """
     try:
         with _no_persistent_cache():
@@ -187,7 +189,7 @@ def compile_for_tpu(lowered: Any, smaller: str = "a smaller batch or a shorter c
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = str(error).splitlines()[0]
-        raise ValueError(f"expected {smaller}, got a program that does not fit, as the compiler finds ({said})") from error
+        raise DoesNotFitError(f"expected {smaller}, got a program that does not fit, as the compiler finds ({said})") from error
 
 
 def _caches(settings: Settings, pair: Pair) -> set[tuple]:

@@ -26,6 +26,10 @@ from jaxspec.types import Params, Verify
 from jaxspec.verify import coarse_grained
 
 
+class DoesNotFitError(ValueError):
+    """What is planned takes more memory than a device has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What to plan for."""
@@ -275,7 +279,7 @@ def check_room(settings: Settings, parts: dict[str, int], room: int) -> None:
         room: bytes.
 
     Raises:
-        ValueError: they do not. The message has the arithmetic, and the largest batch that fits.
+        DoesNotFitError: they do not. The message has the arithmetic, and the largest batch that fits.
     """
     fixed = parts["target"] + parts["draft"] + parts["groups"]
     data, _ = settings.axes
@@ -286,7 +290,7 @@ def check_room(settings: Settings, parts: dict[str, int], room: int) -> None:
         return
     wanted = f"a batch of at most {most}" if most > 0 else "a smaller model, or a shorter cache,"
     size = {name: readable(count) for name, count in parts.items()}
-    raise ValueError(
+    raise DoesNotFitError(
         f"expected {wanted} on one device of {settings.topology}: target {size['target']} + draft {size['draft']} + groups "
         f"{size['groups']} + caches {rows} x {readable(row)}, {settings.cells} cells each, = {readable(total)}, got "
         f"{readable(room)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxspec.bench import chips, plan
-from jaxspec.bench.plan_shapes import Settings, pair_of
+from jaxspec.bench.plan_shapes import DoesNotFitError, Settings, pair_of
 from jaxspec.bench.roofline import expected_tokens
 from jaxspec.common.files import replacing, write_json
 
@@ -33,8 +33,8 @@ def cell(settings: Settings, acceptance: float) -> dict[str, Any]:
         The settings that differ in a sweep, and of a plan that fits: "layers" of the target, "gb" of a device, "compile_s",
         "failing", the names of the checks that do not hold, "step_s" and "round_s", the estimates, "cycles" of both, whether
         there is a "clock" to make seconds of them, "all_reduces" of a round, "plain_codes_per_s" and "codes_per_s" of the whole
-        batch, by plain steps and by the better loop, and "code_s", the time of a code of one row by the latter. Where the plan
-        does not fit, "why" says so.
+        batch, by plain steps and by the better loop, and "code_s", the time of a code of one row by the latter. Where there is no
+        such plan, "why" says so, and "fits" is false if it takes too much memory.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -45,12 +45,12 @@ def cell(settings: Settings, acceptance: float) -> dict[str, Any]:
     try:
         made = plan.plan(settings, prefill=False)
     except ValueError as error:
-        return named | {"why": str(error)}
+        return named | {"why": str(error), "fits": not isinstance(error, DoesNotFitError)}
     memory, step_s, round_s = made["memory"], made["step"]["estimate_s"], made["round"]["estimate_s"]
     named |= {"layers": made["target_layers"], "gb": memory["total"] / 1e9, "compile_s": made["compile_s"]}
     named |= {"failing": [name for name, check in made["checks"].items() if not check["holds"]]}
     if not memory["fits"]:
-        return named | {"why": f"{memory['total'] / 1e9:.1f} GB of {memory['room'] / 1e9:.1f} GB"}
+        return named | {"why": f"{memory['total'] / 1e9:.1f} GB of {memory['room'] / 1e9:.1f} GB", "fits": False}
     tokens = expected_tokens(acceptance, settings.draft_length)
     counted = made["round"]["collectives"]
     return named | {
@@ -125,10 +125,15 @@ def said_of(row: Row) -> str:
     return f"Planned, not measured: an acceptance of {row['acceptance']:g} is assumed, and the latency of collectives is a guess."
 
 
+def refusal(row: Row) -> str:
+    """What a table says in place of the figures of a row that has none."""
+    return f"refused: {row['why']}" if row["fits"] else "does not fit"
+
+
 def _line(row: Row, note: str) -> str:
     start = f"| {row['mesh']} | {row['batch']} | "
     if "why" in row:
-        return start + " | ".join(["", "", "", "", "", "", "", "does not fit"]) + " |"
+        return start + " | ".join(["", "", "", "", "", "", "", refusal(row)]) + " |"
     note = ", ".join([*([note] if note else []), *(f"FAILS: {name}" for name in row["failing"])])
     cells = f"{row['gb']:.2f}", f"{1e3 * row['step_s']:.2f}", f"{1e3 * row['round_s']:.2f}", str(row["all_reduces"])
     rates = f"{row['plain_codes_per_s']:,.0f}", f"{row['codes_per_s']:,.0f}", f"{1e3 * row['code_s']:.2f}"
