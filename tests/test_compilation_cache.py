@@ -4,13 +4,21 @@ import functools
 import os
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxspec.common import compilation_cache
-from jaxspec.common.compilation_cache import call, describe, keep, use_compilation_cache
+from jaxspec.common.compilation_cache import call, describe, keep, updating, use_compilation_cache
+
+
+class State(NamedTuple):
+    """Of a type that jax.export does not know."""
+
+    sums: Any
+    rest: Any
 
 
 @pytest.fixture
@@ -48,6 +56,34 @@ def test_a_program_is_traced_once_for_all_processes(folder, monkeypatch):
         assert traces == ([(3,)] if runs == 0 else [])
         forget(monkeypatch)
     assert len(list((folder / "jaxspec-traced").iterdir())) == 1
+
+
+def test_a_state_is_updated_in_place_by_a_program_that_is_traced_once(folder, monkeypatch):
+    for runs in range(2):
+        traces = []
+
+        @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+        def add(by, state, more, traces=traces):
+            traces.append(by)
+            return State(state.sums + by * more, state.rest)
+
+        describe(add, "adds to the sums")
+        state, more = State(jnp.arange(3.0), None), jnp.ones(3)
+        step = updating(add, (2,), state, more)
+        for _ in range(3):
+            before, state = state, step(state, more)
+            assert before.sums.is_deleted()
+        assert isinstance(state, State)
+        assert (state.sums.tolist(), state.rest, more.is_deleted()) == ([6, 7, 8], None, False)
+        assert traces == ([2] if runs == 0 else [])
+        forget(monkeypatch)
+
+
+def test_a_state_that_is_not_to_be_kept_is_updated_all_the_same(folder):
+    add = jax.jit(lambda by, state: State(state.sums + by, None), static_argnums=0, donate_argnums=1)
+    state = State(jnp.zeros(2), None)
+    assert updating(add, (2,), state)(state).sums.tolist() == [2, 2]
+    assert not (folder / "jaxspec-traced").exists()
 
 
 def test_another_static_value_shape_or_description_is_another_program(folder):

@@ -97,8 +97,35 @@ def call(function: Callable[..., Any], static: Sequence[Hashable], *arguments: A
     if key is None:
         return function(*static, *arguments)
     if key not in _programs:
-        _programs[key] = _program(key, lambda *arrays: function(*static, *jax.tree.unflatten(structure, arrays)), leaves)
+        program = _program(key, lambda *arrays: function(*static, *jax.tree.unflatten(structure, arrays)), leaves)
+        _programs[key] = jax.jit(program)
     return _programs[key](*leaves)
+
+
+def updating(function: Callable[..., T], static: Sequence[Hashable], state: T, *arguments: Any) -> Callable[..., T]:
+    """What ``call`` is to a function, to one that returns its first argument changed: for many calls, and that one is donated.
+
+    Args:
+        function: as for ``call``; it donates its first argument too.
+        static: as for ``call``.
+        state: the first argument, or one of the same shapes.
+        arguments: the others, likewise.
+
+    Returns:
+        (state, *arguments) -> the state after ``function``, for arguments of these shapes.
+    """
+    leaves, structure = jax.tree.flatten((state, *arguments))
+    key = _key([function, *static, *_partials(arguments)], leaves, str(structure))
+    if key is None:
+        return functools.partial(function, *static)
+    if key not in _programs:
+        # The leaves alone: a state has nodes of types that a file cannot name.
+        program = _program(
+            key, lambda *arrays: jax.tree.leaves(function(*static, *jax.tree.unflatten(structure, arrays))), leaves
+        )
+        _programs[key] = jax.jit(program, donate_argnums=range(len(jax.tree.leaves(state))))
+    program, of_state = _programs[key], jax.tree.structure(state)
+    return lambda *arguments: jax.tree.unflatten(of_state, program(*jax.tree.leaves(arguments)))
 
 
 def _key(values: Sequence[Hashable], leaves: Sequence[Any], structure: str) -> str | None:
@@ -149,7 +176,7 @@ def _program(key: str, function: Callable[..., Any], leaves: Sequence[Any]) -> C
     if exported is None:
         exported = jax.export.export(jax.jit(function))(*leaves)
         _write(path, bytes(exported.serialize()))
-    return jax.jit(exported.call)
+    return exported.call
 
 
 def _read(path: Path) -> jax.export.Exported | None:

@@ -6,13 +6,14 @@ The host may stay one call behind the device: ``advance`` returns at once, and `
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxspec import request, speculate
+from jaxspec.common.compilation_cache import describe, updating
 from jaxspec.state import LENGTH_LIMIT, RUNNING, Counts, Emitted, Generation, Info, State
 from jaxspec.synthesis.contract import Requests, Synthesizer
 from jaxspec.synthesis.decoding import Decoding
@@ -64,7 +65,8 @@ class Slots:
     ):
         draft_params = synthesizer.drafter.params if synthesizer.drafter and decoding.draft else None
         self._models = synthesizer.target, synthesizer.target_params, decoding.draft, draft_params
-        self._verify = decoding.verify if decoding.draft else None
+        self._verify = decoding.verify and speculate.as_pytree(decoding.verify) if decoding.draft else None
+        self._programs: dict[int, Callable[..., State]] = {}  # of ``_advance``, by the number of rows
         self._state = _empty(*self._models, count, cells, num_stops)
         self._flying: collections.deque[tuple[Emitted, np.ndarray, list[Row | None]]] = collections.deque()
         self.rows: list[Row | None] = [None] * count
@@ -94,13 +96,13 @@ class Slots:
         """
         used = [slot for slot, row in enumerate(self.rows) if row]
         size = size or next(size for size in self.sizes if size >= len(used))
-        if size == len(self.rows):
-            self._state = speculate.advance(*self._models, self._verify, self._state, rounds)
-        else:
-            spare = [slot for slot, row in enumerate(self.rows) if not row]
-            index = np.array((used + spare)[:size], np.int32)
-            verify = self._verify and speculate.as_pytree(self._verify)
-            self._state = _advance_some(*self._models, verify, self._state, index, rounds)
+        spare = [slot for slot, row in enumerate(self.rows) if not row]
+        index = None if size == len(self.rows) else np.array((used + spare)[:size], np.int32)
+        target, target_params, draft, draft_params = self._models
+        arguments = self._state, target_params, draft_params, self._verify, index, np.int32(rounds)
+        if size not in self._programs:
+            self._programs[size] = updating(_advance, (target, draft), *arguments)
+        self._state = self._programs[size](*arguments)
         since = np.array([len(row.tokens) if row else 0 for row in self.rows], np.int32)
         news = speculate.emitted(self._state, since)
         for array in jax.tree.leaves(news):
@@ -157,21 +159,24 @@ def row_request(synthesizer: Synthesizer, requests: Requests, row: int, keys: Ar
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=5)
-def _advance_some(
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _advance(
     target: LanguageModel,
-    target_params: Params,
     draft: Draft | None,
+    state: State,
+    target_params: Params,
     draft_params: Params,
     verify: Verify | None,
-    state: State,
-    index: Array,
-    num_rounds: Array | int,
+    index: Array | None,
+    num_rounds: Array,
 ) -> State:
-    """``speculate.advance`` of the rows ``index`` int32 [n], all different, of a state that is donated."""
-    some = jax.tree.map(lambda rows: rows[index], state)
+    """``speculate.advance`` of the rows ``index`` int32 [n], all different, or of all, of a state that is donated."""
+    some = state if index is None else jax.tree.map(lambda rows: rows[index], state)
     some = speculate.advance(target, target_params, draft, draft_params, verify, some, num_rounds)
-    return jax.tree.map(lambda rows, new: rows.at[index].set(new, unique_indices=True), state, some)
+    return some if index is None else jax.tree.map(lambda rows, new: rows.at[index].set(new, unique_indices=True), state, some)
+
+
+describe(_advance, "advances slots")
 
 
 def _empty(
