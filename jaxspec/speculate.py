@@ -251,6 +251,12 @@ def admit(
     Raises:
         ValueError: the request has several rows, or does not fit the state.
     """
+    check_admission(draft, state, request)
+    return admit_request(target, target_params, draft, draft_params, state, slot, request)
+
+
+def check_admission(draft: Draft | None, state: State, request: Request) -> None:
+    """The checks of ``admit``, whose Raises this has."""
     cells, num_stops = state.tokens.shape[1], state.stop_ids.shape[1]
     if request.prompt.shape[0] != 1 or request.stop_ids.shape[1] > num_stops:
         raise ValueError(
@@ -261,11 +267,10 @@ def admit(
     needed = int(prompt_length[0]) + int(limit[0]) + _length(draft) + 1
     if needed > cells:
         raise ValueError(f"expected a request that fits {cells} cells, got one that needs {needed}: lower its limit")
-    return _admit(target, target_params, draft, draft_params, state, slot, request)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=4)
-def _admit(
+def admit_request(
     target: LanguageModel,
     target_params: Params,
     draft: Draft | None,
@@ -274,6 +279,7 @@ def _admit(
     slot: Array | int,
     request: Request,
 ) -> State:
+    """``admit`` without its checks."""
     missing = state.stop_ids.shape[1] - request.stop_ids.shape[1]
     request = request._replace(stop_ids=jnp.pad(request.stop_ids, ((0, 0), (0, missing)), constant_values=PAD))
     row = _init(target, target_params, draft, draft_params, request, state.tokens.shape[1])

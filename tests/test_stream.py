@@ -16,6 +16,8 @@ import soundfile
 from jaxspec.audio.pcm import pcm16, wav_header
 from jaxspec.commands import main
 from jaxspec.commands.streaming import say_stream
+from jaxspec.common import compilation_cache
+from jaxspec.common.compilation_cache import use_compilation_cache
 from jaxspec.synthesis import builtin, stream
 from jaxspec.synthesis.contract import Settings
 from jaxspec.synthesis.decoding import resolve, tokens_of
@@ -60,6 +62,19 @@ def test_the_first_chunk_comes_before_the_last_code_is_decoded(monkeypatch):
     assert 4 + 6 <= early <= 4 + 6 + 2  # the codec looks 6 codes ahead, and the device is one round ahead
     assert len(list(chunks)) > 3
     assert sum(rounds) > 3 * early
+
+
+def test_another_process_traces_nothing_anew(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    use_compilation_cache(tmp_path)
+    spoken = []
+    for export in (jax.export.export, lambda function: pytest.fail("traced")):
+        monkeypatch.setattr(compilation_cache, "_programs", {})  # as in another process
+        monkeypatch.setattr(jax.export, "export", export)
+        spoken.append(np.concatenate([chunk.wave for chunk in stream.stream("Hi.", Settings(verify="autoregressive"))]))
+    jax.config.update("jax_compilation_cache_dir", before)
+    assert len(list((tmp_path / "jaxspec-traced").iterdir())) == 4  # keys, admission, rounds, and the codec
+    np.testing.assert_array_equal(*spoken)
 
 
 def test_rows_computed_in_batches_of_the_size_in_use_are_the_same():

@@ -89,7 +89,7 @@ def call(function: Callable[..., Any], static: Sequence[Hashable], *arguments: A
 
     Args:
         function: jitted, its first arguments static; it must have been given to ``describe``, or nothing is kept.
-        static: numbers, strings, tuples of them, and values that were given to ``describe``.
+        static: None, numbers, strings, tuples of them, and values that were given to ``describe``.
         arguments: pytrees of arrays on one device; functions in a ``jax.tree_util.Partial`` must have been given to ``describe``.
     """
     leaves, structure = jax.tree.flatten(arguments)
@@ -143,7 +143,7 @@ def _described(value: Hashable) -> str | None:
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         parts = [_described(part) for part in value]
         return None if None in parts else repr(parts)
-    return repr(value) if isinstance(value, int | str) else _descriptions.get(value)
+    return repr(value) if value is None or isinstance(value, int | str) else _descriptions.get(value)
 
 
 def _partials(tree: Any) -> Iterator[Callable[..., Any]]:

@@ -6,7 +6,7 @@ The host may stay one call behind the device: ``advance`` returns at once, and `
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ class Slots:
         draft_params = synthesizer.drafter.params if synthesizer.drafter and decoding.draft else None
         self._models = synthesizer.target, synthesizer.target_params, decoding.draft, draft_params
         self._verify = decoding.verify and speculate.as_pytree(decoding.verify) if decoding.draft else None
-        self._programs: dict[int, Callable[..., State]] = {}  # of ``_advance``, by the number of rows
+        self._programs: dict[Hashable, Callable[..., State]] = {}  # by function and shapes
         self._state = _empty(*self._models, count, cells, num_stops)
         self._flying: collections.deque[tuple[Emitted, np.ndarray, list[Row | None]]] = collections.deque()
         self.rows: list[Row | None] = [None] * count
@@ -75,7 +75,8 @@ class Slots:
     def admit(self, one: request.Request) -> Row:
         """Puts a request of one row into an empty slot; there must be one."""
         slot, row = self.rows.index(None), Row()
-        self._state = speculate.admit(*self._models, self._state, slot, one)
+        speculate.check_admission(self._models[2], self._state, one)
+        self._update(_admit, np.int32(slot), one)
         self.rows[slot] = row
         return row
 
@@ -98,17 +99,23 @@ class Slots:
         size = size or next(size for size in self.sizes if size >= len(used))
         spare = [slot for slot, row in enumerate(self.rows) if not row]
         index = None if size == len(self.rows) else np.array((used + spare)[:size], np.int32)
-        target, target_params, draft, draft_params = self._models
-        arguments = self._state, target_params, draft_params, self._verify, index, np.int32(rounds)
-        if size not in self._programs:
-            self._programs[size] = updating(_advance, (target, draft), *arguments)
-        self._state = self._programs[size](*arguments)
+        self._update(_advance, self._verify, index, np.int32(rounds))
         since = np.array([len(row.tokens) if row else 0 for row in self.rows], np.int32)
         news = speculate.emitted(self._state, since)
         for array in jax.tree.leaves(news):
             array.copy_to_host_async()
         self._flying.append((news, since, list(self.rows)))
         return size
+
+    def _update(self, function: Callable[..., State], *arguments: Any) -> None:
+        """Sets the state to ``function(target, draft, state, target_params, draft_params, *arguments)``."""
+        target, target_params, draft, draft_params = self._models
+        leaves, structure = jax.tree.flatten(arguments)
+        key = function, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        given = self._state, target_params, draft_params, *arguments
+        if key not in self._programs:
+            self._programs[key] = updating(function, (target, draft), *given)
+        self._state = self._programs[key](*given)
 
     @property
     def unread(self) -> int:
@@ -176,7 +183,22 @@ def _advance(
     return some if index is None else jax.tree.map(lambda rows, new: rows.at[index].set(new, unique_indices=True), state, some)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _admit(
+    target: LanguageModel,
+    draft: Draft | None,
+    state: State,
+    target_params: Params,
+    draft_params: Params,
+    slot: Array,
+    one: request.Request,
+) -> State:
+    """``speculate.admit`` of a checked request, to a state that is donated."""
+    return speculate.admit_request(target, target_params, draft, draft_params, state, slot, one)
+
+
 describe(_advance, "advances slots")
+describe(_admit, "admits to a slot")
 
 
 def _empty(
