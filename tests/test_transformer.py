@@ -123,7 +123,8 @@ def test_a_model_that_drafts_for_itself_is_always_right():
     assert fast.info.rounds.tolist() == [16, 16]
 
 
-def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_lone_token_said_twice_says_the_same(monkeypatch, platform):
     """To the last cell that the row may fill: the second one's cell must lie within the cache."""
     config = dataclasses.replace(SMALL, layers=2)
     params, prompt, length = init_params(jax.random.key(3), config), np.arange(7, dtype=np.int32)[None], np.array([7], np.int32)
@@ -131,11 +132,11 @@ def test_a_lone_token_said_twice_to_a_tpu_says_the_same(monkeypatch):
     said = autoregressive(jax.random.key(0), once, params, prompt, length, **GREEDY)
     asked = []
 
-    def as_a_tpu(*arguments, default, tpu=None, cpu=None):
+    def elsewhere(*arguments, default, **others):
         asked.append(default.__name__)
-        return (tpu or default)(*arguments)
+        return others.get(platform, default)(*arguments)
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", as_a_tpu)
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
     twice = language_model.__wrapped__(config)
     assert autoregressive(jax.random.key(0), twice, params, prompt, length, **GREEDY).tokens.tolist() == said.tokens.tolist()
     for K in (0, 3):

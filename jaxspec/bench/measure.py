@@ -22,7 +22,7 @@ from jaxspec.types import Array, Draft, LanguageModel, Params, Proposal, Verify
 
 PARTS = ("draft", "target", "verify_and_commit")
 _PART_ROUNDS = 5  # of each part, in each repeat
-_REPEATED = 4  # times a step or a proposal in one program, so that calls of it weigh less
+_REPEATED = 4  # times a part or a step in one program, so that calling it weighs less
 
 _T = TypeVar("_T")
 
@@ -98,9 +98,9 @@ class _Timed:
                 make, params = mirrored(options, models.target, shape, drafter.params)
                 self.mirror, self.method = make(self.method.draft), self.method._replace(params=params)
         self._propose = jax.jit(_propose, static_argnums=0, donate_argnums=2)
-        self._score = jax.jit(rounds.score, static_argnums=0, donate_argnums=3)
+        self._score = jax.jit(_score, static_argnums=0, donate_argnums=3)
         self._steps = jax.jit(_steps, static_argnums=0, donate_argnums=2)
-        self._verify_and_commit = jax.jit(rounds.verify_and_commit, donate_argnums=1)
+        self._verify_and_commit = jax.jit(_verify_and_commit, donate_argnums=1)
         self.clear()
 
     def clear(self) -> None:
@@ -144,7 +144,7 @@ class _Timed:
         return speculate.generate(*target, *self.method, **asked._asdict())
 
     def _time_parts(self, number: int, method: "_Method") -> None:
-        """Times the parts of some rounds, and plain steps beside them; drafting and steps several times in one program."""
+        """Times the parts of some rounds, and plain steps beside them, each several times in one program."""
         asked = self.models.requests(self.case, number)
         target_params, (draft, draft_params, verify) = self.models.target_params, method
         request = requests.check(jax.random.key(number), **asked._asdict())
@@ -153,15 +153,16 @@ class _Timed:
         state = speculate.init(self.lm, target_params, draft, draft_params, request, cells)
         stepped = speculate.init(plain, target_params, None, (), request, cells)
         for _ in range(_PART_ROUNDS):
-            stepped = self._time("step", lambda s=stepped: self._steps(plain, target_params, s), _REPEATED)
-            proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s), _REPEATED)
+            stepped = self._time("step", lambda s=stepped: self._steps(plain, target_params, s))
+            proposal, state = self._time("draft", lambda s=state: self._propose(draft, draft_params, s))
             probs, features, state = self._time("target", lambda s=state, p=proposal: self._score(self.lm, target_params, p, s))
             parts = proposal, probs, features
             state = self._time("verify_and_commit", lambda s=state, p=parts: self._verify_and_commit(verify, s, *p))
 
-    def _time(self, name: str, call: Callable[[], _T], repeated: int = 1) -> _T:
+    def _time(self, name: str, call: Callable[[], _T]) -> _T:
         start = time.perf_counter()
         result = jax.block_until_ready(call())
+        repeated = _REPEATED if name in ("step", *PARTS) else 1
         self.seconds[name].append((time.perf_counter() - start) / repeated)
         return result
 
@@ -178,6 +179,20 @@ def _propose(draft: Draft, params: Params, state: State) -> tuple[Proposal, Stat
         return rounds.propose(draft, params, carry[1])
 
     return jax.lax.fori_loop(1, _REPEATED, again, rounds.propose(draft, params, state))
+
+
+def _score(target: LanguageModel, params: Params, proposal: Proposal, state: State) -> tuple[Array, Array | None, State]:
+    """Scores the same proposal ``_REPEATED`` times."""
+
+    def again(_: Array, carry: tuple[Array, Array | None, State]) -> tuple[Array, Array | None, State]:
+        return rounds.score(target, params, proposal, carry[2])
+
+    return jax.lax.fori_loop(1, _REPEATED, again, rounds.score(target, params, proposal, state))
+
+
+def _verify_and_commit(verify: Verify, state: State, *parts: Any) -> State:
+    """Verifies the same proposal and commits what stands ``_REPEATED`` times, also where every row has finished."""
+    return jax.lax.fori_loop(0, _REPEATED, lambda _, state: rounds.verify_and_commit(verify, state, *parts), state)
 
 
 def _autotuned(models: Models, case: Case, timed: dict[Case, Any]) -> "_Autotuned":

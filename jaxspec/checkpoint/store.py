@@ -223,6 +223,7 @@ def _handler(digests: dict[str, str], errors: list[Exception]) -> Any:
         spec = handlers.get_json_tspec_write(
             info, info.is_ocdbt_checkpoint, leaf.shape, block, leaf.dtype, process_index=jax.process_index()
         )
+        spec["dtype"] = leaf.dtype.name  # which Orbax before 0.12.8 leaves to its callers
         await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)  # writes zarr's metadata
         digest = blake3()
         for index, start in enumerate(starts):

@@ -392,9 +392,10 @@ class Transformer(nn.Module):
 def language_model(config: Config) -> LanguageModel:
     """The transformer as the pair of pure functions that the loop takes; the same object for the same config.
 
-    On TPU a step of a single token, or of one for each part of the batch on a mesh, is padded to two tokens: generations before
-    the seventh compute a matrix times one vector on their vector unit, at a quarter of the bandwidth (``jaxspec plan`` shows it).
-    The cell of the second is in the slack of the cache, see ``cache.write``.
+    On TPU and GPU a step of a single token, or of one for each part of the batch on a mesh, is padded to two tokens: a TPU before the
+    seventh generation computes a matrix times one vector on its vector unit, at a quarter of the bandwidth (``jaxspec plan`` shows
+    it), and an H200 at three quarters of it (docs/tpu-gpu.md). The cell of the second is in the slack of the cache, see
+    ``cache.write``.
     """
     model = Transformer(config)
 
@@ -409,7 +410,7 @@ def language_model(config: Config) -> LanguageModel:
     def apply(params: Params, tokens: Array, cache: Cache, length: Array) -> tuple[Array, Array | None, Cache]:
         if tokens.shape[1] > 1 or tokens.shape[0] > mesh.parts("batch"):
             return once(params, tokens, cache, length)
-        return jax.lax.platform_dependent(params, tokens, cache, length, tpu=padded, default=once)
+        return jax.lax.platform_dependent(params, tokens, cache, length, tpu=padded, cuda=padded, default=once)
 
     def init_cache(batch: int, cells: int) -> Cache:
         cell = functools.partial(kv.init, batch, cells, config.kv_heads, config.head_dim, jnp.dtype(config.dtype))
