@@ -1,7 +1,7 @@
 """Builds the built-in voice from nothing: python scripts/build_voice.py STAGE [--config FILE] [--work DIR].
 
 Stages, in order; each resumes from what it finds in DIR: corpus (recordings by flite), codec, encode (recordings to codes),
-decoder (the codec's decoder, trained further), target, pack (writes jaxspec/voice/builtin.safetensors), draft (trained on samples
+decoder (a larger decoder of the same codes), target, pack (writes jaxspec/voice/builtin.safetensors), draft (trained on samples
 of that file), and pack again, with the draft. Without the stages codec and decoder, the codec is that of the file.
 """
 
@@ -59,10 +59,23 @@ def trained_codec(work: Path) -> Any:
     return load_ema(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
 
 
-def final_codec(work: Path) -> Any:
-    """The same with the decoder of the stage decoder, unless it was left out."""
-    params = trained_codec(work)
-    return {**params, "decoder": load_ema(work / "decoder", params["decoder"])} if (work / "decoder").exists() else params
+def decoder_config(settings: dict[str, Any]) -> codecs.Config:
+    """The codec with the decoder of the stage decoder."""
+    names = ("decoder_width", "coarse_blocks", "fine_blocks")
+    return dataclasses.replace(CODEC, **{name: settings[name] for name in names})
+
+
+def decoder_start(config: codecs.Config) -> Any:
+    """Random weights of a decoder."""
+    return codec.init_params(jax.random.key(1), config)["codec"]["decoder"]
+
+
+def final_codec(config: dict[str, Any], work: Path) -> tuple[codecs.Config, Any]:
+    """The codec with the decoder of the stage decoder, unless it was left out."""
+    if not (work / "decoder").exists():
+        return (CODEC if (work / "codec").exists() else voice.load().codec), trained_codec(work)
+    shape = decoder_config(config["decoder"])
+    return shape, {**trained_codec(work), "decoder": load_ema(work / "decoder", decoder_start(shape))}
 
 
 def run_corpus(config: dict[str, Any], work: Path) -> None:
@@ -72,29 +85,25 @@ def run_corpus(config: dict[str, Any], work: Path) -> None:
         print(f"{hours:.2f} of {settings['hours']} h", flush=True)
 
 
-def crops(config: dict[str, Any], work: Path, seed: int) -> Any:
+def crops(settings: dict[str, Any], work: Path, seed: int) -> Any:
     """Random crops of the recordings."""
-    settings = config["codec"]
     return codec.batches(work / "corpus", list(voice.VOICES), CODEC, settings["batch"], settings["crop"], seed)
 
 
 def run_codec(config: dict[str, Any], work: Path) -> None:
     """Trains the codec on crops of the recordings."""
     start = codec.init_params(jax.random.key(0), CODEC)
-    fit(work / "codec", start, codec.loss(CODEC), lambda step: crops(config, work, 1000 + step), train_config(config["codec"]))
+    settings = config["codec"]
+    fit(work / "codec", start, codec.loss(CODEC), lambda step: crops(settings, work, 1000 + step), train_config(settings))
 
 
 def run_decoder(config: dict[str, Any], work: Path) -> None:
-    """Trains the codec's decoder further, with the encoder fixed."""
-    params = trained_codec(work)
-    loss = codec.decoder_loss(CODEC, params)
-    fit(
-        work / "decoder",
-        params["decoder"],
-        loss,
-        lambda step: crops(config, work, 100_000 + step),
-        train_config(config["decoder"]),
-    )
+    """Trains a larger decoder, with the encoder and so the codes fixed."""
+    settings = config["decoder"]
+    shape = decoder_config(settings)
+    loss = codec.decoder_loss(shape, trained_codec(work)["encoder"])
+    seeded = lambda step: crops(settings, work, 100_000 + step)  # noqa: E731
+    fit(work / "decoder", decoder_start(shape), loss, seeded, train_config(settings))
 
 
 def run_encode(config: dict[str, Any], work: Path) -> None:
@@ -125,7 +134,8 @@ def run_pack(config: dict[str, Any], work: Path) -> None:
         for recording in corpus.read_shard(path):
             trained[recording.signal] = 1
     voice.BUILTIN.parent.mkdir(exist_ok=True)
-    packed = voice.Voice(model_config(config["target"]), CODEC, target_params(config, work), final_codec(work), trained)
+    codec_config, codec_params = final_codec(config, work)
+    packed = voice.Voice(model_config(config["target"]), codec_config, target_params(config, work), codec_params, trained)
     if (work / "draft").exists():
         described = descriptions.read_as(work / "draft", DraftDescription)
         own = store.read_params(work / "draft", "float32")
@@ -143,7 +153,7 @@ def run_draft(config: dict[str, Any], work: Path) -> None:
     recipe = recipes.read(settings["recipe"])
     samples = trainer.begin(out, recipe, target) / "samples"
     speech.sample(samples, what, target, lambda done, total: print(f"{done} of {total} texts sampled", flush=True))
-    trainer.train(out, recipe, target, speech.read(samples, target), target.sampling, cache_features=True)
+    trainer.train(out, recipe, target, speech.read(samples, target), target.sampling, cache_features=settings["cache_features"])
 
 
 STAGES = {

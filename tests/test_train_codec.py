@@ -44,7 +44,7 @@ def test_a_gradient_step_lowers_the_loss(kind):
     if kind == "codec":
         loss, start = codec.loss(SMALL), params
     else:
-        loss, start = codec.decoder_loss(SMALL, params["codec"]), params["codec"]["decoder"]
+        loss, start = codec.decoder_loss(SMALL, params["codec"]["encoder"]), params["codec"]["decoder"]
     step = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, jax.random.key(2))[0]))
     before, gradient = step(start)
     after, _ = step(jax.tree.map(lambda p, g: p - 1e-3 * g, start, gradient))

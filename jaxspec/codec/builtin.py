@@ -21,7 +21,11 @@ from jaxspec.types import Array, Codec, Params
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of the codec. A code spans ``hop * stride`` samples."""
+    """The shape of the codec. A code spans ``hop * stride`` samples.
+
+    The encoder has the widths ``encoder_width`` at 100 Hz and ``width`` at 25 Hz, with ``encoder_blocks`` blocks there; the decoder
+    has ``decoder_width``, with ``coarse_blocks`` at 25 Hz and ``fine_blocks`` at 100 Hz.
+    """
 
     voices: int
     levels: tuple[int, ...] = (7, 5, 5, 5, 5)
@@ -32,6 +36,8 @@ class Config:
     mel_bins: int = 80
     encoder_width: int = 128
     width: int = 192
+    encoder_blocks: int = 3
+    decoder_width: int = 192
     coarse_blocks: int = 3
     fine_blocks: int = 3
 
@@ -80,7 +86,7 @@ class Encoder(nn.Module):
         x = Block(c.encoder_width)(nn.Conv(c.encoder_width, (3,))(jnp.where(mask, x, 0)), mask)
         x = nn.Conv(c.width, (2 * c.stride,), strides=(c.stride,))(jnp.where(mask, x, 0))
         mask = padding.valid(codes, x.shape[1])[:, :, None]
-        for _ in range(c.coarse_blocks):
+        for _ in range(c.encoder_blocks):
             x = Block(c.width)(x, mask)
         return nn.Dense(len(c.levels))(nn.LayerNorm()(x))
 
@@ -95,13 +101,13 @@ class Decoder(nn.Module):
         """z [B T len(levels)], of which ``length`` int32 [B] steps are valid, voice int32 [B] -> [B T*samples_per_code]."""
         c = self.config
         mask = padding.valid(length, z.shape[1])[:, :, None]
-        x = nn.Conv(c.width, (3,))(jnp.where(mask, z, 0)) + nn.Embed(c.voices, c.width)(voice)[:, None]
+        x = nn.Conv(c.decoder_width, (3,))(jnp.where(mask, z, 0)) + nn.Embed(c.voices, c.decoder_width)(voice)[:, None]
         for _ in range(c.coarse_blocks):
-            x = Block(c.width)(x, mask)
-        x = nn.Dense(c.width * c.stride)(x).reshape(x.shape[0], -1, c.width)
+            x = Block(c.decoder_width)(x, mask)
+        x = nn.Dense(c.decoder_width * c.stride)(x).reshape(x.shape[0], -1, c.decoder_width)
         mask = padding.valid(length * c.stride, x.shape[1])[:, :, None]
         for _ in range(c.fine_blocks):
-            x = Block(c.width)(x, mask)
+            x = Block(c.decoder_width)(x, mask)
         x = nn.Dense(c.n_fft + 2)(nn.LayerNorm()(x))
         log_magnitude, phase = jnp.split(x, 2, axis=-1)
         frames = spectrum.polar(jnp.exp(jnp.minimum(log_magnitude, 5.0)), phase)
