@@ -17,7 +17,7 @@ from cosyvoice_folders import SPEAKERS, speech
 from jaxspec.acoustic import hift
 from jaxspec.audio import fbank, mel
 from jaxspec.audio.resample import resample
-from jaxspec.checkpoint import pretrained, voices
+from jaxspec.checkpoint import descriptions, pretrained, voices
 from jaxspec.codec import padding
 from jaxspec.synthesis.contract import Reference, Settings
 from jaxspec.synthesis.load import load
@@ -205,6 +205,14 @@ def test_a_recording_that_is_none_is_one_sentence(folder_2, tmp_path, monkeypatc
     assert message in error
     assert len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "a.wav").exists()
+
+
+def test_a_flow_that_is_not_stacked_is_refused(folder_2, tmp_path):
+    params = pretrained.load_codec(folder_2 / "codec", encoder=False).params
+    params["flow"]["estimator"]["middle_0"] = params["flow"]["estimator"].pop("middle")
+    pretrained.save(tmp_path / "old", descriptions.read_as(folder_2 / "codec", descriptions.CodecDescription), params)
+    with pytest.raises(ValueError, match=r"expected flow/estimator/middle/.* in .*old, got .* earlier version: convert it again"):
+        pretrained.load_codec(tmp_path / "old", encoder=False)
 
 
 def test_without_the_encoder_it_keeps_the_named_voices_and_refuses_recordings(root):
