@@ -52,13 +52,13 @@ class Block(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, limit: Array) -> tuple[Array, None]:
+    def __call__(self, x: Array, limit: Array) -> Array:
         """x [B T D], limit int32 [B T] -> [B T D]."""
         width = x.shape[-1]
         q, k, v = layers.heads(self.heads, False, layer_norm(_EPS, name="attention_norm")(x))
         x = x + linear(width, "heads", "embed", name="out")(layers.attention(q, k, v, limit))
         y = linear(4 * width, "embed", "mlp", name="up")(layer_norm(_EPS, name="mlp_norm")(x))
-        return x + linear(width, "mlp", "embed", name="down")(nn.gelu(y, approximate=False)), None
+        return x + linear(width, "mlp", "embed", name="down")(nn.gelu(y, approximate=False))
 
 
 class Stage(nn.Module):
@@ -73,7 +73,9 @@ class Stage(nn.Module):
         """x [B T C], time [width], limit int32 [B T] -> [B T width]."""
         y = ConvBlock(self.width, name="conv_in")(x) + time[None, None]
         x = ConvBlock(self.width, name="conv_out")(y) + linear(self.width, "embed", "embed", name="shortcut")(x)
-        return repeated(Block, self.blocks, nn.broadcast)(self.heads, name="blocks")(x, limit)
+        for i in range(self.blocks):
+            x = Block(self.heads, name=f"block_{i}")(x, limit)
+        return x, None
 
 
 class Estimator(nn.Module):

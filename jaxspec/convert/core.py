@@ -52,7 +52,7 @@ class Rule(NamedTuple):
         source: a regular expression.
         target: the parameter's path, in which {0}, {1} ... are the groups of ``source``; several paths split the rows of the
             tensor equally, in this order; None drops the tensor. A path that ends in [i] is entry i of a parameter that has one
-            for each layer, one that ends in [i][j] is entry j of entry i.
+            for each layer.
         change: the transformation of the values.
     """
 
@@ -149,34 +149,23 @@ def plan(tensors: Mapping[str, Tensor], rules: Iterable[Rule], expected: Shapes)
                 problems.append(f"{name}: expected one tensor for {path}, got also {filled[path].name}: remove one of them")
             else:
                 filled[path] = part
-    stacks = {path: shape[: _axes(path, filled)] for path, shape in expected.items()}
-    wanted = {
-        path + "".join(f"[{i}]" for i in index): shape[len(index) :]
-        for path, shape in expected.items()
-        for index in np.ndindex(stacks[path])
-    }
-    problems += [f"{path}: expected a tensor, got none: give all files" for path in wanted if path not in filled]
+    stacks = {path: shape for path, shape in expected.items() if f"{path}[0]" in filled}
+    wanted = expected
+    expected = {path: shape for path, shape in expected.items() if path not in stacks}
+    expected |= {f"{path}[{i}]": shape[1:] for path, shape in stacks.items() for i in range(shape[0])}
+    problems += [f"{path}: expected a tensor, got none: give all files" for path in expected if path not in filled]
     for path, part in filled.items():
-        if path not in wanted:
+        if path not in expected:
             problems.append(f"{part.name}: expected no {path} by the config, got one: give the config.json of these weights")
-        elif tuple(wanted[path]) != part.shape:
+        elif tuple(expected[path]) != part.shape:
             problems.append(
-                f"{part.name}: expected shape {tuple(wanted[path])} of {path} by the config, got {part.shape}: "
+                f"{part.name}: expected shape {tuple(expected[path])} of {path} by the config, got {part.shape}: "
                 "give the config.json of these weights"
             )
     if problems:
         raise ValueError("\n".join(problems))
-    return {path: _joined(path, stacks[path], filled) for path in expected}, dropped
-
-
-def _axes(path: str, filled: Mapping[str, Tensor]) -> int:
-    """How many leading axes of a parameter are filled entry by entry."""
-    return next((axes for axes in (1, 2) if path + "[0]" * axes in filled), 0)
-
-
-def _joined(path: str, counts: tuple[int, ...], filled: Mapping[str, Tensor]) -> Tensor:
-    """A parameter of its entries, of which there are ``counts`` along its leading axes."""
-    return stacked([_joined(f"{path}[{i}]", counts[1:], filled) for i in range(counts[0])]) if counts else filled[path]
+    filled |= {path: stacked([filled[f"{path}[{i}]"] for i in range(shape[0])]) for path, shape in stacks.items()}
+    return {path: filled[path] for path in wanted}, dropped
 
 
 def _parts(tensor: Tensor, match: re.Match, rule: Rule) -> Iterable[tuple[str, Tensor]]:

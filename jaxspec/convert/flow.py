@@ -1,7 +1,7 @@
 """Rules for ``flow.pt``, the flows of CosyVoice 2 and 3."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from jaxspec.acoustic.flow import Config
 from jaxspec.acoustic.layers import HEAD_DIM
@@ -39,32 +39,32 @@ def _conformer_layer(source: str) -> tuple[Rule, ...]:
     )
 
 
-def _stage(source: str, name: str, stage: str, block: str) -> tuple[Rule, ...]:
-    """Stages of the U-Net; ``stage``, ``block``: the entries that a stage and one of its transformer blocks fill."""
+def _stage(source: str, name: str, block: str, entry: str = "") -> Iterator[Rule]:
+    """A stage of the U-Net.
+
+    Args:
+        source: the names of its tensors.
+        name: of the stage.
+        block: where the number of a transformer block is among the groups of a name.
+        entry: which entry of the parameters it fills, if they are stacked.
+    """
     source = rf"{_ESTIMATOR}{source}\."
-    residual = (
+    inside, into = source + r"1\.(\d+)\.", f"block_{block}/"
+    residual_and_blocks = (
         *_conv_block(source + r"0\.block1", "conv_in"),
         *_conv_block(source + r"0\.block2", "conv_out"),
         *affine(source + r"0\.res_conv", "shortcut", pointwise),
+        *norm(inside + "norm1", into + "attention_norm"),
+        *norm(inside + "norm3", into + "mlp_norm"),
+        Rule(inside + r"attn1\.to_q\.weight", into + "query/kernel", transpose),
+        Rule(inside + r"attn1\.to_k\.weight", into + "key/kernel", transpose),
+        Rule(inside + r"attn1\.to_v\.weight", into + "value/kernel", transpose),
+        *affine(inside + r"attn1\.to_out\.0", into + "out"),
+        *affine(inside + r"ff\.net\.0\.proj", into + "up"),
+        *affine(inside + r"ff\.net\.2", into + "down"),
     )
-    return (
-        *within(f"estimator/{name}", residual, stage),
-        *within("time", affine(source + r"0\.mlp\.1", name), stage),
-        *within(f"estimator/{name}/blocks", _block(source + r"1\.(\d+)\."), stage + block),
-    )
-
-
-def _block(source: str) -> tuple[Rule, ...]:
-    return (
-        *norm(source + "norm1", "attention_norm"),
-        *norm(source + "norm3", "mlp_norm"),
-        Rule(source + r"attn1\.to_q\.weight", "query/kernel", transpose),
-        Rule(source + r"attn1\.to_k\.weight", "key/kernel", transpose),
-        Rule(source + r"attn1\.to_v\.weight", "value/kernel", transpose),
-        *affine(source + r"attn1\.to_out\.0", "out"),
-        *affine(source + r"ff\.net\.0\.proj", "up"),
-        *affine(source + r"ff\.net\.2", "down"),
-    )
+    yield from within(f"estimator/{name}", residual_and_blocks, entry)
+    yield from within("time", affine(source + r"0\.mlp\.1", name), entry)
 
 
 RULES_2 = (
@@ -77,9 +77,9 @@ RULES_2 = (
     *within("conditions/encoder/up_layers", _conformer_layer(r"encoder\.up_encoders\.(\d+)\."), "[{0}]"),
     *norm(r"encoder\.after_norm", "conditions/encoder/norm"),
     *affine("encoder_proj", "conditions/encoder/out"),
-    *_stage(r"down_blocks\.0", "down", "", "[{0}]"),
-    *_stage(r"mid_blocks\.(\d+)", "middle", "[{0}]", "[{1}]"),
-    *_stage(r"up_blocks\.0", "up", "", "[{0}]"),
+    *_stage(r"down_blocks\.0", "down", "{0}"),
+    *_stage(r"mid_blocks\.(\d+)", "middle", "{1}", "[{0}]"),
+    *_stage(r"up_blocks\.0", "up", "{0}"),
     *affine(_ESTIMATOR + r"(down|up)_blocks\.0\.2", "estimator/{0}_conv", conv),
     *_conv_block(_ESTIMATOR + "final_block", "estimator/last"),
     *affine(_ESTIMATOR + "final_proj", "estimator/out", pointwise),
