@@ -47,7 +47,7 @@ def repeated(layer: type[nn.Module], count: int, *axes: Any) -> Any:
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=axes,
+        in_axes=axes,  # pyright: ignore[reportArgumentType]
         length=count,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
