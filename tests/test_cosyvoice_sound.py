@@ -17,7 +17,7 @@ from cosyvoice_folders import SPEAKERS, speech
 from jaxspec.acoustic import cosyvoice, hift
 from jaxspec.audio import fbank, mel
 from jaxspec.audio.resample import resample
-from jaxspec.checkpoint import pretrained, voices
+from jaxspec.checkpoint import descriptions, pretrained, voices
 from jaxspec.codec import padding
 from jaxspec.common.stopwatch import Stopwatch, compilations
 from jaxspec.serve import warm_up
@@ -30,6 +30,8 @@ from jaxspec.synthesis.stream import stream
 own_cache = commands.own_cache
 pytestmark = pytest.mark.usefixtures("own_cache")
 TEXT, RATE = "The rain has stopped.", 24_000
+# The phase of the vocoder's source sums the rounding of its pitch: 1e-6 in the spectrogram's values is 1.5e-4 in the wave's.
+WAVE_ATOL = 5e-4
 SETTINGS = {"max_codes": 12, "verify": "autoregressive"}
 
 
@@ -102,9 +104,9 @@ def test_codes_become_the_sound_that_the_references_make_of_them(folder, version
     np.testing.assert_allclose(spectrum[0], reference_flow.mel(flow, *given), atol=2e-4)
     noise = np.asarray(hift.noise({2: hift.V2, 3: hift.V3}[version], key, np.zeros(1, np.int32), 40))[0]
     wave, *_ = reference_hift.outputs(vocoder, spectrum[0], noise)
-    np.testing.assert_allclose(sound(codec.params, spectrum, *arguments)[0], wave, atol=1e-4)
+    np.testing.assert_allclose(sound(codec.params, spectrum, *arguments)[0], wave, atol=WAVE_ATOL)
     whole = codec.codec.decode(codec.params, codes[None, :, None], *arguments)
-    np.testing.assert_allclose(whole, sound(codec.params, spectrum, *arguments), atol=1e-4)
+    np.testing.assert_allclose(whole, sound(codec.params, spectrum, *arguments), atol=WAVE_ATOL)
 
 
 def test_a_row_sounds_in_a_batch_as_alone(folder, synthesizer, reference):
@@ -115,7 +117,7 @@ def test_a_row_sounds_in_a_batch_as_alone(folder, synthesizer, reference):
         np.testing.assert_array_equal(one.codes, other.codes)
         assert len(one.wave) == 960 * len(one.codes)
         assert np.abs(one.wave).max() > 0.01
-        np.testing.assert_allclose(one.wave, other.wave, atol=1e-4)
+        np.testing.assert_allclose(one.wave, other.wave, atol=WAVE_ATOL)
 
 
 def test_a_stream_is_the_sound_of_the_chunks_that_the_flow_sees(folder, version, synthesizer, reference):
@@ -232,6 +234,14 @@ def test_a_recording_that_is_none_is_one_sentence(folder_2, tmp_path, monkeypatc
     assert message in error
     assert len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "a.wav").exists()
+
+
+def test_a_flow_that_is_not_stacked_is_refused(folder_2, tmp_path):
+    params = pretrained.load_codec(folder_2 / "codec", encoder=False).params
+    params["flow"]["estimator"]["middle_0"] = params["flow"]["estimator"].pop("middle")
+    pretrained.save(tmp_path / "old", descriptions.read_as(folder_2 / "codec", descriptions.CodecDescription), params)
+    with pytest.raises(ValueError, match=r"expected flow/estimator/middle/.* in .*old, got .* earlier version: convert it again"):
+        pretrained.load_codec(tmp_path / "old", encoder=False)
 
 
 def test_without_the_encoder_it_keeps_the_named_voices_and_refuses_recordings(root):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxspec.acoustic import layers
 from jaxspec.acoustic.noise import BINS
 from jaxspec.codec import padding
-from jaxspec.codec.layers import layer_norm, linear
+from jaxspec.codec.layers import layer_norm, linear, repeated
 from jaxspec.types import Array
 
 _EPS = 1e-12  # of the norms within a layer
@@ -63,12 +63,12 @@ class Layer(nn.Module):
     """Attention and an MLP, each on a normalised branch of the residual stream."""
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, limit: Array) -> Array:
+    def __call__(self, x: Array, positions: Array, limit: Array) -> tuple[Array, None]:
         """x [B T D], positions [2T-1 D], limit int32 [B T] -> [B T D]."""
         width = x.shape[-1]
         x = x + Attention(name="attention")(layer_norm(_EPS, name="attention_norm")(x), positions, limit)
         y = linear(4 * width, "embed", "mlp", name="up")(layer_norm(_EPS, name="mlp_norm")(x))
-        return x + linear(width, "mlp", "embed", name="down")(nn.silu(y))
+        return x + linear(width, "mlp", "embed", name="down")(nn.silu(y)), None
 
 
 class Embed(nn.Module):
@@ -102,14 +102,13 @@ class Encoder(nn.Module):
         x = Embed(name="embed")(x)
         x = jnp.where(padding.valid(length, x.shape[1])[:, :, None], x, 0)
         x = layers.LookAhead(x.shape[-1], name="look_ahead")(x)
-        x = self._layers("layer", self.counts[0], x, layers.limits(kept, x.shape[1], chunk))
+        x = self._layers("layers", self.counts[0], x, layers.limits(kept, x.shape[1], chunk))
         x = layers.conv(x.shape[-1], 5, "embed", "embed", name="up")(jnp.repeat(x, 2, axis=1))
         x = Embed(name="up_embed")(x)
-        x = self._layers("up_layer", self.counts[1], x, layers.limits(2 * kept, x.shape[1], 2 * chunk))
+        x = self._layers("up_layers", self.counts[1], x, layers.limits(2 * kept, x.shape[1], 2 * chunk))
         return linear(BINS, "embed", None, name="out")(layer_norm(1e-5, name="norm")(x))
 
     def _layers(self, name: str, count: int, x: Array, limit: Array) -> Array:
         positions = relative_positions(*x.shape[1:]).astype(x.dtype)
-        for i in range(count):
-            x = Layer(name=f"{name}_{i}")(x, positions, limit)
+        x, _ = repeated(Layer, count, nn.broadcast, nn.broadcast)(name=name)(x, positions, limit)
         return x

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxspec.acoustic import layers
 from jaxspec.acoustic.noise import BINS
-from jaxspec.codec.layers import layer_norm, linear
+from jaxspec.codec.layers import layer_norm, linear, repeated
 from jaxspec.types import Array
 
 TIME_WIDTH = 256  # of the sinusoid
@@ -30,11 +30,11 @@ class Time(nn.Module):
 
     @nn.compact
     def __call__(self, sinusoid: Array) -> dict[str, Array]:
-        """[S 256] -> by layer [S 6*width], and "norm" [S 2*width]."""
+        """[S 256] -> "layers" [S layers 6*width], and "norm" [S 2*width]."""
         x = nn.silu(linear(self.width, None, "mlp", name="in")(sinusoid))
         x = nn.silu(linear(self.width, "mlp", "embed", name="out")(x))
-        parts = {f"layer_{i}": 6 for i in range(self.layers)} | {"norm": 2}
-        return {name: linear(n * self.width, "embed", None, name=name)(x) for name, n in parts.items()}
+        each = layers.linears(self.layers, 6 * self.width, None, x, name="layers")
+        return {"layers": each, "norm": linear(2 * self.width, "embed", None, name="norm")(x)}
 
 
 def rotate_first_head(x: Array) -> Array:
@@ -70,7 +70,7 @@ class Layer(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, limit: Array) -> Array:
+    def __call__(self, x: Array, time: Array, limit: Array) -> tuple[Array, None]:
         """x [B T D], time [6D], limit int32 [B T] -> [B T D]."""
         width = x.shape[-1]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (part[None, None] for part in jnp.split(time, 6))
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         x = x + gate * linear(width, "heads", "embed", name="out")(y)
         y = layer_norm(_EPS, affine=False, name="mlp_norm")(x) * (1 + mlp_scale) + mlp_shift
         y = nn.gelu(linear(2 * width, "embed", "mlp", name="up")(y), approximate=True)
-        return x + mlp_gate * linear(width, "mlp", "embed", name="down")(y)
+        return x + mlp_gate * linear(width, "mlp", "embed", name="down")(y), None
 
 
 class Estimator(nn.Module):
@@ -95,8 +95,7 @@ class Estimator(nn.Module):
         x = jnp.concatenate([x, prompt, mean, jnp.broadcast_to(speaker[:, None], x.shape)], axis=-1)
         x = linear(self.width, None, "embed", name="in")(x)
         x = x + GroupedConv(name="conv2")(GroupedConv(name="conv1")(x))
-        for i in range(self.layers):
-            x = Layer(self.heads, name=f"layer_{i}")(x, time[f"layer_{i}"], limit)
+        x, _ = repeated(Layer, self.layers, 0, nn.broadcast)(self.heads, name="layers")(x, time["layers"], limit)
         scale, shift = (part[None, None] for part in jnp.split(time["norm"], 2))
         x = layer_norm(_EPS, affine=False, name="norm")(x) * (1 + scale) + shift
         return linear(BINS, "embed", None, name="out")(x)

@@ -5,6 +5,7 @@ step has: the row's length or, in a stream, the end of the step's chunk. So padd
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,6 +21,19 @@ def conv(features: int, taps: int, into: str | None, out: str | None, ahead: int
     """A convolution over the step, ``ahead`` steps after it and the others before it."""
     padding = ((taps - 1 - ahead, ahead),)
     return nn.Conv(features, (taps,), padding=padding, kernel_init=lecun(None, into, out), bias_init=constant(0, out), name=name)
+
+
+def linears(count: int, features: int, out: str | None, x: Array, *, name: str) -> Array:
+    """Linear layers of one input, with their parameters stacked on a first axis: [S D] -> [S count features]."""
+    stacked: Any = nn.vmap(
+        nn.Dense,
+        out_axes=1,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    made = stacked(features, kernel_init=lecun("embed", out), bias_init=constant(0, out), name=name)
+    return made(jnp.broadcast_to(x[None], (count, *x.shape)))
 
 
 def limits(length: Array, steps: int, chunk: Array) -> Array:

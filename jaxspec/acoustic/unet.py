@@ -13,15 +13,11 @@ import jax.numpy as jnp
 
 from jaxspec.acoustic import layers
 from jaxspec.acoustic.noise import BINS
-from jaxspec.codec.layers import layer_norm, linear
+from jaxspec.codec.layers import layer_norm, linear, repeated
 from jaxspec.types import Array
 
 TIME_WIDTH = 4 * BINS  # of the sinusoid
 _EPS = 1e-5
-
-
-def _names(stages: int) -> tuple[str, ...]:
-    return "down", *(f"middle_{i}" for i in range(stages)), "up"
 
 
 class Time(nn.Module):
@@ -32,10 +28,11 @@ class Time(nn.Module):
 
     @nn.compact
     def __call__(self, sinusoid: Array) -> dict[str, Array]:
-        """[S 320] -> by stage [S width]."""
+        """[S 320] -> "down" and "up" [S width], and "middle" [S stages width]."""
         x = nn.silu(linear(4 * self.width, None, "mlp", name="in")(sinusoid))
         x = jax.nn.mish(linear(4 * self.width, "mlp", "embed", name="out")(x))
-        return {name: linear(self.width, "embed", "embed", name=name)(x) for name in _names(self.stages)}
+        ends = {name: linear(self.width, "embed", "embed", name=name)(x) for name in ("down", "up")}
+        return {**ends, "middle": layers.linears(self.stages, self.width, "embed", x, name="middle")}
 
 
 class ConvBlock(nn.Module):
@@ -72,13 +69,13 @@ class Stage(nn.Module):
     blocks: int
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, limit: Array) -> Array:
+    def __call__(self, x: Array, time: Array, limit: Array) -> tuple[Array, None]:
         """x [B T C], time [width], limit int32 [B T] -> [B T width]."""
         y = ConvBlock(self.width, name="conv_in")(x) + time[None, None]
         x = ConvBlock(self.width, name="conv_out")(y) + linear(self.width, "embed", "embed", name="shortcut")(x)
         for i in range(self.blocks):
             x = Block(self.heads, name=f"block_{i}")(x, limit)
-        return x
+        return x, None
 
 
 class Estimator(nn.Module):
@@ -104,12 +101,11 @@ class Estimator(nn.Module):
         Returns:
             [B T 80].
         """
-        stage = {name: Stage(self.width, self.heads, self.blocks, name=name) for name in _names(self.stages)}
+        sizes = self.width, self.heads, self.blocks
         x = jnp.concatenate([x, mean, jnp.broadcast_to(speaker[:, None], x.shape), prompt], axis=-1)
-        skip = stage["down"](x, time["down"], limit)
+        skip, _ = Stage(*sizes, name="down")(x, time["down"], limit)
         x = layers.conv(self.width, 3, "embed", "embed", name="down_conv")(skip)
-        for name in _names(self.stages)[1:-1]:
-            x = stage[name](x, time[name], limit)
-        x = stage["up"](jnp.concatenate([x, skip], axis=-1), time["up"], limit)
+        x, _ = repeated(Stage, self.stages, 0, nn.broadcast)(*sizes, name="middle")(x, time["middle"], limit)
+        x, _ = Stage(*sizes, name="up")(jnp.concatenate([x, skip], axis=-1), time["up"], limit)
         x = layers.conv(self.width, 3, "embed", "embed", name="up_conv")(x)
         return linear(BINS, "embed", None, name="out")(ConvBlock(self.width, name="last")(x))

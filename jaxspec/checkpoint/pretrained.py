@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import jax
 from blake3 import blake3
 
-from jaxspec.acoustic import cosyvoice
+from jaxspec.acoustic import cosyvoice, flow
 from jaxspec.checkpoint import descriptions, store, tensors
 from jaxspec.checkpoint.descriptions import CodecDescription, DraftDescription, Tuned
 from jaxspec.checkpoint.tensors import Tensor
@@ -282,12 +282,13 @@ def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
         The codec, with its parameters on the device.
 
     Raises:
-        ValueError: the folder is not a codec, or is damaged.
+        ValueError: the folder is not a codec, is damaged, or has the flow of an earlier version.
     """
     description = descriptions.read_as(folder, CodecDescription)
     try:
         module = CODECS[description.family]
-        codec = module.codec(records.from_json(module.Config, description.shape))
+        config = records.from_json(module.Config, description.shape)
+        codec = module.codec(config)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"expected a codec of {', '.join(CODECS)} in {folder}, got {description.family!r} with {error}: convert it again"
@@ -296,6 +297,8 @@ def load_codec(folder: str | Path, encoder: bool = True) -> PretrainedCodec:
     placement = placements.current()
     everywhere = placement.sharding() if placement else None
     params = store.read_params(folder, sharding=everywhere, without=None if encoder else "encoder")
+    if module is cosyvoice and (missing := flatten(flow.abstract_params(config.flow)).keys() - flatten(params["flow"]).keys()):
+        raise ValueError(f"expected flow/{min(missing)} in {folder}, got the flow of an earlier version: convert it again")
     return PretrainedCodec(description.family, codec, params, description.digest, Path(folder))
 
 

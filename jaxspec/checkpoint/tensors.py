@@ -75,7 +75,10 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape on a new first axis, as one tensor with the name of the first."""
 
     def read(start: int, stop: int) -> np.ndarray:
-        return np.stack([tensor.all() for tensor in tensors[start:stop]])
+        made = np.empty((min(stop, len(tensors)) - start, *tensors[0].shape), tensors[0].dtype)
+        for row, tensor in zip(made, tensors[start:stop], strict=True):
+            row[...] = tensor.all()
+        return made
 
     return tensors[0]._replace(shape=(len(tensors), *tensors[0].shape), read=read)
 

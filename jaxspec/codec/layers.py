@@ -1,4 +1,6 @@
-"""Layers that the networks of codecs share: initializers with logical axes, linear layers, norms, an MLP."""
+"""Layers that the networks of codecs share: initializers with logical axes, linear layers, norms, an MLP, repetition."""
+
+from typing import Any
 
 import flax.linen as nn
 
@@ -30,6 +32,24 @@ def layer_norm(eps: float, axis: str | None = "embed", affine: bool = True, *, n
         bias_init=constant(0, axis),
         use_fast_variance=False,
         name=name,
+    )
+
+
+def repeated(layer: type[nn.Module], count: int, *axes: Any) -> Any:
+    """A layer that is applied ``count`` times, with its parameters stacked on a first axis.
+
+    Args:
+        layer: its call takes what it changes and then other arguments, and returns what is changed, and None.
+        count: of layers.
+        axes: for each of the other arguments, ``nn.broadcast`` if every layer gets the same, or the axis with an entry for each.
+    """
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=axes,  # pyright: ignore[reportArgumentType]
+        length=count,
+        metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxspec.audio import fbank
 from jaxspec.codec import padding
-from jaxspec.codec.layers import MLP, layer_norm, lecun, linear
+from jaxspec.codec.layers import MLP, layer_norm, lecun, linear, repeated
 from jaxspec.types import Array
 
 STACKED = 2  # frames of filter banks in one
@@ -107,7 +107,7 @@ class Convolution(nn.Module):
 
 
 class Layer(nn.Module):
-    """A conformer layer, in the form that ``nn.scan`` repeats."""
+    """A conformer layer, as ``layers.repeated`` takes it."""
 
     config: Config
 
@@ -132,13 +132,6 @@ class Conformer(nn.Module):
         """x [B T 160], of which ``length`` int32 [B] frames are valid -> [B T D]."""
         c = self.config
         x = linear(c.width, "bins", "embed", name="project")(layer_norm(_EPS, "bins", name="norm")(x))
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-            length=c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, _ = layers(c, name="layers")(x, padding.valid(length, x.shape[1]))
+        layers = repeated(Layer, c.layers, nn.broadcast)(c, name="layers")
+        x, _ = layers(x, padding.valid(length, x.shape[1]))
         return x

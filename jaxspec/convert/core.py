@@ -5,7 +5,7 @@ Nothing is read here: a parameter is again a ``Tensor``, which reads and transfo
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,12 @@ def affine(source: str, target: str, change: Callable[[np.ndarray], np.ndarray] 
 def norm(source: str, target: str) -> tuple[Rule, Rule]:
     """The rules of a norm: {source}.weight and {source}.bias to {target}/scale and {target}/bias."""
     return Rule(rf"{source}\.weight", f"{target}/scale"), Rule(rf"{source}\.bias", f"{target}/bias")
+
+
+def within(target: str, rules: Iterable[Rule], entry: str = "") -> Iterator[Rule]:
+    """The rules of a part, with their targets under ``target``; ``entry``: which entry they fill, "[{0}]" or the like."""
+    for rule in rules:
+        yield rule._replace(target=f"{target}/{rule.target}{entry}")
 
 
 # Weight norm as torch names it, before and since parametrizations: the magnitude, then the direction.

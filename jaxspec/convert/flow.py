@@ -1,11 +1,11 @@
 """Rules for ``flow.pt``, the flows of CosyVoice 2 and 3."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from jaxspec.acoustic.flow import Config
 from jaxspec.acoustic.layers import HEAD_DIM
-from jaxspec.convert.core import Rule, affine, conv, norm, pointwise, transpose
+from jaxspec.convert.core import Rule, affine, conv, norm, pointwise, transpose, within
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,33 +23,37 @@ _SHARED = (
 )
 
 
-def _conformer_layers(source: str, target: str) -> tuple[Rule, ...]:
-    source, target = rf"encoder\.{source}\.(\d+)\.", f"conditions/encoder/{target}_{{0}}/"
-    attention = target + "attention/"
+def _conformer_layer(source: str) -> tuple[Rule, ...]:
     return (
-        *affine(source + r"self_attn\.linear_q", attention + "query"),
-        *affine(source + r"self_attn\.linear_k", attention + "key"),
-        *affine(source + r"self_attn\.linear_v", attention + "value"),
-        *affine(source + r"self_attn\.linear_out", attention + "out"),
-        Rule(source + r"self_attn\.linear_pos\.weight", attention + "position/kernel", transpose),
-        Rule(source + r"self_attn\.pos_bias_u", attention + "content_bias"),
-        Rule(source + r"self_attn\.pos_bias_v", attention + "position_bias"),
-        *affine(source + r"feed_forward\.w_1", target + "up"),
-        *affine(source + r"feed_forward\.w_2", target + "down"),
-        *norm(source + "norm_mha", target + "attention_norm"),
-        *norm(source + "norm_ff", target + "mlp_norm"),
+        *affine(source + r"self_attn\.linear_q", "attention/query"),
+        *affine(source + r"self_attn\.linear_k", "attention/key"),
+        *affine(source + r"self_attn\.linear_v", "attention/value"),
+        *affine(source + r"self_attn\.linear_out", "attention/out"),
+        Rule(source + r"self_attn\.linear_pos\.weight", "attention/position/kernel", transpose),
+        Rule(source + r"self_attn\.pos_bias_u", "attention/content_bias"),
+        Rule(source + r"self_attn\.pos_bias_v", "attention/position_bias"),
+        *affine(source + r"feed_forward\.w_1", "up"),
+        *affine(source + r"feed_forward\.w_2", "down"),
+        *norm(source + "norm_mha", "attention_norm"),
+        *norm(source + "norm_ff", "mlp_norm"),
     )
 
 
-def _stage(source: str, name: str, block: str) -> tuple[Rule, ...]:
-    """A stage of the U-Net; ``block``: where the number of a transformer block is among the groups of a name."""
-    source, target = rf"{_ESTIMATOR}{source}\.", f"estimator/{name}/"
-    inside, into = source + r"1\.(\d+)\.", f"{target}block_{block}/"
-    return (
-        *_conv_block(source + r"0\.block1", target + "conv_in"),
-        *_conv_block(source + r"0\.block2", target + "conv_out"),
-        *affine(source + r"0\.mlp\.1", f"time/{name}"),
-        *affine(source + r"0\.res_conv", target + "shortcut", pointwise),
+def _stage(source: str, name: str, block: str, entry: str = "") -> Iterator[Rule]:
+    """A stage of the U-Net.
+
+    Args:
+        source: the names of its tensors.
+        name: of the stage.
+        block: where the number of a transformer block is among the groups of a name.
+        entry: which entry of the parameters it fills, if they are stacked.
+    """
+    source = rf"{_ESTIMATOR}{source}\."
+    inside, into = source + r"1\.(\d+)\.", f"block_{block}/"
+    residual_and_blocks = (
+        *_conv_block(source + r"0\.block1", "conv_in"),
+        *_conv_block(source + r"0\.block2", "conv_out"),
+        *affine(source + r"0\.res_conv", "shortcut", pointwise),
         *norm(inside + "norm1", into + "attention_norm"),
         *norm(inside + "norm3", into + "mlp_norm"),
         Rule(inside + r"attn1\.to_q\.weight", into + "query/kernel", transpose),
@@ -59,6 +63,8 @@ def _stage(source: str, name: str, block: str) -> tuple[Rule, ...]:
         *affine(inside + r"ff\.net\.0\.proj", into + "up"),
         *affine(inside + r"ff\.net\.2", into + "down"),
     )
+    yield from within(f"estimator/{name}", residual_and_blocks, entry)
+    yield from within("time", affine(source + r"0\.mlp\.1", name), entry)
 
 
 RULES_2 = (
@@ -67,12 +73,12 @@ RULES_2 = (
     *norm(r"encoder\.(up_|)embed\.out\.1", "conditions/encoder/{0}embed/norm"),
     *affine(r"encoder\.pre_lookahead_layer\.(conv[12])", "conditions/encoder/look_ahead/{0}", conv),
     *affine(r"encoder\.up_layer\.conv", "conditions/encoder/up", conv),
-    *_conformer_layers("encoders", "layer"),
-    *_conformer_layers("up_encoders", "up_layer"),
+    *within("conditions/encoder/layers", _conformer_layer(r"encoder\.encoders\.(\d+)\."), "[{0}]"),
+    *within("conditions/encoder/up_layers", _conformer_layer(r"encoder\.up_encoders\.(\d+)\."), "[{0}]"),
     *norm(r"encoder\.after_norm", "conditions/encoder/norm"),
     *affine("encoder_proj", "conditions/encoder/out"),
     *_stage(r"down_blocks\.0", "down", "{0}"),
-    *_stage(r"mid_blocks\.(\d+)", "middle_{0}", "{1}"),
+    *_stage(r"mid_blocks\.(\d+)", "middle", "{1}", "[{0}]"),
     *_stage(r"up_blocks\.0", "up", "{0}"),
     *affine(_ESTIMATOR + r"(down|up)_blocks\.0\.2", "estimator/{0}_conv", conv),
     *_conv_block(_ESTIMATOR + "final_block", "estimator/last"),
@@ -80,19 +86,22 @@ RULES_2 = (
 )
 
 _LAYER = _ESTIMATOR + r"transformer_blocks\.(\d+)\."
+_LAYERS_3 = (
+    *affine(_LAYER + r"attn\.to_q", "query"),
+    *affine(_LAYER + r"attn\.to_k", "key"),
+    *affine(_LAYER + r"attn\.to_v", "value"),
+    *affine(_LAYER + r"attn\.to_out\.0", "out"),
+    *affine(_LAYER + r"ff\.ff\.0\.0", "up"),
+    *affine(_LAYER + r"ff\.ff\.2", "down"),
+)
 RULES_3 = (
     *_SHARED,
     *affine(r"pre_lookahead_layer\.(conv[12])", "conditions/look_ahead/{0}", conv),
     *affine(_ESTIMATOR + r"input_embed\.proj", "estimator/in"),
     *affine(_ESTIMATOR + r"input_embed\.conv_pos_embed\.(conv[12])\.0", "estimator/{0}", conv),
     Rule(_ESTIMATOR + r"rotary_embed\.inv_freq", None),
-    *affine(_LAYER + r"attn_norm\.linear", "time/layer_{0}"),
-    *affine(_LAYER + r"attn\.to_q", "estimator/layer_{0}/query"),
-    *affine(_LAYER + r"attn\.to_k", "estimator/layer_{0}/key"),
-    *affine(_LAYER + r"attn\.to_v", "estimator/layer_{0}/value"),
-    *affine(_LAYER + r"attn\.to_out\.0", "estimator/layer_{0}/out"),
-    *affine(_LAYER + r"ff\.ff\.0\.0", "estimator/layer_{0}/up"),
-    *affine(_LAYER + r"ff\.ff\.2", "estimator/layer_{0}/down"),
+    *within("estimator/layers", _LAYERS_3, "[{0}]"),
+    *within("time", affine(_LAYER + r"attn_norm\.linear", "layers"), "[{0}]"),
     *affine(_ESTIMATOR + r"norm_out\.linear", "time/norm"),
     *affine(_ESTIMATOR + "proj_out", "estimator/out"),
 )

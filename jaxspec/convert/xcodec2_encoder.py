@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxspec.codec import w2v_bert
 from jaxspec.codec.xcodec2_encoder import Config
-from jaxspec.convert.core import Rule, affine, conv, depthwise, norm, pointwise
+from jaxspec.convert.core import Rule, affine, conv, depthwise, norm, pointwise, within
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -154,8 +154,7 @@ def _conformer(source: str, layers: int) -> Iterator[Rule]:
     yield from affine(rf"{source}\.feature_projection\.projection", f"{target}/project")
     yield Rule(rf"{source}\.masked_spec_embed", None)
     yield Rule(rf"{source}\.encoder\.layers\.(?!(?:{kept})\.)\d+\..*", None)
-    for rule in _layer(rf"{source}\.encoder\.layers\.({kept})"):
-        yield rule._replace(target=f"{target}/layers/{rule.target}[{{0}}]")
+    yield from within(f"{target}/layers", _layer(rf"{source}\.encoder\.layers\.({kept})"), "[{0}]")
 
 
 def _layer(source: str) -> Iterator[Rule]:
