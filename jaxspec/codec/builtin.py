@@ -23,8 +23,8 @@ from jaxspec.types import Array, Codec, Params
 class Config:
     """The shape of the codec. A code spans ``hop * stride`` samples.
 
-    The encoder has the widths ``encoder_width`` at 100 Hz and ``width`` at 25 Hz, with ``encoder_blocks`` blocks there; the decoder
-    has ``decoder_width``, with ``coarse_blocks`` at 25 Hz and ``fine_blocks`` at 100 Hz.
+    The encoder has the widths ``encoder_width`` at 100 Hz and ``width`` at 25 Hz, where it has ``encoder_blocks`` blocks. The
+    decoder has ``decoder_width``, with ``coarse_blocks`` blocks at 25 Hz and ``fine_blocks`` at 100 Hz.
     """
 
     voices: int

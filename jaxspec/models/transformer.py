@@ -392,10 +392,10 @@ class Transformer(nn.Module):
 def language_model(config: Config) -> LanguageModel:
     """The transformer as the pair of pure functions that the loop takes; the same object for the same config.
 
-    On TPU and GPU a step of a single token, or of one for each part of the batch on a mesh, is padded to two tokens: a TPU before the
-    seventh generation computes a matrix times one vector on its vector unit, at a quarter of the bandwidth (``jaxspec plan`` shows
-    it), and an H200 at three quarters of it (docs/tpu-gpu.md). The cell of the second is in the slack of the cache, see
-    ``cache.write``.
+    On TPU and GPU a step of a single token, or of one for each part of the batch on a mesh, is padded to two tokens: TPUs before
+    the seventh generation compute a matrix times one vector on their vector unit, at a quarter of the bandwidth (``jaxspec plan``
+    shows it), and an H200 takes 1.3 times as long for one token as for two (docs/tpu-gpu.md). The cell of the second is in the
+    slack of the cache, see ``cache.write``.
     """
     model = Transformer(config)
 
