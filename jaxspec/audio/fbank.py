@@ -30,7 +30,7 @@ def count(samples: int) -> int:
 
 
 def fbank(wave: Wave, scale: float = 1.0) -> Wave:
-    """The logarithm of the power in each mel bin, without dither.
+    """The logarithm of the power in each mel bin, without dither; of a numpy array it is computed in float64.
 
     Args:
         wave: float32 [... N] in [-1, 1] at 16 kHz; its rows are independent. What is returned is an array of the same library.
@@ -39,23 +39,24 @@ def fbank(wave: Wave, scale: float = 1.0) -> Wave:
     Returns:
         float32 [... count(N) 80].
     """
-    xp = wave.__array_namespace__()
+    xp, dtype = wave.__array_namespace__(), np.float64 if isinstance(wave, np.ndarray) else np.float32
     total = count(wave.shape[-1])
-    parts = (wave[..., : wave.shape[-1] // _PART * _PART] * np.float32(scale)).reshape(*wave.shape[:-1], -1, _PART)
+    parts = (wave[..., : wave.shape[-1] // _PART * _PART].astype(dtype) * dtype(scale)).reshape(*wave.shape[:-1], -1, _PART)
     step, each = HOP // _PART, WINDOW // _PART
     frames = xp.concatenate([parts[..., i : i + step * total : step, :] for i in range(each)], axis=-1)
     frames = frames - frames.mean(axis=-1, keepdims=True)
     before = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
     one = (1,) * (frames.ndim - 1)
-    spectrum = xp.fft.rfft((frames - np.float32(_PREEMPHASIS) * before) * _window().reshape(*one, -1), _N_FFT)
+    window = _window().astype(dtype).reshape(*one, -1)
+    spectrum = xp.fft.rfft((frames - dtype(_PREEMPHASIS) * before) * window, _N_FFT)
     power = spectrum.real**2 + spectrum.imag**2
-    return xp.log(xp.maximum(power @ _filters(), np.float32(_FLOOR)))
+    return xp.log(xp.maximum(power @ _filters().astype(dtype), dtype(_FLOOR))).astype(np.float32)
 
 
 @functools.cache
 def _window() -> np.ndarray:
-    """Povey's window: a symmetric Hann window to the power of 0.85, float32 [400]."""
-    return (np.hanning(WINDOW) ** 0.85).astype(np.float32)
+    """Povey's window: a symmetric Hann window to the power of 0.85, float64 [400]."""
+    return np.hanning(WINDOW) ** 0.85
 
 
 def _mel(hz: np.ndarray) -> np.ndarray:
@@ -64,9 +65,9 @@ def _mel(hz: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _filters() -> np.ndarray:
-    """Triangles that are straight in mel, float32 [257 80]."""
+    """Triangles that are straight in mel, float64 [257 80]."""
     lowest, highest = _mel(np.array([20.0, RATE_HZ / 2]))
     edges = np.linspace(lowest, highest, BINS + 2)
     low, middle, high = edges[None, :-2], edges[None, 1:-1], edges[None, 2:]
     at = _mel(np.arange(_N_FFT // 2 + 1) * RATE_HZ / _N_FFT)[:, None]
-    return np.maximum(np.minimum((at - low) / (middle - low), (high - at) / (high - middle)), 0).astype(np.float32)
+    return np.maximum(np.minimum((at - low) / (middle - low), (high - at) / (high - middle)), 0)
