@@ -28,7 +28,7 @@ def test_stft_of_each_row_is_torchs(n_fft, hop):
 def test_istft_of_each_row_is_torchs(n_fft, hop):
     rng = np.random.default_rng(0)
     magnitude, phase = rng.uniform(0.1, 2, (2, 3, 60 // hop + 1, n_fft // 2 + 1)).astype(np.float32)
-    made = istft(magnitude, phase, LENGTH // hop + 1, hop)
+    made = istft(jnp.asarray(magnitude), jnp.asarray(phase), LENGTH // hop + 1, hop)
     assert made.shape == (3, 60)
     for row, length, size, angle in zip(made, LENGTH.tolist(), magnitude, phase, strict=True):
         frames = length // hop + 1
@@ -39,6 +39,6 @@ def test_istft_of_each_row_is_torchs(n_fft, hop):
 def test_one_is_the_inverse_of_the_other():
     wave = np.random.default_rng(0).normal(size=(2, 60)).astype(np.float32)
     real, imaginary = np.split(np.asarray(stft(wave, LENGTH[:2], 16, 4)), 2, axis=-1)
-    made = istft(np.hypot(real, imaginary), np.arctan2(imaginary, real), LENGTH[:2] // 4 + 1, 4)
+    made = istft(jnp.hypot(real, imaginary), jnp.arctan2(imaginary, real), LENGTH[:2] // 4 + 1, 4)
     np.testing.assert_allclose(made[0], wave[0], atol=1e-5)
     np.testing.assert_allclose(made[1, :24], wave[1, :24], atol=1e-5)

@@ -1,4 +1,4 @@
-"""The STFT of a few samples a frame, as products with small matrices, of rows of different lengths.
+"""The STFT of a few samples a frame, of rows of different lengths.
 
 Frame t is centred on sample t hop, so N samples, a multiple of ``hop``, have N/hop + 1 frames; beyond a row's ends the wave is
 reflected, wherever in the batch's padding the row ends.
@@ -11,22 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import padding
-from jaxspec.codec.spectrum import hann
+from jaxspec.codec.spectrum import analysis, hann, polar, synthesis, transform
 from jaxspec.types import Array
-
-
-@functools.lru_cache
-def _analysis(n_fft: int) -> np.ndarray:
-    """[n_fft n_fft+2]: the window, then real parts and imaginary parts."""
-    spectrum = np.fft.rfft(np.diag(hann(n_fft)))
-    return np.concatenate([spectrum.real, spectrum.imag], axis=1).astype(np.float32)
-
-
-@functools.lru_cache
-def _synthesis(n_fft: int) -> np.ndarray:
-    """[n_fft+2 n_fft]: the inverse from real parts and imaginary parts, then the window."""
-    unit = np.eye(n_fft // 2 + 1)
-    return (np.concatenate([np.fft.irfft(unit), np.fft.irfft(1j * unit)]) * hann(n_fft)).astype(np.float32)
 
 
 def stft(wave: Array, length: Array, n_fft: int, hop: int) -> Array:
@@ -51,7 +37,7 @@ def stft(wave: Array, length: Array, n_fft: int, hop: int) -> Array:
 
     hops = jax.vmap(reflected)(wave, length).reshape(len(wave), -1, hop)
     windows = jnp.concatenate([hops[:, i : i + frames] for i in range(n_fft // hop)], axis=-1)
-    return jnp.matmul(windows, _analysis(n_fft), precision=jax.lax.Precision.HIGHEST)
+    return transform(windows, analysis(n_fft))
 
 
 def istft(magnitude: Array, phase: Array, frames: Array, hop: int) -> Array:
@@ -67,8 +53,7 @@ def istft(magnitude: Array, phase: Array, frames: Array, hop: int) -> Array:
         The wave, float32 [B (T-1)*hop], of no use beyond (frames - 1) hop samples.
     """
     n_fft = 2 * (magnitude.shape[2] - 1)
-    spectrum = jnp.concatenate([magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)], axis=-1)
-    windows = jnp.matmul(spectrum, _synthesis(n_fft), precision=jax.lax.Precision.HIGHEST)
+    windows = transform(polar(magnitude, phase), synthesis(n_fft))
     valid = padding.valid(frames, magnitude.shape[1])[:, :, None]
     wave = _overlap_add(jnp.where(valid, windows, 0), hop)
     envelope = _overlap_add(jnp.where(valid, np.square(hann(n_fft))[None, None], 0), hop)

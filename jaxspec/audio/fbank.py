@@ -6,6 +6,7 @@
 import functools
 from typing import TypeVar
 
+import jax
 import numpy as np
 
 from jaxspec.types import Array
@@ -46,17 +47,20 @@ def fbank(wave: Wave, scale: float = 1.0) -> Wave:
     frames = xp.concatenate([parts[..., i : i + step * total : step, :] for i in range(each)], axis=-1)
     frames = frames - frames.mean(axis=-1, keepdims=True)
     before = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    one = (1,) * (frames.ndim - 1)
-    window = _window().astype(dtype).reshape(*one, -1)
-    spectrum = xp.fft.rfft((frames - dtype(_PREEMPHASIS) * before) * window, _N_FFT)
-    power = spectrum.real**2 + spectrum.imag**2
-    return xp.log(xp.maximum(power @ _filters().astype(dtype), dtype(_FLOOR))).astype(np.float32)
+    with jax.default_matmul_precision("highest"):
+        real, imaginary = ((frames - dtype(_PREEMPHASIS) * before) @ part.astype(dtype) for part in _analysis())
+        power = (real**2 + imaginary**2) @ _filters().astype(dtype)
+    return xp.log(xp.maximum(power, dtype(_FLOOR))).astype(np.float32)
 
 
 @functools.cache
-def _window() -> np.ndarray:
-    """Povey's window: a symmetric Hann window to the power of 0.85, float64 [400]."""
-    return np.hanning(WINDOW) ** 0.85
+def _analysis() -> tuple[np.ndarray, np.ndarray]:
+    """Povey's window, a symmetric Hann window to the power of 0.85, and real and imaginary parts, float64 [400 257] each.
+
+    A matrix, as an FFT of XLA's may wait for another one for ever on a CPU (jaxlib 0.11).
+    """
+    spectrum = np.fft.rfft(np.diag(np.hanning(WINDOW) ** 0.85), _N_FFT)
+    return spectrum.real, spectrum.imag
 
 
 def _mel(hz: np.ndarray) -> np.ndarray:

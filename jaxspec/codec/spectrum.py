@@ -1,6 +1,8 @@
 """Short-time Fourier transforms and mel spectrograms of waves [B N], in pure JAX.
 
-A wave of N samples has N / hop frames. Frame t is centred on sample (t + 1/2) hop, so T frames give T hop samples.
+A wave of N samples has N / hop frames. Frame t is centred on sample (t + 1/2) hop, so T frames give T hop samples. A spectrum is
+its real parts, and its imaginary parts after them. Transforms are products with matrices: a TPU has no fast one, and on a CPU two
+FFTs at once may wait for each other for ever (XLA of jaxlib 0.11).
 """
 
 import functools
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.types import Array
+
+_EXACT = jax.lax.Precision.HIGHEST  # float32 also where a product's default is less
 
 
 def hann(n_fft: int) -> np.ndarray:
@@ -21,6 +25,25 @@ def hann(n_fft: int) -> np.ndarray:
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(np.float32)
 
 
+@functools.lru_cache
+def analysis(n_fft: int) -> np.ndarray:
+    """float32 [n_fft n_fft+2]: the window, then real parts and imaginary parts."""
+    spectrum = np.fft.rfft(np.diag(hann(n_fft)))
+    return np.concatenate([spectrum.real, spectrum.imag], axis=1).astype(np.float32)
+
+
+@functools.lru_cache
+def synthesis(n_fft: int) -> np.ndarray:
+    """float32 [n_fft+2 n_fft]: the inverse from real parts and imaginary parts, then the window."""
+    unit = np.eye(n_fft // 2 + 1)
+    return (np.concatenate([np.fft.irfft(unit), np.fft.irfft(1j * unit)]) * hann(n_fft)).astype(np.float32)
+
+
+def transform(rows: Array, matrix: np.ndarray) -> Array:
+    """Rows [... M] times a matrix [M N] in float32, whatever the device's default."""
+    return jnp.matmul(rows, matrix, precision=_EXACT)
+
+
 def stft(wave: Array, n_fft: int, hop: int) -> Array:
     """The windowed Fourier transform of each frame.
 
@@ -30,37 +53,37 @@ def stft(wave: Array, n_fft: int, hop: int) -> Array:
         hop: samples between frames.
 
     Returns:
-        complex64 [B N/hop n_fft/2+1].
+        float32 [B N/hop n_fft+2].
     """
-    return jnp.fft.rfft(_frames(wave, n_fft, hop) * hann(n_fft)[None, None])
+    return transform(_frames(wave, n_fft, hop), analysis(n_fft))
 
 
 def magnitude(wave: Array, n_fft: int, hop: int) -> Array:
     """The magnitude of ``stft``, float32 [B N/hop n_fft/2+1], with a finite gradient at silence."""
-    spectrum = stft(wave, n_fft, hop)
-    return jnp.sqrt(spectrum.real**2 + spectrum.imag**2 + 1e-9)
+    real, imaginary = jnp.split(stft(wave, n_fft, hop), 2, axis=-1)
+    return jnp.sqrt(real**2 + imaginary**2 + 1e-9)
 
 
 def log_mel(wave: Array, sample_rate_hz: int, n_fft: int, hop: int, bins: int) -> Array:
     """The natural logarithm of the mel spectrogram's magnitude, floored at 1e-4: wave [B N] -> float32 [B N/hop bins]."""
-    mel = magnitude(wave, n_fft, hop) @ _mel_matrix(sample_rate_hz, n_fft, bins)
+    mel = transform(magnitude(wave, n_fft, hop), _mel_matrix(sample_rate_hz, n_fft, bins))
     return jnp.log(jnp.maximum(mel, 1e-4))
 
 
 def polar(magnitude: Array, phase: Array) -> Array:
-    """Complex numbers of a magnitude and a phase in radians.
+    """The spectrum [... 2F] of a magnitude and a phase in radians [... F].
 
-    >>> polar(jnp.float32(2), jnp.float32(0))
-    Array(2.+0.j, dtype=complex64)
+    >>> polar(jnp.ones(2), jnp.zeros(2)).tolist()
+    [1.0, 1.0, 0.0, 0.0]
     """
-    return jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
+    return jnp.concatenate([magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)], axis=-1)
 
 
 def istft(spectrum: Array, mask: Array, n_fft: int, hop: int) -> Array:
     """The inverse of ``stft``: windowed overlap-add, divided by the sum of the squared windows.
 
     Args:
-        spectrum: complex64 [B T n_fft/2+1].
+        spectrum: float32 [B T n_fft+2].
         mask: bool [B T], which frames are valid. The others add nothing to the wave nor to the sum of windows, and their own
             samples are 0, so that valid frames give the same samples whatever pads them.
         n_fft: samples under the window, a multiple of ``hop``.
@@ -69,9 +92,9 @@ def istft(spectrum: Array, mask: Array, n_fft: int, hop: int) -> Array:
     Returns:
         The wave, float32 [B T*hop].
     """
-    window, valid = hann(n_fft)[None, None], mask[:, :, None]
-    frames = jnp.where(valid, jnp.fft.irfft(spectrum, n_fft) * window, 0)
-    envelope = _overlap_add(jnp.where(valid, window**2, 0), hop)
+    valid = mask[:, :, None]
+    frames = jnp.where(valid, transform(spectrum, synthesis(n_fft)), 0)
+    envelope = _overlap_add(jnp.where(valid, np.square(hann(n_fft))[None, None], 0), hop)
     wave = _overlap_add(frames, hop) / jnp.maximum(envelope, 1e-11)
     side = (n_fft - hop) // 2
     return jnp.where(jnp.repeat(mask, hop, axis=1), wave[:, side : side + mask.shape[1] * hop], 0)
