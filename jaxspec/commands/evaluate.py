@@ -14,9 +14,9 @@ from jaxspec.evaluate.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(OnMesh, Plan):
-    """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, acceptance and speedup.
+    """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, naturalness, acceptance and speedup.
 
-    Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]').
+    Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]'); mos adds Distill-MOS.
     """
 
     out_dir: Path = Path("evaluation")
