@@ -14,7 +14,7 @@ from jaxspec.commands import evaluate as command
 from jaxspec.commands.evaluate import Evaluate
 from jaxspec.common import records
 from jaxspec.draft import ngram_draft
-from jaxspec.evaluate import compare, measures, requirements
+from jaxspec.evaluate import compare, measures, naturalness, requirements
 from jaxspec.evaluate.plan import Plan
 from jaxspec.evaluate.recognize import PACKAGES, ErrorRates
 from jaxspec.models import builtin as voices
@@ -36,6 +36,7 @@ def installed(monkeypatch):
     monkeypatch.setattr(requirements.shutil, "which", lambda name: f"/usr/bin/{name}")
     for name in (*requirements.MODULES, *PACKAGES.values()):
         monkeypatch.setitem(sys.modules, name, sys)
+    monkeypatch.setattr(naturalness, "has_distill_mos", lambda: False)
 
 
 @pytest.fixture
@@ -79,6 +80,7 @@ def fakes(monkeypatch, installed):
     monkeypatch.setattr(measures, "record", record)
     monkeypatch.setattr(measures, "transcribe", transcribe)
     monkeypatch.setattr(measures, "embed", embed)
+    monkeypatch.setattr(measures, "naturalness", lambda waves: {"dnsmos": len(waves), "distill_mos": float(waves[1][0])})
     monkeypatch.setattr(measures, "error_rates", lambda *_: ErrorRates(0.1, 0.05, (0.08, 0.12), (0.04, 0.06)))
     monkeypatch.setattr(compare, "speak", speak)
     monkeypatch.setattr(compare, "_steps", lambda *_: [(np.eye(VOCAB, dtype=np.float32)[0],) * 2])
@@ -152,6 +154,7 @@ def test_rows_hold_every_sentence_in_its_voice_and_the_rates_of_all_seeds(fakes)
     assert rows["exact"]["similarity"] == pytest.approx(1)
     assert rows["exact"]["similarity_to_others"] == pytest.approx(2 * 0.11 / (1.21 + 0.01))
     assert rows["exact"]["duration_ratio"] == pytest.approx(1)
+    assert (rows["exact"]["dnsmos"], rows["exact"]["distill_mos"]) == (4, pytest.approx(1.002))  # of the first seed
     assert (rows["exact"]["same"], rows["exact"]["distance"]) == (1, 0)
     assert not {"acceptance_rate", "same"} & rows["autoregressive"].keys()
     assert "speed_up" not in rows["recordings"]
@@ -208,9 +211,11 @@ def test_a_folder_without_a_draft_is_refused_before_any_work(tmp_path, monkeypat
         compare.compare(Plan(draft=str(tmp_path)))
 
 
-def test_a_wave_too_short_to_embed_has_no_similarity():
+def test_waves_too_short_or_silent_have_neither_similarity_nor_naturalness(fakes):
     short = [np.ones(100, np.float32), np.zeros(16_000, np.float32)]
-    assert measures._similarities(short, {}) == {}
+    assert measures._of_the_sound(short, {}) == {}
+    found = measures._of_the_sound([*short, *[np.ones(16_000, np.float32)] * 2], dict.fromkeys(VOICES, np.ones(2)))
+    assert found["dnsmos"] == 2
 
 
 def test_standard_output_is_json_only_or_the_table(tmp_path, capsys, monkeypatch, fakes):

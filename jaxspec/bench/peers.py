@@ -1,6 +1,6 @@
 """Times transformers on the same weights in the same run: plain generation, static cache with torch.compile, assisted generation.
 
-The only file of the library that imports torch, and only when it is called.
+Imports torch when it is called. Of the other files of the library only ``evaluate.naturalness`` does.
 """
 
 import dataclasses

@@ -14,9 +14,9 @@ from jaxspec.evaluate.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(OnMesh, Plan):
-    """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, acceptance and speedup.
+    """Compares the verifiers on the held-out sentences: word error rate, speaker similarity, naturalness, acceptance and speedup.
 
-    Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]').
+    Needs flite (apt-get install flite) and the extra eval (pip install 'jaxspec[eval]'); mos adds Distill-MOS.
     """
 
     out_dir: Path = Path("evaluation")
@@ -28,7 +28,7 @@ class Evaluate(OnMesh, Plan):
         """Runs the evaluation, with a progress bar on standard error.
 
         Raises:
-            RuntimeError: flite or a package is missing.
+            RuntimeError: flite or a package is missing, or Distill-MOS does not import.
             ValueError: the folder cannot be written to.
         """
         requirements.check(self.recognizer)
@@ -41,7 +41,7 @@ class Evaluate(OnMesh, Plan):
 
         if hosts.is_first():
             report.save(self.out_dir, result)
-        report.show(result["rows"], Console(stderr=self.json, width=150))
+        report.show(result["rows"], Console(stderr=self.json, width=180))
         if self.json:
             print(json.dumps(result))
 

@@ -1,5 +1,5 @@
-"""Quality against speed: word error rate, speaker similarity, acceptance and speedup of each verifier on held-out sentences.
+"""Quality against speed: error rates, speaker similarity, naturalness, acceptance and speedup of each verifier on held-out texts.
 
-``compare.compare(plan)`` runs the evaluation, ``report.save(folder, result)`` writes it. ``recognize`` and ``similarity`` hold
-the two measures and work on any waves.
+``compare.compare(plan)`` runs the evaluation, ``report.save(folder, result)`` writes it. ``recognize``, ``similarity`` and
+``naturalness`` hold the three measures of sound and work on any waves.
 """

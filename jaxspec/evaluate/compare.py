@@ -56,7 +56,7 @@ def compare(plan: Plan, progress: Progress = lambda what, done, total: None) -> 
         groups, and "swapped", the fraction of codes that changed.
 
     Raises:
-        RuntimeError: flite or a package of the extra ``eval`` is missing; raised before any work.
+        RuntimeError: flite or a package of the extra ``eval`` is missing, or Distill-MOS does not import; raised before any work.
         ValueError: the folder of the draft holds none, or one of another target; raised before any work.
     """
     requirements.check(plan.recognizer)

@@ -1,10 +1,11 @@
-"""The measures of one row: error rates, speaker similarity and duration against the recordings of the same sentences."""
+"""The measures of one row: error rates, similarity and duration against the recordings of its sentences, and naturalness."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxspec.evaluate.naturalness import naturalness
 from jaxspec.evaluate.recognize import Recognizer, error_rates, transcribe
 from jaxspec.evaluate.similarity import embed, similarity
 from jaxspec.models.builtin import VOICES
@@ -58,8 +59,9 @@ def measure(name: str, waves: Waves, references: References, advance: Advance) -
         advance: called after each set of sentences.
 
     Returns:
-        {"row", "wer", "cer", "wer_interval", "cer_interval", "similarity", "similarity_to_others", "duration_ratio"}: rates as
-        fractions, similarities as cosines. Similarities are those of the first set, absent where no wave lasts half a second.
+        {"row", "wer", "cer", "wer_interval", "cer_interval", "similarity", "similarity_to_others", "duration_ratio"}, and what
+        ``naturalness`` returns: rates as fractions, similarities as cosines. Similarities and naturalness are those of the first
+        set, absent where no wave lasts half a second.
     """
     count, transcripts = len(references.sentences), []
     for first in range(0, len(waves), count):
@@ -69,18 +71,22 @@ def measure(name: str, waves: Waves, references: References, advance: Advance) -
     return {
         "row": name,
         **error_rates(references.sentences, transcripts)._asdict(),
-        **_similarities(waves[:count], references.speaker_centroids),
+        **_of_the_sound(waves[:count], references.speaker_centroids),
         "duration_ratio": mean_samples / (sum(map(len, references.recordings)) / count),
     }
 
 
-def _similarities(waves: Waves, centroids: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean cosine to the centroid of the own voice, and to the most similar of the others."""
+def _of_the_sound(waves: Waves, centroids: dict[str, np.ndarray]) -> dict[str, float]:
+    """Similarities and naturalness of the waves that are long enough."""
+    long = {index: wave for index, wave in enumerate(waves) if len(wave) > SAMPLE_RATE_HZ // 2 and wave.any()}
+    return _similarities(long, centroids) | naturalness(list(long.values())) if long else {}
+
+
+def _similarities(waves: dict[int, np.ndarray], centroids: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean cosine to the centroid of the own voice, and to the most similar of the others, of waves by sentence number."""
     own, others = [], []
-    for index, wave in enumerate(waves):
-        if len(wave) <= SAMPLE_RATE_HZ // 2 or not wave.any():
-            continue  # too short to embed
+    for index, wave in waves.items():
         embedding, voice = embed([wave], SAMPLE_RATE_HZ)[0], voice_of(index)
         own.append(similarity(embedding, centroids[voice]))
         others.append(max(similarity(embedding, centroid) for name, centroid in centroids.items() if name != voice))
-    return {"similarity": float(np.mean(own)), "similarity_to_others": float(np.mean(others))} if own else {}
+    return {"similarity": float(np.mean(own)), "similarity_to_others": float(np.mean(others))}

@@ -18,6 +18,9 @@ _COLUMNS = {
     "cer": ("CER", "{:.1%}"),
     "similarity": ("speaker similarity", "{:.3f}"),
     "similarity_to_others": ("similarity to other voice", "{:.3f}"),
+    "dnsmos": ("DNSMOS", "{:.2f}"),
+    "dnsmos_signal": ("DNSMOS signal", "{:.2f}"),
+    "distill_mos": ("Distill-MOS", "{:.2f}"),
     "duration_ratio": ("relative duration", "{:.2f}"),
     "acceptance_rate": ("acceptance rate", "{:.1%}"),
     "tokens_per_round": ("codes per round", "{:.2f}"),
@@ -30,16 +33,17 @@ _KINDS = {"recorded": "#8c8c8c", "codes swapped": "#dd8452", "generated": "#4c72
 _MARKERS = {"exact": "o", "tolerance": "s", "coarse-grained": "^", "block-exact": "D", "block-coarse-grained": "v"}
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table.
+def table(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The texts of the table.
 
     Args:
-        row: see ``measures.measure``.
+        rows: see ``measures.measure``.
 
     Returns:
-        a text for each column; '' where the row has no such value.
+        the head of each column that some row has a value for, and its text in each row; '' where the row has none.
     """
-    return [form.format(row[name]) if name in row else "" for name, (_, form) in _COLUMNS.items()]
+    some = {name: column for name, column in _COLUMNS.items() if any(name in row for row in rows)}
+    return {head: [form.format(row[name]) if name in row else "" for row in rows] for name, (head, form) in some.items()}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -51,8 +55,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     Returns:
         the lines of the table, without a final newline.
     """
-    heads = [head for head, _ in _COLUMNS.values()]
-    lines = [heads, ["---"] * len(heads), *map(cells, rows)]
+    columns = table(rows)
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -65,12 +69,13 @@ def show(rows: Sequence[dict[str, Any]], console: "Console") -> None:
     """
     from rich.table import Table
 
-    table = Table()
-    for name, (head, _) in _COLUMNS.items():
-        table.add_column(head, no_wrap=name in ("row", "wer_interval"))
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
+    columns, whole = table(rows), [_COLUMNS[name][0] for name in ("row", "wer_interval")]
+    shown = Table()
+    for head in columns:
+        shown.add_column(head, no_wrap=head in whole)
+    for line in zip(*columns.values(), strict=True):
+        shown.add_row(*line)
+    console.print(shown)
 
 
 def save(folder: Path, result: dict[str, Any]) -> None:

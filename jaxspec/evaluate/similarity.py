@@ -6,6 +6,8 @@ from functools import cache
 
 import numpy as np
 
+from jaxspec.evaluate.waves import checked
+
 _ENCODER_RATE_HZ = 16_000
 _LEVEL_RMS = 10 ** (-30 / 20)  # what the encoder expects; its spectra are not logarithmic, so the level matters
 _MIN_SAMPLES = 16_000  # shorter waves are repeated, because the encoder would pad them with silence
@@ -44,15 +46,8 @@ def embed(waves: Sequence[np.ndarray], sample_rate_hz: int) -> np.ndarray:
         ValueError: a wave has more than one axis, a sample that is not finite, or only zeros.
         ImportError: resemblyzer is not installed.
     """
-    waves = [np.asarray(wave, np.float32) for wave in waves]
-    for wave in waves:
-        if wave.ndim != 1 or not np.isfinite(wave).all() or not wave.any():
-            raise ValueError(
-                f"expected waves [N] of finite samples that are not all 0, got shape {wave.shape}, NaN, infinity or silence: "
-                "leave such waves out"
-            )
-    encoder = _encoder()
-    return np.stack([encoder.embed_utterance(_prepared(wave, sample_rate_hz)) for wave in waves]).astype(np.float32)
+    heard, encoder = checked(waves), _encoder()
+    return np.stack([encoder.embed_utterance(_prepared(wave, sample_rate_hz)) for wave in heard]).astype(np.float32)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
