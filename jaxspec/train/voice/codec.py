@@ -95,11 +95,11 @@ def decoder_loss(config: Config, encoder: Params) -> Loss:
     def value(decoder: Params, batch: tuple[Array, Array, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         wave, voice, _ = batch
         length = jnp.full(wave.shape[0], wave.shape[1], jnp.int32)
-        coordinates = Encoder(config).apply({"params": encoder}, wave, length)
+        coordinates: Any = Encoder(config).apply({"params": encoder}, wave, length)
         z, _ = fsq.quantize(coordinates, config.levels)
-        again = Decoder(config).apply({"params": decoder}, z, length // config.samples_per_code, voice)
-        spectral = spectral_loss(again, wave, config)
-        distance = jnp.abs(Encoder(config).apply({"params": encoder}, again, length) - coordinates).mean()
+        again: Any = Decoder(config).apply({"params": decoder}, z, length // config.samples_per_code, voice)
+        heard: Any = Encoder(config).apply({"params": encoder}, again, length)
+        spectral, distance = spectral_loss(again, wave, config), jnp.abs(heard - coordinates).mean()
         return spectral + 0.3 * distance, {"spectral": spectral, "coordinates": distance}
 
     return value
