@@ -36,7 +36,7 @@ def test_say_writes_a_wave_a_picture_and_the_figures(tmp_path):
     assert 1.2 < len(wave) / rate < 5
     assert 0.01 < np.sqrt(np.mean(wave**2)) < 0.5
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert result["verify"] == "exact"
+    assert result["verify"] == "block-exact"
     assert 0 < result["accepted"] <= result["drafted"]
     assert result["acceptance_rate"] == pytest.approx(result["accepted"] / result["drafted"])
     assert result["tokens_per_round"] == pytest.approx(result["tokens"] / result["rounds"])
