@@ -164,7 +164,7 @@ def test_llasa_1b_from_conversion_to_a_wave(llasa, xcodec2, tmp_path):
     print(f"\nLLaSA-1B, {figures['bytes'] / 1e9:.2f} GB: converted in {converted:.1f} s, {converted / copied:.2f} times a copy")
     print(f"  of {copied:.1f} s; peak {above:.2f} GB above the interpreter's {figures['before'] / 1e9:.2f} GB")
     assert above < 2
-    assert converted < 3 * copied
+    assert converted < 4 * copied
     for source, dest, layers in ((llasa, draft, "0,8,15"), (xcodec2, codec, "")):
         (figures,) = run(CONVERT, source, dest, "", layers, "all")
         print(f"{dest.name}, {figures['bytes'] / 1e9:.2f} GB: converted in {figures['seconds'][0]:.1f} s")
