@@ -52,11 +52,12 @@ def target_params(config: dict[str, Any], work: Path) -> Any:
     return language_model.compose(load_ema(work / "target", start), language_model.digit_features())
 
 
-def trained_codec(work: Path) -> Any:
-    """The trained weights of the codec: those that come with the package where the stage codec was left out."""
+def trained_codec(work: Path) -> tuple[codecs.Config, Any]:
+    """The trained codec and its weights: those that come with the package where the stage codec was left out."""
     if not (work / "codec").exists():
-        return voice.load().codec_params
-    return load_ema(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
+        packed = voice.load()
+        return packed.codec, packed.codec_params
+    return CODEC, load_ema(work / "codec", codec.init_params(jax.random.key(0), CODEC))["codec"]
 
 
 def decoder_config(settings: dict[str, Any]) -> codecs.Config:
@@ -71,11 +72,12 @@ def decoder_start(config: codecs.Config) -> Any:
 
 
 def final_codec(config: dict[str, Any], work: Path) -> tuple[codecs.Config, Any]:
-    """The codec with the decoder of the stage decoder, unless it was left out."""
-    if not (work / "decoder").exists():
-        return (CODEC if (work / "codec").exists() else voice.load().codec), trained_codec(work)
-    shape = decoder_config(config["decoder"])
-    return shape, {**trained_codec(work), "decoder": load_ema(work / "decoder", decoder_start(shape))}
+    """The same with the decoder of the stage decoder, unless it was left out."""
+    shape, params = trained_codec(work)
+    if (work / "decoder").exists():
+        shape = decoder_config(config["decoder"])
+        params = {**params, "decoder": load_ema(work / "decoder", decoder_start(shape))}
+    return shape, params
 
 
 def run_corpus(config: dict[str, Any], work: Path) -> None:
@@ -99,16 +101,21 @@ def run_codec(config: dict[str, Any], work: Path) -> None:
 
 def run_decoder(config: dict[str, Any], work: Path) -> None:
     """Trains a larger decoder, with the encoder and so the codes fixed."""
-    settings = config["decoder"]
+    settings, (_, params) = config["decoder"], trained_codec(work)
     shape = decoder_config(settings)
-    loss = codec.decoder_loss(shape, trained_codec(work)["encoder"])
-    seeded = lambda step: crops(settings, work, 100_000 + step)  # noqa: E731
-    fit(work / "decoder", decoder_start(shape), loss, seeded, train_config(settings))
+    fit(
+        work / "decoder",
+        decoder_start(shape),
+        codec.decoder_loss(shape, params["encoder"]),
+        lambda step: crops(settings, work, 100_000 + step),
+        train_config(settings),
+    )
 
 
 def run_encode(config: dict[str, Any], work: Path) -> None:
     """Encodes the recordings."""
-    for line in codec.encode_shards(work / "corpus", work / "codes", trained_codec(work), CODEC):
+    shape, params = trained_codec(work)
+    for line in codec.encode_shards(work / "corpus", work / "codes", params, shape):
         print(line, flush=True)
 
 

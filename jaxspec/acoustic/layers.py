@@ -27,13 +27,14 @@ def linears(count: int, features: int, out: str | None, x: Array, *, name: str) 
     """Linear layers of one input, with their parameters stacked on a first axis: [S D] -> [S count features]."""
     stacked: Any = nn.vmap(
         nn.Dense,
+        in_axes=None,  # pyright: ignore[reportArgumentType]
         out_axes=1,
+        axis_size=count,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    made = stacked(features, kernel_init=lecun("embed", out), bias_init=constant(0, out), name=name)
-    return made(jnp.broadcast_to(x[None], (count, *x.shape)))
+    return stacked(features, kernel_init=lecun("embed", out), bias_init=constant(0, out), name=name)(x)
 
 
 def limits(length: Array, steps: int, chunk: Array) -> Array:

@@ -4,14 +4,12 @@ Frame t is centred on sample t hop, so N samples, a multiple of ``hop``, have N/
 reflected, wherever in the batch's padding the row ends.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.codec import padding
-from jaxspec.codec.spectrum import analysis, hann, polar, synthesis, transform
+from jaxspec.codec.spectrum import analysis, hann, overlap_add, polar, product, synthesis
 from jaxspec.types import Array
 
 
@@ -37,7 +35,7 @@ def stft(wave: Array, length: Array, n_fft: int, hop: int) -> Array:
 
     hops = jax.vmap(reflected)(wave, length).reshape(len(wave), -1, hop)
     windows = jnp.concatenate([hops[:, i : i + frames] for i in range(n_fft // hop)], axis=-1)
-    return transform(windows, analysis(n_fft))
+    return product(windows, analysis(n_fft))
 
 
 def istft(magnitude: Array, phase: Array, frames: Array, hop: int) -> Array:
@@ -53,17 +51,9 @@ def istft(magnitude: Array, phase: Array, frames: Array, hop: int) -> Array:
         The wave, float32 [B (T-1)*hop], of no use beyond (frames - 1) hop samples.
     """
     n_fft = 2 * (magnitude.shape[2] - 1)
-    windows = transform(polar(magnitude, phase), synthesis(n_fft))
+    windows = product(polar(magnitude, phase), synthesis(n_fft))
     valid = padding.valid(frames, magnitude.shape[1])[:, :, None]
-    wave = _overlap_add(jnp.where(valid, windows, 0), hop)
-    envelope = _overlap_add(jnp.where(valid, np.square(hann(n_fft))[None, None], 0), hop)
+    wave = overlap_add(jnp.where(valid, windows, 0), hop)
+    envelope = overlap_add(jnp.where(valid, np.square(hann(n_fft))[None, None], 0), hop)
     inside = slice(n_fft // 2, -(n_fft // 2))
     return wave[:, inside] / jnp.maximum(envelope[:, inside], 1e-11)
-
-
-def _overlap_add(windows: Array, hop: int) -> Array:
-    """[B T n_fft] -> [B (T-1)*hop+n_fft]."""
-    batch, count, n_fft = windows.shape
-    parts, last = windows.reshape(batch, count, n_fft // hop, hop), n_fft // hop - 1
-    shifted = (jnp.pad(parts[:, :, i], ((0, 0), (i, last - i), (0, 0))) for i in range(last + 1))
-    return functools.reduce(jnp.add, shifted).reshape(batch, -1)

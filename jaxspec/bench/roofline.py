@@ -77,10 +77,10 @@ def reading(dtype: str, size: int) -> Callable[[], float]:
         return jax.jit(lambda matrix, start: jax.lax.fori_loop(0, times, lambda _, x: body(matrix, x), start))
 
     product, largest = repeat(lambda matrix, x: matrix @ x), repeat(lambda matrix, x: jnp.max(matrix + x))
-    starts = (product, vector), (product, jnp.ones((side, 8), dtype)), (largest, vector[0])
+    programs = (product, vector), (product, jnp.ones((side, 8), dtype)), (largest, vector[0])
 
     def measure() -> float:
-        return times * nbytes / min(seconds(functools.partial(program, matrix, start)) for program, start in starts)
+        return times * nbytes / min(seconds(functools.partial(program, matrix, start)) for program, start in programs)
 
     return measure
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from jaxspec.types import Array
 
-_EXACT = jax.lax.Precision.HIGHEST  # float32 also where a product's default is less
-
 
 def hann(n_fft: int) -> np.ndarray:
     """The periodic Hann window, float32 [n_fft].
@@ -39,9 +37,9 @@ def synthesis(n_fft: int) -> np.ndarray:
     return (np.concatenate([np.fft.irfft(unit), np.fft.irfft(1j * unit)]) * hann(n_fft)).astype(np.float32)
 
 
-def transform(rows: Array, matrix: np.ndarray) -> Array:
-    """Rows [... M] times a matrix [M N] in float32, whatever the device's default."""
-    return jnp.matmul(rows, matrix, precision=_EXACT)
+def product(rows: Array, matrix: np.ndarray) -> Array:
+    """Rows [... M] times a matrix [M N] in float32, also where a device's default is less."""
+    return jnp.matmul(rows, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def stft(wave: Array, n_fft: int, hop: int) -> Array:
@@ -55,7 +53,7 @@ def stft(wave: Array, n_fft: int, hop: int) -> Array:
     Returns:
         float32 [B N/hop n_fft+2].
     """
-    return transform(_frames(wave, n_fft, hop), analysis(n_fft))
+    return product(_frames(wave, n_fft, hop), analysis(n_fft))
 
 
 def magnitude(wave: Array, n_fft: int, hop: int) -> Array:
@@ -66,7 +64,7 @@ def magnitude(wave: Array, n_fft: int, hop: int) -> Array:
 
 def log_mel(wave: Array, sample_rate_hz: int, n_fft: int, hop: int, bins: int) -> Array:
     """The natural logarithm of the mel spectrogram's magnitude, floored at 1e-4: wave [B N] -> float32 [B N/hop bins]."""
-    mel = transform(magnitude(wave, n_fft, hop), _mel_matrix(sample_rate_hz, n_fft, bins))
+    mel = product(magnitude(wave, n_fft, hop), _mel_matrix(sample_rate_hz, n_fft, bins))
     return jnp.log(jnp.maximum(mel, 1e-4))
 
 
@@ -93,9 +91,9 @@ def istft(spectrum: Array, mask: Array, n_fft: int, hop: int) -> Array:
         The wave, float32 [B T*hop].
     """
     valid = mask[:, :, None]
-    frames = jnp.where(valid, transform(spectrum, synthesis(n_fft)), 0)
-    envelope = _overlap_add(jnp.where(valid, np.square(hann(n_fft))[None, None], 0), hop)
-    wave = _overlap_add(frames, hop) / jnp.maximum(envelope, 1e-11)
+    frames = jnp.where(valid, product(spectrum, synthesis(n_fft)), 0)
+    envelope = overlap_add(jnp.where(valid, np.square(hann(n_fft))[None, None], 0), hop)
+    wave = overlap_add(frames, hop) / jnp.maximum(envelope, 1e-11)
     side = (n_fft - hop) // 2
     return jnp.where(jnp.repeat(mask, hop, axis=1), wave[:, side : side + mask.shape[1] * hop], 0)
 
@@ -108,7 +106,8 @@ def _frames(wave: Array, n_fft: int, hop: int) -> Array:
     return jnp.concatenate([hops[:, i : i + count] for i in range(n_fft // hop)], axis=-1)
 
 
-def _overlap_add(frames: Array, hop: int) -> Array:
+def overlap_add(frames: Array, hop: int) -> Array:
+    """The sum of frames that begin ``hop`` samples apart, n_fft a multiple of it: [B T n_fft] -> [B (T-1)*hop+n_fft]."""
     batch, count, n_fft = frames.shape
     parts = frames.reshape(batch, count, n_fft // hop, hop)
     last = n_fft // hop - 1
